@@ -1,0 +1,32 @@
+"""equipoise: Mixture-of-Experts models with the router kept in balance."""
+
+from equipoise.layer import Capacity, MoE
+from equipoise.routing import (
+    BiasBalance,
+    ImportanceLoss,
+    LoadLoss,
+    QuantileBalance,
+    Switch,
+    SwitchLoss,
+    TopK,
+    ZLoss,
+)
+from equipoise.types import BatchScope, RoutingDecision, RoutingStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchScope",
+    "BiasBalance",
+    "Capacity",
+    "ImportanceLoss",
+    "LoadLoss",
+    "MoE",
+    "QuantileBalance",
+    "RoutingDecision",
+    "RoutingStats",
+    "Switch",
+    "SwitchLoss",
+    "TopK",
+    "ZLoss",
+]

@@ -1,0 +1,8 @@
+"""The MoE layer: route, dispatch, experts, combine; and the dense feed-forward block that it replaces."""
+
+from equipoise.layer.capacity import Capacity
+from equipoise.layer.experts import Experts
+from equipoise.layer.feed_forward import FeedForward
+from equipoise.layer.moe import MoE, reduce_and_update
+
+__all__ = ["Capacity", "Experts", "FeedForward", "MoE", "reduce_and_update"]

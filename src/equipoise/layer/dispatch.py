@@ -1,0 +1,72 @@
+"""Dispatch and combine on one device: bring rows into expert order, and back.
+
+Dispatchers are plain objects. On one device all rows are already here, so `dispatch` hands over x as it is with a
+plan of which rows each expert reads, and the expert backend, which gathers and sums by that plan, leaves nothing for
+`combine` to do. A dispatcher that spans ranks sends rows in `dispatch` and brings results home in `combine`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from equipoise.layer.capacity import Capacity, count_drops, kept_assignments
+from equipoise.ops.ragged import RaggedPlan, ragged_plan
+from equipoise.types import RoutingDecision
+
+
+class Dispatcher(Protocol):
+    """The seam between the router's decision and the experts."""
+
+    def dispatch(self, x_TD: Tensor, decision: RoutingDecision, training: bool) -> tuple[Tensor, RaggedPlan]:
+        """(rows, plan): the token rows that this rank's experts read, and how."""
+        ...
+
+    def combine(self, y: Tensor, plan: RaggedPlan) -> Tensor:
+        """y_TD from the experts' sums per row of `dispatch`."""
+        ...
+
+
+class DroplessDispatcher:
+    """Every assignment is computed: ragged rows, no padding, no limit."""
+
+    def dispatch(self, x_TD: Tensor, decision: RoutingDecision, training: bool) -> tuple[Tensor, RaggedPlan]:
+        """x as it is, and the plan."""
+        return x_TD, ragged_plan(
+            decision.token_ids_N,
+            decision.expert_ids_N,
+            decision.weights_N,
+            decision.num_experts,
+            top_k=decision.top_k,
+        )
+
+    def combine(self, y: Tensor, plan: RaggedPlan) -> Tensor:
+        """Nothing left to do."""
+        return y
+
+
+class CapacityDispatcher:
+    """Each expert takes at most its capacity; the rest is dropped and counted."""
+
+    def __init__(self, capacity: Capacity) -> None:
+        self.capacity = capacity
+
+    def dispatch(self, x_TD: Tensor, decision: RoutingDecision, training: bool) -> tuple[Tensor, RaggedPlan]:
+        """x as it is, and the plan without the dropped assignments."""
+        if not training and not self.capacity.at_inference:
+            return DroplessDispatcher().dispatch(x_TD, decision, training)
+        keep_N = kept_assignments(decision, self.capacity)
+        return x_TD, ragged_plan(
+            decision.token_ids_N,
+            decision.expert_ids_N,
+            decision.weights_N,
+            decision.num_experts,
+            top_k=decision.top_k,
+            keep_N=keep_N,
+            drops=count_drops(decision, keep_N),
+        )
+
+    def combine(self, y: Tensor, plan: RaggedPlan) -> Tensor:
+        """Nothing left to do."""
+        return y

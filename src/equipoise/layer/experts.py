@@ -1,0 +1,101 @@
+"""The stacked experts and the choice of the code that multiplies them.
+
+Layout as in transformers 5: gate_up_proj (e, 2F, D), gate first; down_proj (e, D, F). Backends are functions of one
+signature; "auto" takes the one that measured fastest for the device, and `backend_for` says which and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.ops import reference
+from equipoise.ops.activation import check_activation, pre_activation_dim
+from equipoise.ops.grouped_experts import grouped_experts, grouped_mm_supports
+from equipoise.ops.lean_experts import lean_experts
+from equipoise.ops.ragged import RaggedPlan
+
+BackendName = Literal["auto", "lean", "grouped", "reference"]
+Backend = Callable[[Tensor, RaggedPlan, Tensor, Tensor, str], Tensor]
+
+
+def reference_experts(x_TD: Tensor, plan: RaggedPlan, up_eHD: Tensor, down_eDF: Tensor, activation: str) -> Tensor:
+    """The slow twin behind the backends' signature: `ops.reference.experts` on the plan's rows."""
+    num_rows = int(plan.counts_e.sum())
+    expert_ids_R = torch.repeat_interleave(torch.arange(len(plan.counts_e), device=x_TD.device), plan.counts_e)
+    return reference.experts(
+        x_TD,
+        plan.token_ids_R[:num_rows],
+        expert_ids_R,
+        plan.weights_R[:num_rows],
+        up_eHD,
+        down_eDF,
+        check_activation(activation),
+    )
+
+
+BACKENDS: dict[str, Backend] = {"lean": lean_experts, "grouped": grouped_experts, "reference": reference_experts}
+
+
+def backend_for(name: BackendName, x_TD: Tensor, up_eHD: Tensor, down_eDF: Tensor) -> tuple[str, str]:
+    """(backend, reason) that `name` means for these tensors.
+
+    The rule for "auto" comes from `python -m benchmarks.layer`: on a CPU the lean loop is fastest at every size
+    measured; on a GPU a loop over experts would wait for the host at each, so grouped_mm is taken where it can run.
+    """
+    if name != "auto":
+        return name, "asked for"
+    if x_TD.device.type == "cpu":
+        return "lean", "fastest measured on a CPU, and keeps the least for backward"
+    if reason := grouped_mm_supports(x_TD, up_eHD, down_eDF):
+        return "lean", reason
+    return "grouped", "one kernel for all experts, no host synchronisation"
+
+
+class Experts(nn.Module):
+    """E feed-forward networks, stacked. Computes each row's weighted sum over its experts."""
+
+    def __init__(
+        self, num_experts: int, dim: int, hidden_dim: int, activation: str = "swiglu", backend: BackendName = "auto"
+    ) -> None:
+        super().__init__()
+        if backend != "auto" and backend not in BACKENDS:
+            raise ValueError(f"backend: expected auto, {', '.join(BACKENDS)}, got {backend!r}")
+        self.activation = check_activation(activation)
+        self.backend: BackendName = backend
+        up_proj = nn.Parameter(torch.empty(num_experts, pre_activation_dim(hidden_dim, self.activation), dim))
+        if self.activation == "swiglu":
+            self.gate_up_proj = up_proj
+        else:
+            self.up_proj = up_proj
+        self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.init_weights(0.02, 0.02)
+
+    @property
+    def up(self) -> nn.Parameter:
+        """(e, H, D): the inner projection, gated or not."""
+        return self.gate_up_proj if self.activation == "swiglu" else self.up_proj
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        """Normal values: std for the inner projection, output_std for the one that writes into the residual."""
+        nn.init.normal_(self.up, std=std)
+        nn.init.normal_(self.down_proj, std=output_std)
+
+    def forward(self, x: Tensor, plan: RaggedPlan) -> Tensor:
+        """(T, D) in x's dtype. Under autocast the products run in its dtype: the operators below don't see autocast."""
+        up, down, out_dtype = self.up, self.down_proj, x.dtype
+        compute_dtype = torch.promote_types(x.dtype, up.dtype)
+        if torch.is_autocast_enabled(x.device.type):
+            compute_dtype = torch.get_autocast_dtype(x.device.type)
+        x, up_c, down_c = x.to(compute_dtype), up.to(compute_dtype), down.to(compute_dtype)
+        name, _ = backend_for(self.backend, x, up_c, down_c)
+        return BACKENDS[name](x, plan, up_c, down_c, self.activation).to(out_dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by print(module): sizes, and which backend these parameters get and why."""
+        e, D, F = self.down_proj.shape
+        name, reason = backend_for(self.backend, self.down_proj[0], self.up, self.down_proj)
+        return f"num_experts={e}, dim={D}, hidden_dim={F}, activation={self.activation}, backend={name} ({reason})"

@@ -1,0 +1,174 @@
+"""The Mixture-of-Experts layer: route, dispatch, experts, combine.
+
+It knows no parallelism, no monitor and no training loop. Observers hook its `tap`, which sees what was decided;
+balancing losses reach the gradient at the layer's output; balancers are updated by the loop, once per step.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.layer.capacity import Capacity
+from equipoise.layer.dispatch import CapacityDispatcher, Dispatcher, DroplessDispatcher
+from equipoise.layer.experts import BackendName, Experts
+from equipoise.layer.feed_forward import FeedForward
+from equipoise.layer.tokens import TokenView, tokens_of
+from equipoise.ops.attach_loss import attach_loss
+from equipoise.routing.balancers import BalancerConfig, BiasBalance, QuantileBalance
+from equipoise.routing.losses import BalanceLoss, ImportanceLoss, LoadLoss, LossInputs
+from equipoise.routing.schedules import value_at
+from equipoise.routing.switch import Switch
+from equipoise.routing.top_k import TopK
+from equipoise.types import BatchScope, Routed, RoutingDecision
+
+RouterConfig = TopK | Switch
+
+
+class Tap(nn.Module):
+    """Does nothing. A forward hook on it sees each `Routed` of its layer; without hooks it costs nothing."""
+
+    def forward(self, routed: Routed) -> Routed:
+        """The same object."""
+        return routed
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts feed-forward layer.
+
+    dim: D, model dim. hidden_dim: F, of each expert. num_experts: E.
+    router: who decides; a config such as `TopK` or `Switch`.
+    balance: any number of balancing losses, and at most one balancer.
+    capacity: a limit per expert, or None for dropless.
+    shared_experts: experts that every token uses besides; one block of hidden size shared_experts * F.
+    shared_gate: weight the shared block with sigmoid(w x), as Qwen2-MoE does.
+    activation: "swiglu" or "gelu". backend: see `Experts`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_experts: int,
+        *,
+        router: RouterConfig = TopK(k=2),  # noqa: B008 - frozen
+        balance: Iterable[BalanceLoss | BalancerConfig] = (),
+        capacity: Capacity | None = None,
+        shared_experts: int = 0,
+        shared_gate: bool = False,
+        activation: str = "swiglu",
+        backend: BackendName = "auto",
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("hidden_dim", hidden_dim), ("num_experts", num_experts)):
+            if value < 1:
+                raise ValueError(f"MoE.{name}: expected at least 1, got {value}")
+        if shared_gate and not shared_experts:
+            raise ValueError("MoE.shared_gate: there is no shared expert to gate; set shared_experts=1 or more")
+        self.num_experts = num_experts
+        self.router = router.build(dim, num_experts)
+        self.losses, balancer = _sort_balance(tuple(balance))
+        self.balancer = balancer.build(num_experts, router.k) if balancer else None
+        self.dispatcher: Dispatcher = CapacityDispatcher(capacity) if capacity else DroplessDispatcher()
+        self.experts = Experts(num_experts, dim, hidden_dim, activation, backend)
+        self.shared = FeedForward(dim, shared_experts * hidden_dim, activation) if shared_experts else None
+        self.shared_gate = nn.Linear(dim, 1, bias=False) if shared_gate else None
+        self.tap = Tap()
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        """Draw all weights: std inside, output_std for what writes into the residual stream."""
+        self.router.init_weights(std)
+        self.experts.init_weights(std, output_std)
+        if self.shared is not None:
+            self.shared.init_weights(std, output_std)
+        if self.shared_gate is not None:
+            nn.init.normal_(self.shared_gate.weight, std=std)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        token_ids: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        scope: BatchScope | None = None,
+    ) -> Tensor:
+        """Same shape and dtype as x.
+
+        x: (B, S, D), or (T, D) as one sequence. token_ids: int64, x's shape without D, for routers that hash them.
+        padding_mask: bool, same shape, True where a position is padding: it is left out of everything, output 0.
+        scope: see `BatchScope`; matters for balancing losses only.
+        Raises ValueError for shapes that do not fit together.
+        """
+        view = tokens_of(x, padding_mask, token_ids)
+        decision = self.route(view)
+        rows, plan = self.dispatcher.dispatch(view.x_TD, decision, self.training)
+        y_TD = self.dispatcher.combine(self.experts(rows, plan), plan)
+        if self.shared is not None:
+            y_TD = y_TD + self._shared(view.x_TD)
+        losses: Mapping[str, Tensor] = {}
+        if self.training and torch.is_grad_enabled():
+            y_TD, losses = self._balance(y_TD, decision, view, scope or BatchScope())
+        self.tap(Routed(decision, plan, losses))
+        return view.restore(y_TD)
+
+    def route(self, view: TokenView) -> RoutingDecision:
+        """The router's decision, under the balancer's bias if there is one."""
+        bias_E = None if self.balancer is None else self.balancer.bias_E
+        decision: RoutingDecision = self.router(view.x_TD, bias_E, view.token_ids_T)
+        return decision
+
+    def _shared(self, x_TD: Tensor) -> Tensor:
+        assert self.shared is not None
+        y_TD: Tensor = self.shared(x_TD)
+        return y_TD if self.shared_gate is None else y_TD * self.shared_gate(x_TD).sigmoid()
+
+    def _balance(
+        self, y_TD: Tensor, decision: RoutingDecision, view: TokenView, scope: BatchScope
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Show the decision to the balancer, attach the losses to the output; (output, losses for observers)."""
+        if self.balancer is not None:
+            self.balancer.observe(decision)
+        inputs = LossInputs(decision, view.sequence_ids_T, view.num_sequences, scope.counts)
+        values = {loss.name: loss(inputs) for loss in self.losses}
+        if values:
+            terms = [scope.share * value_at(loss.coef, scope.step) * values[loss.name] for loss in self.losses]
+            y_TD = attach_loss(y_TD, torch.stack(terms).sum())
+        return y_TD, {name: value.detach() for name, value in values.items()}
+
+
+def _sort_balance(
+    balance: tuple[BalanceLoss | BalancerConfig, ...],
+) -> tuple[tuple[BalanceLoss, ...], BalancerConfig | None]:
+    """(losses, balancer); refuses two balancers, and two losses of one name, of which logs would show one."""
+    balancers = [item for item in balance if isinstance(item, BiasBalance | QuantileBalance)]
+    losses = tuple(item for item in balance if not isinstance(item, BiasBalance | QuantileBalance))
+    if len(balancers) > 1:
+        raise ValueError(f"balance: expected at most one balancer, got {balancers}; their biases would fight")
+    names = [loss.name for loss in losses]
+    if len(set(names)) < len(names):
+        raise ValueError(f"balance: expected each loss once, got {names}; add up their coefficients")
+    if balancers and any(isinstance(loss, ImportanceLoss | LoadLoss) for loss in losses):
+        warnings.warn(
+            f"balance: {', '.join(names)} with {type(balancers[0]).__name__}: the loss balances weights or logits, the "
+            "balancer the assignments that its bias leads to, and the two pull apart; use SwitchLoss, or one of them",
+            UserWarning,
+            stacklevel=4,
+        )
+    return losses, (balancers[0] if balancers else None)
+
+
+@torch.no_grad()
+def reduce_and_update(layers: Iterable[MoE], reduce: Callable[[Tensor], None] | None = None) -> None:
+    """Update each layer's balancer: call once after each optimizer step.
+
+    reduce: sums a tensor over data-parallel ranks, in place; None on one rank.
+    """
+    for layer in layers:
+        if layer.balancer is None:
+            continue
+        if reduce is not None:
+            reduce(layer.balancer.pending)
+        layer.balancer.update()

@@ -1,0 +1,53 @@
+"""Counting that stays exact when a forward runs twice.
+
+Activation checkpointing runs a layer's forward again inside the backward pass. Whatever adds up numbers in a forward
+would then count each token twice. The operators here look whether they are called from within a backward pass and do
+nothing there, so that each token is counted once per real forward. They are opaque to `torch.compile` (no graph
+break), never synchronise with the host, and write into buffers that the caller owns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def inside_backward() -> bool:
+    """True while autograd runs a backward pass on this thread: a forward seen now is a recomputation.
+
+    `torch.utils.checkpoint` asks the same question in the same way (torch:torch/utils/checkpoint.py).
+    """
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def count_assignments(expert_ids_N: Tensor, num_experts: int) -> Tensor:
+    """int64 (E,): assignments per expert. Unlike `torch.bincount` it never synchronises a GPU with the host.
+
+    expert_ids_N: int64 in [0, E).
+    """
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_ids_N.device)
+    return counts_E.scatter_add_(0, expert_ids_N, torch.ones_like(expert_ids_N))
+
+
+@torch.library.custom_op("equipoise::accumulate_counts", mutates_args=("counts_E",))
+def accumulate_counts(counts_E: Tensor, expert_ids_N: Tensor) -> None:
+    """Add the assignments per expert to counts_E (int64), in place; does nothing in a recomputed forward."""
+    if not inside_backward():
+        counts_E.add_(count_assignments(expert_ids_N, counts_E.shape[0]))
+
+
+@accumulate_counts.register_fake
+def _(counts_E: Tensor, expert_ids_N: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("equipoise::accumulate", mutates_args=("total",))
+def accumulate(total: Tensor, addend: Tensor) -> None:
+    """Add addend to total in place (same shape; converted to total's dtype); nothing in a recomputed forward."""
+    if not inside_backward():
+        total.add_(addend)
+
+
+@accumulate.register_fake
+def _(total: Tensor, addend: Tensor) -> None:
+    return None

@@ -1,0 +1,207 @@
+"""Token-choice routing: each token takes its k best experts.
+
+Covers the field's variants by options: softmax or sigmoid scores, weights before or after the selection, group
+limits, temperature, jitter, a selection bias from a balancer. The bias changes who is selected, never the weights.
+Formulas: Switch (arXiv 2101.03961), Mixtral, DeepSeek-V3 (arXiv 2412.19437 section 2.1.2; the reference is
+deepseek-ai/DeepSeek-V3:inference/model.py).
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as fn
+from torch import Tensor, nn
+
+from equipoise.ops.router_linear import router_linear
+from equipoise.types import RoutingDecision
+
+Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Configuration of a top-k router.
+
+    k: experts per token, K.
+    score: how logits become scores: "softmax" over all experts, "sigmoid", or "sqrtsoftplus" = sqrt(softplus(z)).
+    order: "pre" scores all experts and then selects; "post" selects and then takes the softmax over the selected
+        logits (Mixtral). "post" equals "pre" with renormalize=True for softmax.
+    renormalize: divide the selected weights by their sum. None means True for k > 1. Refused for k = 1: the weight
+        would be the constant 1, and the router would get no gradient from the task.
+    scale: the weights are multiplied with it at the end (DeepSeek-V3: 2.5).
+    temperature, eval_temperature: weights are made of z / temperature; the selection never depends on it. A
+        different eval_temperature (None: the same) changes the outputs the model was trained for.
+    jitter: in training the router's input is multiplied with U(1 - jitter, 1 + jitter).
+    num_groups, top_groups, group_score: experts are split into num_groups groups of neighbours, and a token may only
+        use its top_groups best ones, by the sum of a group's two best selection scores ("top2") or its best ("max").
+    init_std: standard deviation of the weight's initial values; None takes the model's. init: "normal", or
+        "truncated" at two standard deviations.
+    """
+
+    k: int = 2
+    score: Score = "softmax"
+    order: Literal["pre", "post"] = "pre"
+    renormalize: bool | None = None
+    scale: float = 1.0
+    temperature: float = 1.0
+    eval_temperature: float | None = None
+    jitter: float = 0.0
+    num_groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["top2", "max"] = "top2"
+    init_std: float | None = None
+    init: Literal["normal", "truncated"] = "normal"
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ValueError(f"TopK.k: expected at least 1, got {self.k}")
+        if self.score not in ("softmax", "sigmoid", "sqrtsoftplus"):
+            raise ValueError(f"TopK.score: expected softmax, sigmoid or sqrtsoftplus, got {self.score!r}")
+        if self.order not in ("pre", "post"):
+            raise ValueError(f"TopK.order: expected pre or post, got {self.order!r}")
+        if self.order == "post" and self.score != "softmax":
+            raise ValueError(f'TopK.order: "post" is a softmax over the selected logits, got score={self.score!r}')
+        if self.k == 1 and (self.renormalize or self.order == "post"):
+            raise ValueError(
+                f"TopK: k=1 with renormalize={self.renormalize}, order={self.order!r} makes every weight the constant "
+                '1, so the router gets no gradient from the task; use renormalize=False and order="pre", or k >= 2'
+            )
+        for name, value in (("temperature", self.temperature), ("eval_temperature", self.eval_temperature)):
+            if value is not None and value <= 0:
+                raise ValueError(f"TopK.{name}: expected more than 0, got {value}")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"TopK.jitter: expected a value in [0, 1), got {self.jitter}")
+        if self.eval_temperature not in (None, self.temperature):
+            warnings.warn(
+                f"TopK: eval_temperature={self.eval_temperature} differs from temperature={self.temperature}. It does "
+                "not change which experts are chosen, only scales their outputs away from what was trained; "
+                "use the same value",
+                UserWarning,
+                stacklevel=3,
+            )
+
+    def check(self, num_experts: int) -> None:
+        """Raise ValueError when this router can't work with num_experts."""
+        if self.k > num_experts:
+            raise ValueError(
+                f"TopK.k: expected at most num_experts = {num_experts}, got {self.k}; lower k or add experts"
+            )
+        if self.num_groups < 1 or num_experts % self.num_groups:
+            raise ValueError(
+                f"TopK.num_groups: expected a divisor of num_experts = {num_experts}, got {self.num_groups}"
+            )
+        if not 1 <= self.top_groups <= self.num_groups:
+            raise ValueError(f"TopK.top_groups: expected 1 to num_groups = {self.num_groups}, got {self.top_groups}")
+        reachable = self.top_groups * (num_experts // self.num_groups)
+        if reachable < self.k:
+            raise ValueError(
+                f"TopK.top_groups: {self.top_groups} of {self.num_groups} groups hold {reachable} experts, fewer than "
+                f"k = {self.k}; raise top_groups or lower num_groups"
+            )
+
+    def build(self, dim: int, num_experts: int) -> TopKRouter:
+        """The router module for inputs of size dim."""
+        return TopKRouter(self, dim, num_experts)
+
+    def weights_sum_to(self) -> float | None:
+        """The sum of a token's weights where it is fixed, else None."""
+        return self.scale if self.order == "post" or self._renormalizes else None
+
+    @property
+    def _renormalizes(self) -> bool:
+        return self.k > 1 if self.renormalize is None else self.renormalize
+
+
+def scores_of(logits_TE: Tensor, score: Score) -> Tensor:
+    """Scores in the logits' dtype; non-negative."""
+    if score == "softmax":
+        return logits_TE.softmax(-1)
+    return logits_TE.sigmoid() if score == "sigmoid" else fn.softplus(logits_TE).sqrt()
+
+
+def limit_to_groups(scores_TE: Tensor, num_groups: int, top_groups: int, group_score: str) -> Tensor:
+    """scores_TE with -inf for experts outside each token's best groups.
+
+    -inf and not 0: a bias can push scores below zero, and a masked 0 would then win
+    (huggingface/transformers#45440).
+    """
+    T, E = scores_TE.shape
+    grouped_TGe = scores_TE.view(T, num_groups, E // num_groups)
+    if group_score == "top2":
+        worth_TG = grouped_TGe.topk(min(2, E // num_groups), dim=-1).values.sum(-1)
+    else:
+        worth_TG = grouped_TGe.amax(-1)
+    allowed_TG = torch.zeros_like(worth_TG, dtype=torch.bool).scatter(1, worth_TG.topk(top_groups).indices, True)
+    return grouped_TGe.masked_fill(~allowed_TG.unsqueeze(-1), float("-inf")).view(T, E)
+
+
+class TopKRouter(nn.Module):
+    """The linear router of `TopK`. Its only parameter is weight (E, D), in the model's dtype; its maths is fp32."""
+
+    def __init__(self, config: TopK, dim: int, num_experts: int) -> None:
+        super().__init__()
+        config.check(num_experts)
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.init_weights(0.02)
+
+    def init_weights(self, std: float) -> None:
+        """Draw the weight; std is the model's, used where the config names none."""
+        std = std if self.config.init_std is None else self.config.init_std
+        if self.config.init == "truncated":
+            nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        else:
+            nn.init.normal_(self.weight, std=std)
+
+    def forward(self, x_TD: Tensor, bias_E: Tensor | None = None, token_ids_T: Tensor | None = None) -> RoutingDecision:
+        """Decide. bias_E (E,) fp32 is added to the scores for the selection only; token_ids_T is not used."""
+        config = self.config
+        if self.training and config.jitter:
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - config.jitter, 1 + config.jitter)
+        logits_TE = router_linear(x_TD, self.weight)
+        scores_TE = scores_of(logits_TE, config.score)
+        ids_TK = self._select(logits_TE.detach(), scores_TE.detach(), bias_E)
+        probs_TE = scores_TE
+        if config.score != "softmax":
+            probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(scores_TE.dtype).tiny)
+        return RoutingDecision.from_topk(
+            ids_TK,
+            self._weights(logits_TE, scores_TE, ids_TK),
+            probs_TE=probs_TE,
+            logits_TE=logits_TE,
+            scores_TE=scores_TE,
+        )
+
+    def _select(self, logits_TE: Tensor, scores_TE: Tensor, bias_E: Tensor | None) -> Tensor:
+        """int64 (T, K). Without bias and groups by logits, which can't tie by underflow as probabilities do."""
+        config = self.config
+        grouped = config.top_groups < config.num_groups
+        selection_TE = logits_TE if bias_E is None and not grouped else scores_TE
+        if bias_E is not None:
+            selection_TE = selection_TE + bias_E
+        if grouped:
+            selection_TE = limit_to_groups(selection_TE, config.num_groups, config.top_groups, config.group_score)
+        return selection_TE.topk(config.k, dim=-1).indices
+
+    def _weights(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        """fp32 (T, K). Gathered from the scores, never recovered as (score + bias) - bias, which cancels to 0."""
+        config = self.config
+        temperature = config.temperature
+        if not self.training and config.eval_temperature is not None:
+            temperature = config.eval_temperature
+        if config.order == "post":
+            return config.scale * (logits_TE.gather(1, ids_TK) / temperature).softmax(-1)
+        if temperature != 1.0:
+            scores_TE = scores_of(logits_TE / temperature, config.score)
+        weights_TK = scores_TE.gather(1, ids_TK)
+        if config._renormalizes:
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        return config.scale * weights_TK
+
+    def extra_repr(self) -> str:
+        """Shown by print(module)."""
+        return repr(self.config)

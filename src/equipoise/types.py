@@ -1,0 +1,241 @@
+"""The nouns that travel between the parts of equipoise, and the protocols that parts implement.
+
+Shape letters, everywhere, as suffixes: T tokens (padding removed), D model dim, F expert hidden dim, E experts,
+e experts on this rank, K experts per token, N assignments, R rows on this rank, L MoE layers, B batch, S sequence.
+A capital is a logical size, lower case the local shard. This file does not import torch at run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Severity = Literal["info", "warning", "critical"]
+
+
+# ---------------------------------------------------------------------------------------------- in the layer
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingDecision:
+    """Who goes where, with what weight: one row per (token, expert) assignment.
+
+    token_ids_N: int64, the token of each assignment, in [0, T).
+    expert_ids_N: int64, the logical expert of each assignment, in [0, E).
+    weights_N: fp32, what the expert's output is multiplied with. Carries the gradient to the router.
+    probs_TE: fp32, router probabilities, each row sums to 1 (sigmoid scores are row-normalised). For losses.
+    logits_TE: fp32, router logits before score, bias and jitter of the selection. For losses and statistics.
+    scores_TE: fp32, the scores that a selection bias is added to (equal to probs_TE for softmax routers).
+    top_k: K when every token has exactly K assignments, stored token by token (the (T, K) fast path); else None.
+    """
+
+    token_ids_N: Tensor
+    expert_ids_N: Tensor
+    weights_N: Tensor
+    probs_TE: Tensor
+    logits_TE: Tensor
+    scores_TE: Tensor
+    top_k: int | None = None
+
+    @classmethod
+    def from_topk(
+        cls,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        *,
+        probs_TE: Tensor,
+        logits_TE: Tensor,
+        scores_TE: Tensor | None = None,
+    ) -> RoutingDecision:
+        """Build the decision of a token-choice router: K experts for each of T tokens.
+
+        ids_TK: int64 (T, K), distinct within a row. weights_TK: fp32 (T, K).
+        """
+        import torch
+
+        T, K = ids_TK.shape
+        token_ids_N = torch.arange(T, device=ids_TK.device).repeat_interleave(K, output_size=T * K)
+        scores_TE = probs_TE if scores_TE is None else scores_TE
+        return cls(token_ids_N, ids_TK.reshape(-1), weights_TK.reshape(-1), probs_TE, logits_TE, scores_TE, K)
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the real tokens that were routed."""
+        return int(self.probs_TE.shape[0])
+
+    @property
+    def num_experts(self) -> int:
+        """E, the logical experts."""
+        return int(self.probs_TE.shape[1])
+
+
+@runtime_checkable
+class DispatchPlan(Protocol):
+    """What `combine` needs to undo `dispatch`. Each dispatcher has its own; these two fields are public.
+
+    counts_e: int64 (e,), rows that each local expert computes, after drops.
+    drops: scalar int64 tensors by reason. "capacity" counts dropped assignments, "tokens" the tokens that lost
+        every assignment. Empty for a dispatcher that never drops.
+    """
+
+    @property
+    def counts_e(self) -> Tensor: ...  # noqa: D102 - described by the class
+
+    @property
+    def drops(self) -> Mapping[str, Tensor]: ...  # noqa: D102 - described by the class
+
+
+@dataclass(frozen=True, eq=False)
+class Routed:
+    """What an MoE layer shows to observers after each forward: the decision, the plan, the balancing losses.
+
+    losses: each balancing loss before its coefficient, by name, detached scalars; empty in eval.
+    """
+
+    decision: RoutingDecision
+    plan: DispatchPlan
+    losses: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class BatchScope:
+    """What a balancing loss may know beyond the micro-batch in its hands. Passed down by the training loop.
+
+    step: the optimizer step, for coefficients that follow a schedule.
+    share: this micro-batch's share of the tokens of the global batch, in (0, 1]. Scales every balancing loss, so
+        that the gradients of the micro-batches add up to the gradient of the batch.
+    counts: int64 assignments of the whole global batch, (L, E) for a model, (E,) for one layer. Losses with
+        scope="global" need it when the global batch is split; None means that this micro-batch is the global batch.
+    """
+
+    step: int = 0
+    share: float = 1.0
+    counts: Tensor | None = None
+
+    def layer(self, index: int) -> BatchScope:
+        """The scope as layer number `index` of the model's MoE layers sees it."""
+        return self if self.counts is None else replace(self, counts=self.counts[index])
+
+
+# ---------------------------------------------------------------------------------------------- in the monitor
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingStats:
+    """One layer's routing over one window: exact counts and what follows from them. Plain numbers.
+
+    layer: the layer's name in the model. step: the optimizer step at the end of the window.
+    num_tokens: real tokens routed. counts_E: int64 assignments per expert, after the decision, before drops.
+    dropped: assignments lost, by reason; "tokens" counts the tokens that lost all of theirs.
+    load_entropy: H(f)/ln E of the load shares f, in [0, 1]; 1 is even.
+    token_entropy: mean over tokens of H(p_t)/ln E, in [0, 1]; high means that the router is undecided.
+    marginal_entropy: H(mean_t p_t)/ln E, in [0, 1]; low means that the router prefers the same experts for all.
+    mutual_information: (marginal - token entropy) in nats: how much the token tells about the expert.
+    max_violation: max_e c_e/mean(c) - 1 (arXiv 2408.15664), 0 is even, E - 1 is one expert for all at top-1.
+    effective_experts: exp(H(f)), in [1, E]: how many equally loaded experts the load is worth.
+    max_token_share: share of tokens that reach the busiest expert, in [0, 1]; fair is K/E.
+    dead_experts: experts below a tenth of the fair load, when at least 100 assignments each were to be expected.
+    logit_mean, logit_std, logit_logsumexp: over tokens (and experts) of the fp32 router logits.
+    losses: mean of each balancing loss over the window, before its coefficient.
+    """
+
+    layer: str
+    step: int
+    num_tokens: int
+    counts_E: np.ndarray
+    dropped: Mapping[str, int]
+    load_entropy: float
+    token_entropy: float
+    marginal_entropy: float
+    mutual_information: float
+    max_violation: float
+    effective_experts: float
+    max_token_share: float
+    dead_experts: tuple[int, ...]
+    logit_mean: float
+    logit_std: float
+    logit_logsumexp: float
+    losses: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def num_experts(self) -> int:
+        """E, the experts of the layer."""
+        return len(self.counts_E)
+
+    @property
+    def load_E(self) -> np.ndarray:  # noqa: N802 - the shape is part of the name
+        """float64 (E,), load relative to the fair share: 1 is fair, 0 is dead."""
+        total = self.counts_E.sum()
+        return self.counts_E * (self.num_experts / total) if total else np.zeros(self.num_experts)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A detector's opinion about one window of one layer. The alert book decides whether it becomes an alert.
+
+    rule: the rule's name. layer, expert: what it is about; expert is None for the layer as a whole.
+    value, threshold: the measured number and the limit it passed. message: one sentence with the numbers.
+    remedy: what to do about it.
+    """
+
+    rule: str
+    layer: str
+    expert: int | None
+    severity: Severity
+    value: float
+    threshold: float
+    message: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Alert:
+    """A finding that lasted. state goes firing -> resolved; key names it across its life ("layer:rule:expert")."""
+
+    key: str
+    state: Literal["firing", "resolved"]
+    since_step: int
+    step: int
+    finding: Finding
+
+
+@dataclass(frozen=True)
+class Action:
+    """One repair: what was done to which layer at which step, why, and the numbers before it.
+
+    kind: e.g. "quantile_bias". reason: the key of the alert that led to it. detail: plain numbers.
+    """
+
+    kind: str
+    layer: str
+    step: int
+    reason: str
+    detail: Mapping[str, float] = field(default_factory=dict)
+
+
+class Detector(Protocol):
+    """Pure: one window of statistics in, findings out."""
+
+    def __call__(self, window: Sequence[RoutingStats]) -> list[Finding]: ...  # noqa: D102 - described by the class
+
+
+class Sink(Protocol):
+    """Something that takes what the monitor has seen: a store, a terminal, a pager."""
+
+    def routing(self, window: Sequence[RoutingStats]) -> None:
+        """Take one flushed window, a record per layer."""
+        ...
+
+    def alert(self, alert: Alert) -> None:
+        """Take an alert when it fires and again when it is resolved."""
+        ...
+
+    def action(self, action: Action) -> None:
+        """Take a repair that was applied."""
+        ...
