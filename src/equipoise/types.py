@@ -15,6 +15,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
 Severity = Literal["info", "warning", "critical"]
 
@@ -103,6 +104,20 @@ class Routed:
     losses: Mapping[str, Tensor]
 
 
+DROP_REASONS = ("capacity", "tokens")  # the keys of `DispatchPlan.drops` and `RoutingStats.dropped`
+
+
+@runtime_checkable
+class Observable(Protocol):
+    """A layer that can be watched: its `tap` module is called with a `Routed` in every forward."""
+
+    @property
+    def tap(self) -> Module: ...  # noqa: D102 - described by the class
+
+    @property
+    def num_experts(self) -> int: ...  # noqa: D102 - described by the class
+
+
 @dataclass(frozen=True, eq=False)
 class BatchScope:
     """What a balancing loss may know beyond the micro-batch in its hands. Passed down by the training loop.
@@ -169,7 +184,7 @@ class RoutingStats:
         return len(self.counts_E)
 
     @property
-    def load_E(self) -> np.ndarray:  # noqa: N802 - the shape is part of the name
+    def load_E(self) -> np.ndarray:
         """float64 (E,), load relative to the fair share: 1 is fair, 0 is dead."""
         total = self.counts_E.sum()
         return self.counts_E * (self.num_experts / total) if total else np.zeros(self.num_experts)
@@ -196,7 +211,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Alert:
-    """A finding that lasted. state goes firing -> resolved; key names it across its life ("layer:rule:expert")."""
+    """A finding that lasted. state goes firing -> resolved; key names it across its life ("layer:rule")."""
 
     key: str
     state: Literal["firing", "resolved"]

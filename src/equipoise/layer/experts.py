@@ -88,8 +88,9 @@ class Experts(nn.Module):
         """(T, D) in x's dtype. Under autocast the products run in its dtype: the operators below don't see autocast."""
         up, down, out_dtype = self.up, self.down_proj, x.dtype
         compute_dtype = torch.promote_types(x.dtype, up.dtype)
-        if torch.is_autocast_enabled(x.device.type):
-            compute_dtype = torch.get_autocast_dtype(x.device.type)
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # the meta device has none
+            compute_dtype = torch.get_autocast_dtype(device)
         x, up_c, down_c = x.to(compute_dtype), up.to(compute_dtype), down.to(compute_dtype)
         name, _ = backend_for(self.backend, x, up_c, down_c)
         return BACKENDS[name](x, plan, up_c, down_c, self.activation).to(out_dtype)
@@ -97,5 +98,5 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(module): sizes, and which backend these parameters get and why."""
         e, D, F = self.down_proj.shape
-        name, reason = backend_for(self.backend, self.down_proj[0], self.up, self.down_proj)
+        name, reason = backend_for(self.backend, self.up[0], self.up, self.down_proj)
         return f"num_experts={e}, dim={D}, hidden_dim={F}, activation={self.activation}, backend={name} ({reason})"

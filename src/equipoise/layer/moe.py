@@ -79,13 +79,15 @@ class MoE(nn.Module):
         self.tap = Tap()
 
     def init_weights(self, std: float, output_std: float) -> None:
-        """Draw all weights: std inside, output_std for what writes into the residual stream."""
+        """Draw all weights: std inside, output_std for what writes into the residual stream. Resets the balancer."""
         self.router.init_weights(std)
         self.experts.init_weights(std, output_std)
         if self.shared is not None:
             self.shared.init_weights(std, output_std)
         if self.shared_gate is not None:
             nn.init.normal_(self.shared_gate.weight, std=std)
+        if self.balancer is not None:
+            self.balancer.reset()
 
     def forward(
         self,
@@ -108,9 +110,11 @@ class MoE(nn.Module):
         y_TD = self.dispatcher.combine(self.experts(rows, plan), plan)
         if self.shared is not None:
             y_TD = y_TD + self._shared(view.x_TD)
+        if self.training and self.balancer is not None:  # also without gradients: reentrant checkpointing starts so
+            self.balancer.observe(decision)
         losses: Mapping[str, Tensor] = {}
         if self.training and torch.is_grad_enabled():
-            y_TD, losses = self._balance(y_TD, decision, view, scope or BatchScope())
+            y_TD, losses = self._attach_losses(y_TD, decision, view, scope or BatchScope())
         self.tap(Routed(decision, plan, losses))
         return view.restore(y_TD)
 
@@ -125,12 +129,10 @@ class MoE(nn.Module):
         y_TD: Tensor = self.shared(x_TD)
         return y_TD if self.shared_gate is None else y_TD * self.shared_gate(x_TD).sigmoid()
 
-    def _balance(
+    def _attach_losses(
         self, y_TD: Tensor, decision: RoutingDecision, view: TokenView, scope: BatchScope
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """Show the decision to the balancer, attach the losses to the output; (output, losses for observers)."""
-        if self.balancer is not None:
-            self.balancer.observe(decision)
+        """(output with the losses attached, losses for observers)."""
         inputs = LossInputs(decision, view.sequence_ids_T, view.num_sequences, scope.counts)
         values = {loss.name: loss(inputs) for loss in self.losses}
         if values:

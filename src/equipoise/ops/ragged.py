@@ -69,7 +69,7 @@ def sum_rows(y_RD: Tensor, token_ids_R: Tensor, rows_TK: Tensor | None, num_toke
     With rows_TK each token's K rows are read where they lie and summed in one pass; without it they are scattered.
     """
     if y_RD.shape[0] == 0 or num_tokens == 0:
-        return y_RD.new_zeros(num_tokens, y_RD.shape[1])
+        return y_RD.new_zeros(num_tokens, y_RD.shape[1]) + y_RD.sum()  # 0, but still a function of the rows
     if rows_TK is not None:
         summed: Tensor = torch.nn.functional.embedding_bag(rows_TK, y_RD, mode="sum")
         return summed

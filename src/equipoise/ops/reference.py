@@ -7,6 +7,7 @@ loops; nothing is shared with the fast code but the definition of the activation
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ def select(scores_TE: Tensor, k: int, num_groups: int = 1, top_groups: int = 1, 
 
 def capacity(num_tokens: int, k: int, num_experts: int, factor: float) -> int:
     """Assignments an expert may take: ceil(factor * T * K / E), at least 1, at most T."""
-    return min(max(num_tokens, 1), max(1, math.ceil(factor * num_tokens * k / num_experts)))
+    exact = Fraction(str(factor)) * num_tokens * k / num_experts  # in floats 1.1 * 20 / 2 is more than 11
+    return min(max(num_tokens, 1), max(1, math.ceil(exact)))
 
 
 def keep(expert_ids_N: Tensor, priority_N: Tensor, limit: int) -> Tensor:

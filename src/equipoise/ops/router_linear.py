@@ -6,10 +6,19 @@ x.float() for the weight's gradient: 4 T D bytes, more than the experts' own inp
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Switches autocast off; the meta device has none."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    context: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
+    return context
 
 
 class _RouterLinear(torch.autograd.Function):
@@ -17,13 +26,13 @@ class _RouterLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
         ctx.dtype = dtype
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with _no_autocast(x_TD.device):
             return x_TD.to(dtype) @ weight_ED.to(dtype).t()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_TD, weight_ED = ctx.saved_tensors
-        with torch.autocast(x_TD.device.type, enabled=False):
+        with _no_autocast(x_TD.device):
             grad_TE = grads[0].to(ctx.dtype)
             grad_x = (grad_TE @ weight_ED.to(ctx.dtype)).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
             grad_w = (grad_TE.t() @ x_TD.to(ctx.dtype)).to(weight_ED.dtype) if ctx.needs_input_grad[1] else None

@@ -6,8 +6,9 @@ each real forward once, and is updated from counts summed over micro-batches and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,16 @@ def quantile_bias(scores_TE: Tensor, bias_E: Tensor, k: int) -> Tensor:
     return beta_E.mean() - beta_E
 
 
+def _keep_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """fn for `nn.Module._apply`, which moves and casts: the move without the cast."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+
+    return moved
+
+
 def _check_rate(owner: str, rate: float) -> None:
     if rate < 0:
         raise ValueError(f"{owner}.rate: expected 0 or more, got {rate}")
@@ -107,10 +118,21 @@ class BiasBalancer(nn.Module):
         self.register_buffer("momentum_E", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("pending_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """As new: no bias, nothing counted."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
     @property
     def pending(self) -> Tensor:
         """What to sum over ranks before `update`."""
         return self.pending_E
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the model, but stay fp32 when it is cast: in bf16 a bias of 1 would swallow steps of 1e-3."""
+        moved: Self = super()._apply(_keep_dtype(fn), recurse)  # type: ignore[no-untyped-call]  # torch's
+        return moved
 
     def observe(self, decision: RoutingDecision) -> None:
         """Count the decision's assignments (once, also when the forward is recomputed)."""
@@ -170,10 +192,22 @@ class QuantileBalancer(nn.Module):
         self.register_buffer("active", torch.tensor(not config.on_demand))
         self.register_buffer("pending_EC", torch.zeros(num_experts, NUM_BINS, dtype=torch.int64), persistent=False)
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """As new: no bias, nothing counted, active unless on_demand."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        self.active.fill_(not self.config.on_demand)
+
     @property
     def pending(self) -> Tensor:
         """What to sum over ranks before `update`."""
         return self.pending_EC
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move with the model, but stay fp32 when it is cast: in bf16 a bias of 1 would swallow steps of 1e-3."""
+        moved: Self = super()._apply(_keep_dtype(fn), recurse)  # type: ignore[no-untyped-call]  # torch's
+        return moved
 
     def activate(self) -> None:
         """Start to balance at the next update."""

@@ -1,0 +1,1 @@
+"""Decoder language models around the MoE layer: configuration, attention, key/value caches, generation."""

@@ -1,0 +1,113 @@
+"""Causal self-attention with grouped key/value heads, rotary positions and an optional per-head RMS norm.
+
+Positions, rotary tables and masks are made once per forward by the functions here and handed to every layer.
+It doesn't choose a kernel (torch's scaled_dot_product_attention does) and knows caches only by their protocol.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name that torch's own documentation uses
+
+from equipoise.models.cache import KVCache
+from equipoise.models.config import DecoderConfig
+
+Rotary = tuple[Tensor, Tensor]
+
+
+def token_positions(num_queries: int, num_past: int, padding_BK: Tensor | None, device: torch.device) -> Tensor:
+    """Position of each new token in its own sequence: int64 (B, S), or (1, S) without padding.
+
+    padding_BK: bool (B, num_past + S), True = padding. Counting starts at the first real token, so that a
+    left-padded sequence gets the positions it has without padding. Padding itself gets any valid position.
+    """
+    if padding_BK is None:
+        return torch.arange(num_past, num_past + num_queries, device=device)[None]
+    return ((~padding_BK).cumsum(dim=1) - 1).clamp(min=0)[:, num_past:]
+
+
+def attention_mask(num_queries: int, num_past: int, padding_BK: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which keys each query may see: bool (B or 1, 1, S, num_past + S), True = visible; None where no mask is needed.
+
+    None means causal over equal lengths (nothing cached), or one query that sees every key. A query always sees
+    itself, even where it is padding: a row without any visible key would be NaN.
+    """
+    if padding_BK is None and (num_past == 0 or num_queries == 1):
+        return None
+    query_S1 = torch.arange(num_past, num_past + num_queries, device=device)[:, None]
+    key_K = torch.arange(num_past + num_queries, device=device)
+    visible = (key_K <= query_S1)[None, None]
+    if padding_BK is None:
+        return visible
+    return visible & (~padding_BK[:, None, None, :] | (key_K == query_S1))
+
+
+def rotary_tables(positions_BS: Tensor, head_dim: int, theta: float) -> Rotary:
+    """cos and sin of the rotary angles, fp32 (B, 1, S, head_dim / 2).
+
+    The angle of pair i at position p is p * theta^(-2i / head_dim) (RoFormer, arXiv 2104.09864, section 3.2.2).
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BS.device) / head_dim
+    angles = positions_BS[:, None, :, None].float() * theta**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BHSD: Tensor, rotary: Rotary) -> Tensor:
+    """Turn the pair (i, i + D/2) of each head by its angle, in fp32. Hugging Face checkpoints pair halves this way."""
+    cos, sin = rotary
+    first, second = x_BHSD.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of one layer; several query heads share a key/value head when kv_heads < num_heads.
+
+    forward(x_BSD, rotary, mask, cache) -> (B, S, D). rotary: tables of `rotary_tables`, or None for models with
+    learned positions. mask: as `attention_mask` makes it. cache: takes the new keys and values, gives all of them.
+    """
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_size
+        q_dim, kv_dim = config.num_heads * config.head_size, config.kv_heads * config.head_size
+        self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
+        self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self, x_BSD: Tensor, rotary: Rotary | None, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Attend from the S tokens of x to themselves and to what the cache holds."""
+        q, k, v = (
+            project(x_BSD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = _place(q, self.q_norm, rotary).to(v.dtype), _place(k, self.k_norm, rotary).to(v.dtype)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        is_causal = mask is None and q.shape[2] > 1
+        shares_heads = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=shares_heads)
+        out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
+        return out
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        """Draw the projections from normal(0, std), the output projection from normal(0, output_std)."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            nn.init.normal_(projection.weight, std=std)
+        nn.init.normal_(self.o_proj.weight, std=output_std)
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
+
+
+def _place(x_BHSD: Tensor, norm: nn.RMSNorm | None, rotary: Rotary | None) -> Tensor:
+    """Norm each head, then rotate it to its position. The norm runs in its weight's dtype: autocast leaves x lower."""
+    if norm is not None:
+        x_BHSD = norm(x_BHSD.to(norm.weight.dtype))
+    return x_BHSD if rotary is None else rotate(x_BHSD, rotary)

@@ -1,0 +1,253 @@
+"""The decoder language model: token embedding, pre-norm blocks of attention and MoE or dense feed-forward, logits.
+
+It knows neither the training loop nor the serving engine: both call `Decoder.forward`. Names in the state dict
+follow Hugging Face's Llama family, so that checkpoints map one to one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name that torch's own documentation uses
+from torch.utils.checkpoint import checkpoint
+
+from equipoise.layer import FeedForward, MoE
+from equipoise.models.attention import Attention, Rotary, attention_mask, rotary_tables, token_positions
+from equipoise.models.cache import KVCache
+from equipoise.models.config import DecoderConfig, MoEConfig, parameter_counts
+from equipoise.types import BatchScope
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, eq=False)
+class BatchView:
+    """What every block of one forward shares: the new tokens, where they stand and what they may see.
+
+    positions_BS: int64 (B or 1, S), of the new tokens. rotary: their tables; None with learned positions.
+    mask: what they may see; None where causal attention says it all.
+    padding_BS: True = padding, among the new tokens. cache: holds the keys and values of earlier tokens.
+    """
+
+    tokens_BS: Tensor
+    positions_BS: Tensor
+    rotary: Rotary | None
+    mask: Tensor | None
+    padding_BS: Tensor | None
+    cache: KVCache | None
+
+
+class Block(nn.Module):
+    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)), where mlp is an MoE or a FeedForward."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        moe = config.moe if layer in config.moe_layer_ids else None
+        self.input_layernorm = _norm(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = _norm(config)
+        self.mlp = FeedForward(config.dim, config.hidden_dim, config.activation) if moe is None else _moe(config, moe)
+        self.checkpoint_experts = moe is not None and moe.checkpoint_experts
+
+    def forward(self, x_BSD: Tensor, view: BatchView, scope: BatchScope | None) -> Tensor:
+        """Add what attention and the feed-forward part make of x; scope goes to the MoE."""
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), view.rotary, view.mask, view.cache)
+        out_BSD: Tensor = x_BSD + self._feed_forward(self.post_attention_layernorm(x_BSD), view, scope)
+        return out_BSD
+
+    def _feed_forward(self, x_BSD: Tensor, view: BatchView, scope: BatchScope | None) -> Tensor:
+        run: Callable[[Tensor], Tensor] = self.mlp
+        if isinstance(self.mlp, MoE):
+            run = partial(self.mlp, token_ids=view.tokens_BS, padding_mask=view.padding_BS, scope=scope)
+        recompute = self.checkpoint_experts and self.training and torch.is_grad_enabled()
+        return checkpoint(run, x_BSD, use_reentrant=False) if recompute else run(x_BSD)
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        """Draw the weights afresh; output_std is for the two projections that end in the residual stream."""
+        self.input_layernorm.reset_parameters()
+        self.post_attention_layernorm.reset_parameters()
+        self.self_attn.init_weights(std, output_std)
+        self.mlp.init_weights(std, output_std)
+
+
+class Decoder(nn.Module):
+    """A causal language model. Builds on the CPU or on `meta`, with fresh weights (`init_weights`).
+
+    After `to_empty` of a model built on `meta`, call `init_weights` or load a state dict. Neither sets the counts that
+    a balancer gathers between steps: build a model that will be trained with one on its device.
+    Raises RuntimeError when the parameters differ in number from what `parameter_counts` says.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
+        self.embed_positions = nn.Embedding(config.max_seq_len, config.dim) if config.style == "gpt2" else None
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = _norm(config)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        check_parameter_count(self, config)
+        self.init_weights()
+
+    @property
+    def moe_layers(self) -> dict[str, MoE]:
+        """The MoE layers in order, by their name among the model's modules ("layers.3.mlp")."""
+        return {f"layers.{i}.mlp": block.mlp for i, block in enumerate(self._blocks()) if isinstance(block.mlp, MoE)}
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        *,
+        cache: KVCache | None = None,
+        padding_mask: Tensor | None = None,
+        scope: BatchScope | None = None,
+    ) -> Tensor:
+        """Logits for the token after each of the S new tokens: (B, S, V).
+
+        tokens_BS: int64 (B, S), the tokens after those in the cache. padding_mask: bool (B, cache.length + S),
+        True = padding, on either side; it covers the cached tokens too. scope: what balancing losses know of the
+        global batch. Outputs at padding are meaningless but finite.
+        Raises ValueError for tokens of a wrong dtype, shape or (on the CPU) range, for more than max_seq_len tokens,
+        and for a padding mask of a wrong shape or dtype.
+        """
+        view = self._view(tokens_BS, padding_mask, cache)
+        x_BSD = self.embed_tokens(tokens_BS)
+        if self.embed_positions is not None:
+            x_BSD = x_BSD + self.embed_positions(view.positions_BS)
+        moe_index = 0
+        for block in self._blocks():
+            is_moe = isinstance(block.mlp, MoE)
+            x_BSD = block(x_BSD, view, scope.layer(moe_index) if scope is not None and is_moe else None)
+            moe_index += is_moe
+        if cache is not None:
+            cache.advance(tokens_BS.shape[1])
+        return self._logits(self.norm(x_BSD))
+
+    def _logits(self, x_BSD: Tensor) -> Tensor:
+        if self.lm_head is None:
+            return F.linear(x_BSD, self.embed_tokens.weight)
+        logits_BSV: Tensor = self.lm_head(x_BSD)
+        return logits_BSV
+
+    def _view(self, tokens_BS: Tensor, padding_BK: Tensor | None, cache: KVCache | None) -> BatchView:
+        num_past = 0 if cache is None else cache.length
+        _check_inputs(self.config, tokens_BS, padding_BK, num_past)
+        length, device = tokens_BS.shape[1], tokens_BS.device
+        positions_BS = token_positions(length, num_past, padding_BK, device)
+        rotary = None
+        if self.config.style == "modern":
+            rotary = rotary_tables(positions_BS, self.config.head_size, self.config.rope_theta)
+        mask = attention_mask(length, num_past, padding_BK, device)
+        padding_BS = None if padding_BK is None else padding_BK[:, num_past:]
+        return BatchView(tokens_BS, positions_BS, rotary, mask, padding_BS, cache)
+
+    def init_weights(self) -> None:
+        """Draw every weight afresh: normal(0, init_std), projections into the residual stream smaller.
+
+        The 2 * num_layers projections that add to the residual stream get init_std / sqrt(2 * num_layers), so that
+        its variance does not grow with depth (GPT-2, section 2.3).
+        """
+        std = self.config.init_std
+        output_std = std / math.sqrt(2 * self.config.num_layers)
+        for linear in (self.embed_tokens, self.embed_positions, self.lm_head):
+            if linear is not None:
+                nn.init.normal_(linear.weight, std=std)
+        self.norm.reset_parameters()
+        for block in self._blocks():
+            block.init_weights(std, output_std)
+
+    def _blocks(self) -> Iterator[Block]:
+        return iter(cast("Iterable[Block]", self.layers))
+
+
+def check_parameter_count(model: Decoder, config: DecoderConfig) -> None:
+    """Raise RuntimeError when the model's parameters differ in number from what `parameter_counts` says."""
+    actual, expected = sum(p.numel() for p in model.parameters()), parameter_counts(config).total
+    if actual != expected:
+        raise RuntimeError(
+            f"Decoder: the arithmetic of parameter_counts gives {expected:,} parameters, the modules have {actual:,}. "
+            "A layer has changed its parameters: bring parameter_counts in line with it."
+        )
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor, *, max_chunk_elements: int = 2**25) -> tuple[Tensor, Tensor]:
+    """Sum of -log p(target) in nats (fp32 scalar) and the number of targets it is over (int64 scalar).
+
+    logits: (..., V), any float dtype; the softmax is fp32. targets: int64 (...), -100 where there is none.
+    Divide the sums, not the means, when a batch is split. More logits than max_chunk_elements (128 MiB in fp32) go
+    through in chunks of rows, recomputed in backward, so that no fp32 copy of all of them exists.
+    Raises ValueError when the shapes do not match.
+    """
+    if logits.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"targets: expected shape {tuple(logits.shape[:-1])} for logits of shape {tuple(logits.shape)}, "
+            f"got {tuple(targets.shape)}. Give one target per row of logits, -100 where there is none."
+        )
+    rows_per_chunk = max(1, max_chunk_elements // logits.shape[-1])
+    logits_chunks = torch.split(logits.reshape(-1, logits.shape[-1]), rows_per_chunk)
+    target_chunks = torch.split(targets.reshape(-1), rows_per_chunk)
+    if len(logits_chunks) == 1:
+        total = _chunk_cross_entropy(logits_chunks[0], target_chunks[0])
+    else:
+        sums = (
+            checkpoint(_chunk_cross_entropy, *chunk, use_reentrant=False)
+            for chunk in zip(logits_chunks, target_chunks, strict=True)
+        )
+        total = torch.stack(list(sums)).sum()
+    return total, (targets != IGNORE_INDEX).sum()
+
+
+def _chunk_cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    return F.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _norm(config: DecoderConfig) -> nn.RMSNorm | nn.LayerNorm:
+    make = nn.LayerNorm if config.style == "gpt2" else nn.RMSNorm
+    return make(config.dim, eps=config.norm_eps)
+
+
+def _moe(config: DecoderConfig, moe: MoEConfig) -> MoE:
+    return MoE(
+        config.dim,
+        moe.hidden_dim,
+        moe.num_experts,
+        router=moe.router,
+        balance=moe.balance,
+        capacity=moe.capacity,
+        shared_experts=moe.shared_experts,
+        shared_gate=moe.shared_gate,
+        activation=config.activation,
+        backend=moe.backend,
+    )
+
+
+def _check_inputs(config: DecoderConfig, tokens_BS: Tensor, padding_BK: Tensor | None, num_past: int) -> None:
+    if tokens_BS.dtype not in (torch.int64, torch.int32) or tokens_BS.dim() != 2:
+        raise ValueError(
+            f"tokens_BS: expected int64 tokens of shape (batch, sequence), got {tokens_BS.dtype} of shape "
+            f"{tuple(tokens_BS.shape)}. Pass token ids, not embeddings or logits; one sequence needs tokens[None]."
+        )
+    batch, total = tokens_BS.shape[0], num_past + tokens_BS.shape[1]
+    if total > config.max_seq_len:
+        raise ValueError(
+            f"tokens_BS: expected at most max_seq_len={config.max_seq_len} tokens per sequence, got {total} "
+            f"({num_past} of them cached). Shorten the sequence, or build the model with max_seq_len >= {total}."
+        )
+    if padding_BK is not None and (padding_BK.dtype != torch.bool or padding_BK.shape != (batch, total)):
+        raise ValueError(
+            f"padding_mask: expected bool of shape {(batch, total)} (cached tokens included), got "
+            f"{padding_BK.dtype} of shape {tuple(padding_BK.shape)}. True marks padding."
+        )
+    if tokens_BS.device.type == "cpu" and tokens_BS.numel() and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in tokens_BS.aminmax())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"tokens_BS: expected ids in [0, vocab_size={config.vocab_size}), got [{low}, {high}]. "
+                "Use the tokenizer that the model was made for, or build the model with its vocabulary size."
+            )

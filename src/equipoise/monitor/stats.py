@@ -1,0 +1,247 @@
+"""Statistics of routing as pure functions, written once for NumPy, torch and JAX arrays (array API standard).
+
+They judge nothing (detectors.py does) and collect nothing (recorder.py does). Definitions: H is Shannon's entropy in
+nats, 0 ln 0 = 0. Without any token there is nothing to say, and every function answers as for an even, undecided
+router: load shares 1/E, entropies ln E, mutual information 0, logit moments 0. So emptiness never looks like collapse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_api_compat import array_namespace
+
+from equipoise.types import RoutingStats
+
+Array = Any  # a NumPy, torch or JAX array: the standard has no common type to name
+
+DEAD_LOAD = 0.1  # an expert below this load relative to fair is dead...
+DEAD_MIN_EXPECTED = 100.0  # ...if it should have had this many assignments: fewer prove nothing
+
+
+# ------------------------------------------------------------------------------------------------ of the counts
+
+
+def load_share(counts_E: Array) -> Array:
+    """Share of the assignments that each expert got, (..., E) -> (..., E), sums to 1; 1/E each without assignments."""
+    xp = array_namespace(counts_E)
+    num_experts = _num_experts(counts_E, "counts_E")
+    total = xp.sum(counts_E, axis=-1, keepdims=True)  # before the cast: the sum of integers is exact
+    empty = total == 0
+    share = _real(counts_E) / _real(xp.where(empty, xp.ones_like(total), total))
+    return xp.where(empty, xp.full_like(share, 1.0 / num_experts), share)
+
+
+def effective_experts(counts_E: Array) -> Array:
+    """exp(H(f)) of the load shares f, (..., E) -> (...), in [1, E]: how many even experts the load is worth."""
+    return array_namespace(counts_E).exp(_entropy(load_share(counts_E)))
+
+
+def load_entropy(counts_E: Array) -> Array:
+    """H(f) / ln E of the load shares f, (..., E) -> (...), in [0, 1]; 1 is even, and 1 for a single expert."""
+    entropy = _entropy(load_share(counts_E))
+    num_experts = counts_E.shape[-1]
+    return entropy / math.log(num_experts) if num_experts > 1 else array_namespace(entropy).ones_like(entropy)
+
+
+def max_violation(counts_E: Array) -> Array:
+    """MaxVio, max_e c_e / mean(c) - 1, (..., E) -> (...), in [0, E - 1]; 0 is even (arXiv 2408.15664, eq. 4)."""
+    return array_namespace(counts_E).max(load_share(counts_E), axis=-1) * counts_E.shape[-1] - 1.0
+
+
+def coefficient_of_variation(counts_E: Array) -> Array:
+    """Biased standard deviation over mean of the counts, (..., E) -> (...), in [0, sqrt(E - 1)]."""
+    return array_namespace(counts_E).std(load_share(counts_E), axis=-1) * counts_E.shape[-1]
+
+
+def gini(counts_E: Array) -> Array:
+    """Gini's coefficient sum_i (2i - E - 1) f_(i) / E of the sorted shares, (..., E) -> (...), in [0, 1 - 1/E]."""
+    xp = array_namespace(counts_E)
+    share = xp.sort(load_share(counts_E), axis=-1)
+    num_experts = counts_E.shape[-1]
+    weights = 2.0 * xp.cumulative_sum(xp.ones_like(share), axis=-1) - (num_experts + 1)
+    return xp.sum(weights * share, axis=-1) / num_experts
+
+
+def max_violation_floor(num_experts: int, expected: float) -> float:
+    """The MaxVio that a perfectly fair router shows by chance, about sqrt(2 ln E / mu); infinite for mu = 0.
+
+    expected: mu, the assignments that each expert is to expect, T * K / E. The expected maximum of E independent
+    normal deviations with variance 1/mu, an upper bound for it; alerts belong on what exceeds it.
+    """
+    return math.sqrt(2.0 * math.log(num_experts) / expected) if expected > 0 else math.inf
+
+
+# ------------------------------------------------------------------------------- of the probabilities and logits
+
+
+def marginal_entropy(probs_TE: Array) -> Array:
+    """H(mean_t p_t) in nats, in [0, ln E]; low means that the router prefers the same experts for all tokens."""
+    num_tokens, num_experts = _tokens_experts(probs_TE, "probs_TE")
+    xp = array_namespace(probs_TE)
+    if num_tokens == 0:
+        return _scalar(probs_TE, math.log(num_experts))
+    return _entropy(xp.mean(probs_TE, axis=0))
+
+
+def token_entropy(probs_TE: Array) -> Array:
+    """Mean over the tokens of H(p_t) in nats, in [0, ln E]; high means that the router is undecided."""
+    num_tokens, num_experts = _tokens_experts(probs_TE, "probs_TE")
+    if num_tokens == 0:
+        return _scalar(probs_TE, math.log(num_experts))
+    return array_namespace(probs_TE).mean(_entropy(probs_TE))
+
+
+def mutual_information(probs_TE: Array) -> Array:
+    """H(mean_t p_t) - mean_t H(p_t) in nats, in [0, ln E]: how much the token tells about the expert."""
+    return marginal_entropy(probs_TE) - token_entropy(probs_TE)
+
+
+class LogitMoments(NamedTuple):
+    """Of the router logits: mean and biased standard deviation over all entries, mean log-sum-exp over tokens."""
+
+    mean: Array
+    std: Array
+    logsumexp: Array
+
+
+def logit_moments(logits_TE: Array) -> LogitMoments:
+    """Mean, standard deviation and mean log-sum-exp of router logits (T, E); zeros without tokens."""
+    num_tokens, _ = _tokens_experts(logits_TE, "logits_TE")
+    if num_tokens == 0:
+        zero = _scalar(logits_TE, 0.0)
+        return LogitMoments(zero, zero, zero)
+    xp = array_namespace(logits_TE)
+    top_T1 = xp.max(logits_TE, axis=-1, keepdims=True)  # subtracted, so that large logits do not overflow
+    logsumexp_T = xp.log(xp.sum(xp.exp(logits_TE - top_T1), axis=-1)) + top_T1[:, 0]
+    return LogitMoments(xp.mean(logits_TE), xp.std(logits_TE), xp.mean(logsumexp_T))
+
+
+# ------------------------------------------------------------------------------------------ of a recorder's window
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingSums:
+    """What a recorder adds up over a window of one layer. Everything is a sum, so that windows and ranks just add.
+
+    num_tokens: T, real tokens. counts_E: int64 (E,), assignments. probs_sum_E: float64 (E,), sum over tokens of p_te.
+    token_entropy_sum: sum over tokens of H(p_t) in nats. logit_sum, logit_sq_sum: over all T * E logits.
+    logsumexp_sum: over tokens. dropped: assignments lost, by reason.
+    losses: each balancing loss times the tokens of its micro-batch, added up; divided by num_tokens it is the mean.
+    """
+
+    num_tokens: int
+    counts_E: np.ndarray
+    probs_sum_E: np.ndarray
+    token_entropy_sum: float
+    logit_sum: float
+    logit_sq_sum: float
+    logsumexp_sum: float
+    dropped: Mapping[str, int]
+    losses: Mapping[str, float]
+
+
+def merge(a: RoutingSums, b: RoutingSums) -> RoutingSums:
+    """The sums over both windows (or both ranks).
+
+    Raises ValueError if the numbers of experts differ.
+    """
+    if a.counts_E.shape != b.counts_E.shape:
+        raise ValueError(
+            f"counts_E: cannot merge windows of {len(a.counts_E)} and {len(b.counts_E)} experts; "
+            "merge sums of the same layer only"
+        )
+    return RoutingSums(
+        num_tokens=a.num_tokens + b.num_tokens,
+        counts_E=a.counts_E + b.counts_E,
+        probs_sum_E=a.probs_sum_E + b.probs_sum_E,
+        token_entropy_sum=a.token_entropy_sum + b.token_entropy_sum,
+        logit_sum=a.logit_sum + b.logit_sum,
+        logit_sq_sum=a.logit_sq_sum + b.logit_sq_sum,
+        logsumexp_sum=a.logsumexp_sum + b.logsumexp_sum,
+        dropped={key: a.dropped.get(key, 0) + b.dropped.get(key, 0) for key in {**a.dropped, **b.dropped}},
+        losses={key: a.losses.get(key, 0.0) + b.losses.get(key, 0.0) for key in {**a.losses, **b.losses}},
+    )
+
+
+def routing_stats(layer: str, step: int, sums: RoutingSums) -> RoutingStats:
+    """The record of one layer's window, from its exact sums.
+
+    The variance of the logits is E[z^2] - E[z]^2: exact enough while |mean| is not thousands of standard deviations.
+    """
+    counts_E = sums.counts_E
+    num_experts = _num_experts(counts_E, "counts_E")
+    tokens = max(sums.num_tokens, 1)
+    ln_experts = math.log(num_experts)
+    undecided = sums.num_tokens == 0
+    marginal = ln_experts if undecided else float(_entropy(sums.probs_sum_E / tokens))
+    per_token = ln_experts if undecided else sums.token_entropy_sum / tokens
+    logit_mean = sums.logit_sum / (tokens * num_experts)
+    logit_var = sums.logit_sq_sum / (tokens * num_experts) - logit_mean**2
+    return RoutingStats(
+        layer=layer,
+        step=step,
+        num_tokens=sums.num_tokens,
+        counts_E=counts_E,
+        dropped=dict(sums.dropped),
+        load_entropy=float(load_entropy(counts_E)),
+        token_entropy=per_token / ln_experts if num_experts > 1 else 1.0,
+        marginal_entropy=marginal / ln_experts if num_experts > 1 else 1.0,
+        mutual_information=marginal - per_token,
+        max_violation=float(max_violation(counts_E)),
+        effective_experts=float(effective_experts(counts_E)),
+        max_token_share=float(counts_E.max()) / tokens,
+        dead_experts=dead_experts(counts_E),
+        logit_mean=logit_mean,
+        logit_std=math.sqrt(logit_var) if not logit_var < 0 else 0.0,  # rounding may go below 0; NaN must stay NaN
+        logit_logsumexp=sums.logsumexp_sum / tokens,
+        losses={name: value / tokens for name, value in sums.losses.items()},
+    )
+
+
+def dead_experts(counts_E: np.ndarray) -> tuple[int, ...]:
+    """Experts below a tenth of the fair load; none while fewer than 100 assignments each were to be expected."""
+    expected = float(counts_E.sum()) / len(counts_E)
+    if expected < DEAD_MIN_EXPECTED:
+        return ()
+    return tuple(int(expert) for expert in np.flatnonzero(counts_E < DEAD_LOAD * expected))
+
+
+# ------------------------------------------------------------------------------------------------------- helpers
+
+
+def _entropy(share: Array) -> Array:
+    """H in nats over the last axis; where(p > 0) keeps 0 ln 0 at 0 without a NaN or a warning."""
+    xp = array_namespace(share)
+    safe = xp.where(share > 0, share, xp.ones_like(share))
+    return -xp.sum(share * xp.log(safe), axis=-1)
+
+
+def _real(x: Array) -> Array:
+    """x as real floating; integers become the library's default (float64 in NumPy, float32 in torch and JAX)."""
+    xp = array_namespace(x)
+    if xp.isdtype(x.dtype, "real floating"):
+        return x
+    return xp.astype(x, xp.__array_namespace_info__().default_dtypes()["real floating"])
+
+
+def _scalar(like: Array, value: float) -> Array:
+    """A 0-dim array of the library, dtype and device of `like`."""
+    xp = array_namespace(like)
+    return xp.full_like(xp.sum(like), value)
+
+
+def _num_experts(x: Array, name: str) -> int:
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name}: expected one entry per expert on the last axis, got shape {tuple(x.shape)}")
+    return int(x.shape[-1])
+
+
+def _tokens_experts(x: Array, name: str) -> tuple[int, int]:
+    if x.ndim != 2 or x.shape[-1] == 0:
+        raise ValueError(f"{name}: expected shape (T, E), got {tuple(x.shape)}; flatten batch and sequence to tokens")
+    return int(x.shape[0]), int(x.shape[1])

@@ -1,0 +1,1 @@
+"""Training: corpora, tokenizers, batches, and the loop that uses them."""

@@ -1,0 +1,122 @@
+"""What defines a training run: frozen, plain, written into the run folder as config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from equipoise.models.config import DecoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on.
+
+    corpus: "embedded", "wikitext-2", or a path to .txt, .jsonl, .parquet or a folder of them.
+    tokenizer: "bpe" is trained on the corpus with vocab_size tokens; "gpt2" is GPT-2's, from local files.
+    seq_len: tokens per sequence. val_fraction: of the documents' bytes, kept for validation.
+    cache_dir: where tokens and tokenizers are kept between runs.
+    """
+
+    corpus: str = "embedded"
+    tokenizer: str = "bpe"
+    vocab_size: int = 4096
+    seq_len: int = 128
+    val_fraction: float = 0.05
+    cache_dir: Path = field(default_factory=lambda: Path.home() / ".cache" / "equipoise" / "tokens")
+
+    def __post_init__(self) -> None:
+        if self.tokenizer not in ("bpe", "gpt2"):
+            raise ValueError(f"data.tokenizer: expected bpe or gpt2, got {self.tokenizer!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay.
+
+    lr: at the top. min_lr_ratio: of lr, at the last step. warmup: steps. clip: of the gradient's global norm.
+    weight_decay: on matrices only; not on norms, embeddings and routers.
+    """
+
+    lr: float = 1e-3
+    min_lr_ratio: float = 0.1
+    warmup: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    steps: optimizer steps. batch_size: sequences per optimizer step. micro_batch_size: sequences per forward; the
+    rest is gradient accumulation; None is the whole batch.
+    bf16: autocast to bfloat16, the router stays fp32. seed: of weights, data order and noise.
+    eval_every, checkpoint_every, watch_every: steps; 0 switches evaluation or checkpoints off until the end.
+    eval_batches: at most so many, spread evenly over the validation text. keep_checkpoints: the newest n.
+    recover: apply the recovery policy when a router collapses; without it alerts are only raised.
+    """
+
+    name: str
+    model: DecoderConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    steps: int = 1000
+    batch_size: int = 16
+    micro_batch_size: int | None = None
+    bf16: bool = True
+    seed: int = 0
+    eval_every: int = 200
+    eval_batches: int = 16
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 3
+    watch_every: int = 10
+    recover: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "keep_checkpoints", "watch_every", "eval_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        micro = self.micro_batch_size
+        if micro is not None and (micro < 1 or self.batch_size % micro):
+            raise ValueError(
+                f"micro_batch_size: expected a divisor of batch_size = {self.batch_size}, got {micro}; gradients of "
+                "micro-batches of one size add up to the gradient of the batch"
+            )
+        if self.model.max_seq_len < self.data.seq_len:
+            raise ValueError(
+                f"data.seq_len: expected at most model.max_seq_len = {self.model.max_seq_len}, got {self.data.seq_len}"
+            )
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forwards per optimizer step."""
+        return 1 if self.micro_batch_size is None else self.batch_size // self.micro_batch_size
+
+    def to_json(self) -> str:
+        """JSON text with everything in it."""
+        fields = {key: value for key, value in asdict(self).items() if key != "model"}
+        fields["data"]["cache_dir"] = str(self.data.cache_dir)
+        return json.dumps(fields | {"model": json.loads(self.model.to_json())}, indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> TrainConfig:
+        """What `to_json` wrote. Raises ValueError when it is something else."""
+        try:
+            fields = json.loads(text)
+            model = DecoderConfig.from_json(json.dumps(fields.pop("model")))
+            data = fields.pop("data")
+            data = DataConfig(**data | {"cache_dir": Path(data["cache_dir"])})
+            return TrainConfig(model=model, data=data, optim=OptimConfig(**fields.pop("optim")), **fields)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"config.json: expected a training run's configuration, got something else ({error}); "
+                "start a new run with --out, or restore the file"
+            ) from error
+
+    def with_vocab(self, vocab_size: int) -> TrainConfig:
+        """The same run with a model for so many token ids."""
+        return replace(self, model=replace(self.model, vocab_size=vocab_size))

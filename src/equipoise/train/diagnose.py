@@ -1,0 +1,42 @@
+"""Where a loss stopped being a number: the first parameter or module with a value that is not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class DivergenceError(RuntimeError):
+    """The loss or the gradient is no longer finite. The message names step, layer, checkpoint and remedy."""
+
+
+@torch.no_grad()
+def first_non_finite(model: nn.Module, run: Callable[[], object]) -> str:
+    """The first parameter, in the model's order, or the first module, in the order in which they finish, that has a
+    value which is not finite; with its name and how many. run: a forward of the model.
+    """
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"parameter {name} ({_count(parameter)})"
+    found: list[str] = []
+
+    def check(name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            if not found and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                found.append(f"output of {name} ({_count(output)})")
+
+        return hook
+
+    handles = [module.register_forward_hook(check(name)) for name, module in model.named_modules() if name]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the gradient; the forward pass is finite"
+
+
+def _count(values: Tensor) -> str:
+    return f"{int((~torch.isfinite(values)).sum()):,} of {values.numel():,} values"

@@ -1,0 +1,215 @@
+"""The training loop: one step, and what happens every so many.
+
+Read `Trainer.step` first. Everything else opens the run folder, goes on from a checkpoint, or reports.
+A run folder holds config.json, run.sqlite, checkpoints/step-N/.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from equipoise.layer import reduce_and_update
+from equipoise.models.decoder import Decoder
+from equipoise.monitor.store import RunStore
+from equipoise.monitor.watch import Watch
+from equipoise.recovery.actions import apply_action
+from equipoise.recovery.policy import QuantileOnCollapse
+from equipoise.train.atomic import atomic_write
+from equipoise.train.checkpoint import (
+    clean_leftovers,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from equipoise.train.config import TrainConfig
+from equipoise.train.data import Batch, Loader, TokenData
+from equipoise.train.diagnose import DivergenceError, first_non_finite
+from equipoise.train.evaluate import Evaluation, evaluate
+from equipoise.train.optim import build_optimizer, learning_rate
+from equipoise.train.state import restore_run, run_state
+from equipoise.train.step import gradients, split
+from equipoise.types import Alert
+
+
+class Reporter(Protocol):
+    """Shows the run to a person."""
+
+    def update(self) -> None:
+        """Something in the store has changed."""
+        ...
+
+    def say(self, text: str) -> None:
+        """One line about an event."""
+        ...
+
+
+class Trainer:
+    """A training run in a folder.
+
+    config: with the vocabulary of data.tokenizer. out: the run folder. resume: go on from its newest whole checkpoint.
+    Raises ValueError when `out` holds a run already and resume is off, or none and resume is on.
+    """
+
+    def __init__(
+        self, config: TrainConfig, data: TokenData, out: Path, reporter: Reporter, resume: bool = False
+    ) -> None:
+        self.config, self.data, self.out, self.reporter = config, data, out, reporter
+        torch.manual_seed(config.seed)
+        self.model = Decoder(config.model)
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.loader = Loader(data.train, config.batch_size, config.data.seq_len, config.seed)
+        self.store = _open_store(config, out, resume)
+        self.watch = Watch(self.model, every=config.watch_every, sinks=(self.store,))
+        self.policy = QuantileOnCollapse() if config.recover else None
+        self.step_number = 0
+        self._clock = (time.perf_counter(), 0)  # when the speed was last taken, and at which step
+        if resume:
+            self._resume()
+
+    def run(self, until: int | None = None, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Train to the end, or to step `until`, or until `stop()`. Returns whether it got there.
+
+        Stopping writes a checkpoint. Raises DivergenceError when the loss is no longer finite.
+        """
+        until = self.config.steps if until is None else min(until, self.config.steps)
+        while self.step_number < until:
+            if stop():
+                self.save()
+                return False
+            self.step()
+        return True
+
+    def step(self) -> None:
+        """One optimizer step, and whatever is due after it."""
+        step, config = self.step_number + 1, self.config
+        batch = self.loader.next_batch()
+        loss = gradients(self.model, split(batch, config.num_micro_batches), step, config.bf16, self.watch.recorder)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip))
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise DivergenceError(self._why_diverged(step, loss, grad_norm, batch))
+        rate = self._set_learning_rate(step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        reduce_and_update(self.model.moe_layers.values())
+        self.step_number = step
+        with self.store.transaction():
+            self._record({"loss": loss, "grad_norm": grad_norm, "learning_rate": rate})
+            changed = self.watch.step(step)
+        for alert in changed:
+            self._on_alert(alert)
+        self.reporter.update()
+        if config.eval_every and step % config.eval_every == 0:
+            self.evaluate()
+        if (config.checkpoint_every and step % config.checkpoint_every == 0) or step == config.steps:
+            self.save()
+
+    def evaluate(self) -> Evaluation:
+        """Validate now, and keep the result in the store."""
+        config = self.config
+        with self.watch.recorder.paused():
+            result = evaluate(
+                self.model, self.data.val, config.batch_size, config.data.seq_len, config.eval_batches, config.bf16
+            )
+        self.store.scalars(self.step_number, result.scalars())
+        self.reporter.say(
+            f"step {self.step_number}: validation perplexity {result.perplexity:.1f}, "
+            f"{result.bits_per_byte:.3f} bits per byte"
+        )
+        self._clock = (time.perf_counter(), self.step_number)
+        return result
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment, and drop the oldest beyond keep_checkpoints."""
+        tensors, state = run_state(self.model, self.optimizer, self.loader, self.watch)
+        path = save_checkpoint(self.out / "checkpoints", self.step_number, tensors, state)
+        prune_checkpoints(self.out / "checkpoints", self.config.keep_checkpoints)
+        self._clock = (time.perf_counter(), self.step_number)
+        return path
+
+    def close(self, status: str) -> None:
+        """Detach the monitor and close the store. status: "finished", "interrupted" or "failed"."""
+        self.store.set_meta(status=status)
+        self.reporter.update()
+        self.watch.detach()
+        self.store.close()
+
+    def _on_alert(self, alert: Alert) -> None:
+        """Tell; and where the config allows it, measure the damage and repair."""
+        self.reporter.say(f"step {alert.step}: {alert.state}: {alert.finding.message}")
+        action = self.policy(alert) if self.policy else None
+        if action is None:
+            return
+        self.evaluate()
+        apply_action(action, self.model.moe_layers)
+        self.store.action(action)
+        self.reporter.say(f"step {action.step}: repair {action.kind} on {action.layer}")
+
+    def _set_learning_rate(self, step: int) -> float:
+        rate = learning_rate(self.config.optim, step, self.config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _record(self, values: dict[str, float]) -> None:
+        since, step = self._clock
+        if self.step_number % self.config.watch_every == 0 and self.step_number > step:
+            tokens = (self.step_number - step) * self.config.batch_size * self.config.data.seq_len
+            now = time.perf_counter()
+            values = values | {"tokens_per_s": tokens / (now - since)}
+            self._clock = (now, self.step_number)
+        self.store.scalars(self.step_number, values)
+
+    def _resume(self) -> None:
+        clean_leftovers(self.out / "checkpoints")
+        path = latest_checkpoint(self.out / "checkpoints")
+        if path is None:
+            self.reporter.say(f"{self.out} has no whole checkpoint yet: starting from step 0")
+            self.store.truncate_after(0)
+            return
+        checkpoint = load_checkpoint(path)
+        restore_run(checkpoint, self.model, self.optimizer, self.loader, self.watch)
+        self.step_number = checkpoint.step
+        self.store.truncate_after(checkpoint.step)
+        self._clock = (time.perf_counter(), self.step_number)
+        self.reporter.say(f"resumed from {path}")
+
+    def _why_diverged(self, step: int, loss: float, grad_norm: float, batch: Batch) -> str:
+        with self.watch.recorder.paused():
+            where = first_non_finite(self.model, lambda: self.model(batch.tokens_BS))
+        last = latest_checkpoint(self.out / "checkpoints")
+        return (
+            f"step {step}: loss is {loss}, gradient norm is {grad_norm}. First not finite: {where}. "
+            f"The last good checkpoint is {last or 'none'}. Lower optim.lr or raise optim.warmup, and go on from the "
+            "checkpoint with --resume, or start again with another --seed"
+        )
+
+
+def _open_store(config: TrainConfig, out: Path, resume: bool) -> RunStore:
+    """The run's store, with config.json beside it."""
+    path = out / "config.json"
+    if path.exists() and not resume:
+        raise ValueError(f"out: {out} already holds a run; go on with --resume, or choose another --out")
+    if resume and not path.exists():
+        raise ValueError(f"out: {out} holds no run to resume (no config.json); leave out --resume, or check the path")
+    out.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        with atomic_write(path) as file:
+            file.write(config.to_json().encode())
+    store = RunStore(out)
+    store.set_meta(name=config.name, total_steps=config.steps, status="running")
+    return store
+
+
+def load_config(out: Path) -> TrainConfig:
+    """The configuration of the run in a folder. Raises ValueError when there is none or it is damaged."""
+    path = out / "config.json"
+    if not path.is_file():
+        raise ValueError(f"out: {out} holds no run to resume (no config.json); leave out --resume, or check the path")
+    return TrainConfig.from_json(path.read_text(encoding="utf-8"))

@@ -1,0 +1,122 @@
+"""Recipes: functions that return a frozen `TrainConfig`. The one table of their names is at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from equipoise.models.config import DecoderConfig, MoEConfig
+from equipoise.routing import HighThenLow, QuantileBalance, SwitchLoss, TopK, ZLoss
+from equipoise.train.config import DataConfig, OptimConfig, TrainConfig
+
+
+def demo() -> TrainConfig:
+    """4 layers of 16 experts, top-2, on the embedded corpus: about four minutes on two cores.
+
+    Router scores are softmax, balanced by the Switch loss; a quantile balancer stands by for repairs.
+    """
+    return TrainConfig(
+        name="demo",
+        model=DecoderConfig(
+            vocab_size=4096,
+            dim=192,
+            num_layers=4,
+            num_heads=6,
+            num_kv_heads=2,
+            hidden_dim=512,
+            max_seq_len=256,
+            moe=MoEConfig(
+                num_experts=16,
+                hidden_dim=256,
+                router=TopK(k=2),
+                balance=(SwitchLoss(coef=0.01), ZLoss(coef=0.001), QuantileBalance(on_demand=True)),
+            ),
+        ),
+        data=DataConfig(vocab_size=4096, seq_len=128),
+        optim=OptimConfig(lr=2e-3, warmup=50),
+        steps=500,
+        batch_size=32,
+        eval_every=100,
+        eval_batches=8,
+        checkpoint_every=100,
+        watch_every=5,
+        recover=True,
+    )
+
+
+def tiny() -> TrainConfig:
+    """2 layers of 8 experts on a small vocabulary: seconds. For trying things out and for tests."""
+    return TrainConfig(
+        name="tiny",
+        model=DecoderConfig(
+            vocab_size=512,
+            dim=64,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            hidden_dim=128,
+            max_seq_len=128,
+            moe=MoEConfig(
+                num_experts=8,
+                hidden_dim=64,
+                balance=(SwitchLoss(coef=0.01), ZLoss(coef=0.001), QuantileBalance(on_demand=True)),
+            ),
+        ),
+        data=DataConfig(vocab_size=512, seq_len=64),
+        optim=OptimConfig(lr=3e-3, warmup=10),
+        steps=60,
+        batch_size=16,
+        eval_every=30,
+        eval_batches=4,
+        checkpoint_every=30,
+        watch_every=5,
+    )
+
+
+def base() -> TrainConfig:
+    """8 layers, every second one with 32 fine-grained experts, top-4, and a shared expert: an evening on a desktop.
+
+    Global-batch balance with a strong start: coefficient 0.1 for the first 1000 steps, then down to 0.001.
+    """
+    return TrainConfig(
+        name="base",
+        model=DecoderConfig(
+            vocab_size=16384,
+            dim=512,
+            num_layers=8,
+            num_heads=8,
+            num_kv_heads=4,
+            hidden_dim=1536,
+            max_seq_len=1024,
+            moe=MoEConfig(
+                num_experts=32,
+                hidden_dim=384,
+                router=TopK(k=4),
+                shared_experts=1,
+                balance=(
+                    SwitchLoss(coef=HighThenLow(0.1, 0.001, hold=1000, anneal=1000), scope="global"),
+                    ZLoss(coef=0.001),
+                    QuantileBalance(on_demand=True),
+                ),
+            ),
+            moe_layers=(1, 3, 5, 7),
+        ),
+        data=DataConfig(vocab_size=16384, seq_len=512),
+        optim=OptimConfig(lr=6e-4, warmup=300),
+        steps=10_000,
+        batch_size=32,
+        micro_batch_size=8,
+        eval_every=500,
+        checkpoint_every=500,
+        watch_every=20,
+        recover=True,
+    )
+
+
+RECIPES: dict[str, Callable[[], TrainConfig]] = {"demo": demo, "tiny": tiny, "base": base}
+
+
+def recipe(name: str) -> TrainConfig:
+    """The recipe of that name. Raises ValueError with the known ones."""
+    if name not in RECIPES:
+        raise ValueError(f"recipe: expected one of {', '.join(RECIPES)}, got {name!r}; see `equipoise train --help`")
+    return RECIPES[name]()

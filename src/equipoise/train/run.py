@@ -1,0 +1,87 @@
+"""From a configuration to a finished run: data, trainer, signals. What `equipoise train` calls."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from equipoise.train.config import TrainConfig
+from equipoise.train.corpus import corpus
+from equipoise.train.data import TokenData, prepare
+from equipoise.train.evaluate import Evaluation, sample_text
+from equipoise.train.loop import Trainer, load_config
+from equipoise.train.report import ConsoleReporter, Silent
+from equipoise.train.tokenizer import corpus_bpe, gpt2
+
+PROMPT = "In the beginning"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended. signal: the number of the one that interrupted it, or None when it finished."""
+
+    out: Path
+    step: int
+    signal: int | None
+    evaluation: Evaluation | None
+    sample: str | None
+
+
+def open_data(config: TrainConfig) -> tuple[TrainConfig, TokenData]:
+    """Tokens for the run, from the cache when they are there; and the config with the tokenizer's vocabulary.
+
+    Raises DataError for a corpus that is missing, empty or too small.
+    """
+    text = corpus(config.data.corpus)
+    cache = config.data.cache_dir.expanduser()
+    tokenizer = gpt2() if config.data.tokenizer == "gpt2" else corpus_bpe(text, config.data.vocab_size, cache)
+    data = prepare(text, tokenizer, cache, val_fraction=config.data.val_fraction, seed=config.seed)
+    return config.with_vocab(tokenizer.vocab_size), data
+
+
+def train(
+    config: TrainConfig | None, out: Path, reporter: ConsoleReporter | Silent, *, resume: bool = False
+) -> RunResult:
+    """Run to the end, or to the first SIGINT or SIGTERM, which writes a checkpoint and returns.
+
+    config: None takes the one in `out`, as --resume does. A second signal ends the process at once.
+    """
+    config, data = open_data(load_config(out) if config is None else config)
+    trainer = Trainer(config, data, out, reporter, resume)
+    if isinstance(reporter, ConsoleReporter):
+        reporter.follow(trainer.store)
+    status = "failed"
+    try:
+        with interruptible() as interrupted:
+            finished = trainer.run(stop=lambda: interrupted() is not None)
+            status = "finished" if finished else "interrupted"
+            if not finished:
+                return RunResult(out, trainer.step_number, interrupted(), None, None)
+            evaluation = trainer.evaluate()
+            return RunResult(out, trainer.step_number, None, evaluation, sample_text(trainer.model, data, PROMPT))
+    finally:
+        trainer.close(status)
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], int | None]]:
+    """Inside, the first SIGINT or SIGTERM is noted and can be asked for; the second has its usual effect."""
+    seen: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: seen[0] if seen else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
