@@ -45,9 +45,8 @@ class Capacity:
     def limit(self, num_tokens: int, num_assignments: int, num_experts: int) -> int:
         """Assignments per expert for num_assignments = T K assignments of T tokens."""
         fair = self.factor * num_assignments / num_experts
-        return min(
-            max(num_tokens, 1), max(1, math.ceil(fair - 1e-9))
-        )  # 1e-9: 1.1 * 20 / 2 is 11, not 11.000000000000002
+        rounded_up = math.ceil(fair * (1 - 1e-12))  # 1.1 * 20 / 2 is 11, not 11.000000000000002
+        return min(max(num_tokens, 1), max(1, rounded_up))
 
 
 def kept_assignments(decision: RoutingDecision, capacity: Capacity) -> Tensor:

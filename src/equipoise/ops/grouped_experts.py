@@ -19,6 +19,8 @@ from equipoise.ops.ragged import RaggedPlan, sum_rows
 @torch.library.custom_op("equipoise::grouped_mm", mutates_args=())
 def grouped_mm(x_RD: Tensor, weight_eHD: Tensor, ends_e: Tensor) -> Tensor:
     """(R, H): x W[e]^T for the rows of each expert; ends_e: int32 cumulative row counts. Rows past the last are 0."""
+    if x_RD.shape[0] == 0:
+        return x_RD.new_empty(0, weight_eHD.shape[1])
     y_RH: Tensor = torch._grouped_mm(x_RD, weight_eHD.transpose(1, 2), offs=ends_e)
     return _zero_tail(y_RH, ends_e)
 
@@ -31,6 +33,8 @@ def _(x_RD: Tensor, weight_eHD: Tensor, ends_e: Tensor) -> Tensor:
 @torch.library.custom_op("equipoise::grouped_mm_backward", mutates_args=())
 def grouped_mm_backward(grad_RH: Tensor, x_RD: Tensor, weight_eHD: Tensor, ends_e: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight."""
+    if x_RD.shape[0] == 0:  # the kernel refuses the strides of an empty matrix
+        return torch.empty_like(x_RD), torch.zeros_like(weight_eHD)
     grad_x: Tensor = torch._grouped_mm(grad_RH, weight_eHD, offs=ends_e)
     grad_w: Tensor = torch._grouped_mm(grad_RH.t(), x_RD, offs=ends_e)
     return _zero_tail(grad_x, ends_e), grad_w

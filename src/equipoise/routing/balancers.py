@@ -214,9 +214,13 @@ class QuantileBalancer(nn.Module):
         self.active.fill_(True)
 
     def observe(self, decision: RoutingDecision) -> None:
-        """Add the decision's score margins to the histogram (once, also when the forward is recomputed)."""
+        """Add the decision's biased score margins to the histogram (once, also when the forward is recomputed).
+
+        Biased, because the histogram is fine near zero alone: once the bias is nearly right, so are its corrections,
+        however far it has to be from zero to hold down a saturated expert.
+        """
         scores_TE = decision.scores_TE.detach().float()
-        margin_TE = scores_TE - quantile_thresholds(scores_TE, self.bias_E, self.top_k)
+        margin_TE = scores_TE + self.bias_E - quantile_thresholds(scores_TE, self.bias_E, self.top_k)
         num_experts = scores_TE.shape[1]
         cells_TE = symlog_bins(margin_TE) + NUM_BINS * torch.arange(num_experts, device=scores_TE.device)
         accumulate_counts(self.pending_EC.view(-1), cells_TE.view(-1))
@@ -225,7 +229,7 @@ class QuantileBalancer(nn.Module):
     def update(self) -> None:
         """Set the bias from the margins of this step and start anew. Does nothing before activation."""
         num_tokens = self.pending_EC[0].sum()
-        beta_E = upper_quantile(self.pending_EC, num_tokens * self.top_k / len(self.bias_E))
+        beta_E = upper_quantile(self.pending_EC, num_tokens * self.top_k / len(self.bias_E)) - self.bias_E
         target_E = beta_E.mean() - beta_E
         moved_E = torch.lerp(target_E, self.bias_E, self.config.ema)
         self.bias_E.copy_(torch.where(self.active & (num_tokens > 0), moved_E, self.bias_E))

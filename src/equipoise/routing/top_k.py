@@ -120,7 +120,9 @@ def scores_of(logits_TE: Tensor, score: Score) -> Tensor:
     """Scores in the logits' dtype; non-negative."""
     if score == "softmax":
         return logits_TE.softmax(-1)
-    return logits_TE.sigmoid() if score == "sigmoid" else fn.softplus(logits_TE).sqrt()
+    if score == "sigmoid":
+        return logits_TE.sigmoid()
+    return fn.softplus(logits_TE).clamp_min(torch.finfo(logits_TE.dtype).tiny).sqrt()  # sqrt has no derivative at 0
 
 
 def limit_to_groups(scores_TE: Tensor, num_groups: int, top_groups: int, group_score: str) -> Tensor:

@@ -37,6 +37,7 @@ __all__ = [
     "latest_checkpoint",
     "list_checkpoints",
     "load_checkpoint",
+    "newest_folder",
     "pack_optimizer",
     "prune_checkpoints",
     "rng_state",
@@ -281,7 +282,8 @@ def _remedy(path: Path) -> str:
     match = _FOLDER.fullmatch(path.name)
     earlier = [other for other in others if match is None or _order(other) < (int(match[1]), int(match[2] or 0))]
     if earlier or others:
-        return f"Load another whole checkpoint instead: {(earlier or others)[-1]}"
+        other = (earlier or others)[-1]
+        return f"To resume a run without it, move it away. Load another whole checkpoint instead: {other}"
     return f"There is no other whole checkpoint in {path.parent}: restore one from a copy, or start the run again"
 
 
@@ -295,6 +297,16 @@ def list_checkpoints(root: Path) -> list[Path]:
         return []
     folders = [folder for folder in root.iterdir() if _FOLDER.fullmatch(folder.name)]
     return sorted((folder for folder in folders if _quick_problem(folder) is None), key=_order)
+
+
+def newest_folder(root: Path) -> Path | None:
+    """The folder of the highest step (and revision) under `root`, whole or damaged; None without one.
+
+    A killed save leaves no folder of that name, so one that is not whole was damaged later.
+    """
+    root = Path(root)
+    folders = [folder for folder in root.iterdir() if _FOLDER.fullmatch(folder.name)] if root.is_dir() else []
+    return max(folders, key=_order, default=None)
 
 
 def latest_checkpoint(root: Path) -> Path | None:

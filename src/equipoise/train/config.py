@@ -111,7 +111,7 @@ class TrainConfig:
             data = fields.pop("data")
             data = DataConfig(**data | {"cache_dir": Path(data["cache_dir"])})
             return TrainConfig(model=model, data=data, optim=OptimConfig(**fields.pop("optim")), **fields)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"config.json: expected a training run's configuration, got something else ({error}); "
                 "start a new run with --out, or restore the file"
@@ -120,3 +120,38 @@ class TrainConfig:
     def with_vocab(self, vocab_size: int) -> TrainConfig:
         """The same run with a model for so many token ids."""
         return replace(self, model=replace(self.model, vocab_size=vocab_size))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overrides:
+    """What a person may change in a recipe from the command line; None leaves it as it is."""
+
+    corpus: str | None = None
+    """embedded, wikitext-2, or the path of a .txt, .jsonl or .parquet file or of a folder of them."""
+    tokenizer: str | None = None
+    """bpe (trained on the corpus) or gpt2."""
+    steps: int | None = None
+    """Optimizer steps."""
+    batch_size: int | None = None
+    """Sequences per optimizer step."""
+    micro_batch_size: int | None = None
+    """Sequences per forward; the rest is gradient accumulation."""
+    lr: float | None = None
+    """Learning rate after warm-up."""
+    seed: int | None = None
+    """Of weights, data order and noise."""
+    bf16: bool | None = None
+    """Compute in bfloat16 where it is safe; the router always stays fp32."""
+    recover: bool | None = None
+    """Repair a collapsed router, not only raise the alert."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints; 0 writes one at the end only."""
+    eval_every: int | None = None
+    """Steps between validations; 0 validates at the end only."""
+
+    def apply(self, config: TrainConfig) -> TrainConfig:
+        """The recipe with the changes."""
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        data = {name: given.pop(name) for name in ("corpus", "tokenizer") if name in given}
+        optim = {name: given.pop(name) for name in ("lr",) if name in given}
+        return replace(config, data=replace(config.data, **data), optim=replace(config.optim, **optim), **given)

@@ -17,9 +17,8 @@ def first_non_finite(model: nn.Module, run: Callable[[], object]) -> str:
     """The first parameter, in the model's order, or the first module, in the order in which they finish, that has a
     value which is not finite; with its name and how many. run: a forward of the model.
     """
-    for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            return f"parameter {name} ({_count(parameter)})"
+    if parameter := non_finite_parameter(model):
+        return parameter
     found: list[str] = []
 
     def check(name: str) -> Callable[[nn.Module, object, object], None]:
@@ -36,6 +35,15 @@ def first_non_finite(model: nn.Module, run: Callable[[], object]) -> str:
         for handle in handles:
             handle.remove()
     return found[0] if found else "the gradient; the forward pass is finite"
+
+
+@torch.no_grad()
+def non_finite_parameter(model: nn.Module) -> str | None:
+    """The first parameter, in the model's order, with a value which is not finite; None when all are finite."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            return f"parameter {name} ({_count(parameter)})"
+    return None
 
 
 def _count(values: Tensor) -> str:

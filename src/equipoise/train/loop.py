@@ -25,12 +25,13 @@ from equipoise.train.checkpoint import (
     clean_leftovers,
     latest_checkpoint,
     load_checkpoint,
+    newest_folder,
     prune_checkpoints,
     save_checkpoint,
 )
 from equipoise.train.config import TrainConfig
-from equipoise.train.data import Batch, Loader, TokenData
-from equipoise.train.diagnose import DivergenceError, first_non_finite
+from equipoise.train.data import Batch, Loader, TokenData, eval_batches
+from equipoise.train.diagnose import DivergenceError, first_non_finite, non_finite_parameter
 from equipoise.train.evaluate import Evaluation, evaluate
 from equipoise.train.optim import build_optimizer, learning_rate
 from equipoise.train.state import restore_run, run_state
@@ -65,13 +66,18 @@ class Trainer:
         self.model = Decoder(config.model)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.loader = Loader(data.train, config.batch_size, config.data.seq_len, config.seed)
+        eval_batches(data.val, config.batch_size, config.data.seq_len)  # too little text is an error now, not later
         self.store = _open_store(config, out, resume)
         self.watch = Watch(self.model, every=config.watch_every, sinks=(self.store,))
         self.policy = QuantileOnCollapse() if config.recover else None
         self.step_number = 0
         self._clock = (time.perf_counter(), 0)  # when the speed was last taken, and at which step
         if resume:
-            self._resume()
+            try:
+                self._resume()
+            except BaseException:
+                self.close("failed")
+                raise
 
     def run(self, until: int | None = None, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end, or to step `until`, or until `stop()`. Returns whether it got there.
@@ -93,7 +99,7 @@ class Trainer:
         loss = gradients(self.model, split(batch, config.num_micro_batches), step, config.bf16, self.watch.recorder)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise DivergenceError(self._why_diverged(step, loss, grad_norm, batch))
+            raise self._diverged(step, f"loss is {loss}, gradient norm is {grad_norm}", self._where(batch))
         rate = self._set_learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -126,7 +132,12 @@ class Trainer:
         return result
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment, and drop the oldest beyond keep_checkpoints."""
+        """Write a checkpoint of this moment, and drop the oldest beyond keep_checkpoints.
+
+        Raises DivergenceError, and writes none, when a weight is not finite: the loss will show it a step later.
+        """
+        if where := non_finite_parameter(self.model):
+            raise self._diverged(self.step_number, "the weights are not finite after the update", where)
         tensors, state = run_state(self.model, self.optimizer, self.loader, self.watch)
         path = save_checkpoint(self.out / "checkpoints", self.step_number, tensors, state)
         prune_checkpoints(self.out / "checkpoints", self.config.keep_checkpoints)
@@ -168,9 +179,9 @@ class Trainer:
 
     def _resume(self) -> None:
         clean_leftovers(self.out / "checkpoints")
-        path = latest_checkpoint(self.out / "checkpoints")
+        path = newest_folder(self.out / "checkpoints")  # a damaged one is an error: not to be passed over in silence
         if path is None:
-            self.reporter.say(f"{self.out} has no whole checkpoint yet: starting from step 0")
+            self.reporter.say(f"{self.out} has no checkpoint yet: starting from step 0")
             self.store.truncate_after(0)
             return
         checkpoint = load_checkpoint(path)
@@ -180,14 +191,16 @@ class Trainer:
         self._clock = (time.perf_counter(), self.step_number)
         self.reporter.say(f"resumed from {path}")
 
-    def _why_diverged(self, step: int, loss: float, grad_norm: float, batch: Batch) -> str:
+    def _where(self, batch: Batch) -> str:
         with self.watch.recorder.paused():
-            where = first_non_finite(self.model, lambda: self.model(batch.tokens_BS))
+            return first_non_finite(self.model, lambda: self.model(batch.tokens_BS))
+
+    def _diverged(self, step: int, what: str, where: str) -> DivergenceError:
         last = latest_checkpoint(self.out / "checkpoints")
-        return (
-            f"step {step}: loss is {loss}, gradient norm is {grad_norm}. First not finite: {where}. "
-            f"The last good checkpoint is {last or 'none'}. Lower optim.lr or raise optim.warmup, and go on from the "
-            "checkpoint with --resume, or start again with another --seed"
+        return DivergenceError(
+            f"step {step}: {what}. First not finite: {where}. The last good checkpoint is {last or 'none'}. Lower "
+            "optim.lr or raise optim.warmup, and go on from the checkpoint with --resume, or start again with another "
+            "--seed"
         )
 
 
@@ -212,4 +225,4 @@ def load_config(out: Path) -> TrainConfig:
     path = out / "config.json"
     if not path.is_file():
         raise ValueError(f"out: {out} holds no run to resume (no config.json); leave out --resume, or check the path")
-    return TrainConfig.from_json(path.read_text(encoding="utf-8"))
+    return TrainConfig.from_json(path.read_text(encoding="utf-8", errors="replace"))

@@ -12,7 +12,7 @@ from equipoise.train.config import DataConfig, OptimConfig, TrainConfig
 def demo() -> TrainConfig:
     """4 layers of 16 experts, top-2, on the embedded corpus: about four minutes on two cores.
 
-    Router scores are softmax, balanced by the Switch loss; a quantile balancer stands by for repairs.
+    Balanced by the Switch loss, strong at first and light later; a quantile balancer stands by for repairs.
     """
     return TrainConfig(
         name="demo",
@@ -28,7 +28,11 @@ def demo() -> TrainConfig:
                 num_experts=16,
                 hidden_dim=256,
                 router=TopK(k=2),
-                balance=(SwitchLoss(coef=0.01), ZLoss(coef=0.001), QuantileBalance(on_demand=True)),
+                balance=(
+                    SwitchLoss(coef=HighThenLow(0.1, 0.02, hold=150, anneal=150)),
+                    ZLoss(coef=0.001),
+                    QuantileBalance(on_demand=True),
+                ),
             ),
         ),
         data=DataConfig(vocab_size=4096, seq_len=128),
@@ -58,16 +62,16 @@ def tiny() -> TrainConfig:
             moe=MoEConfig(
                 num_experts=8,
                 hidden_dim=64,
-                balance=(SwitchLoss(coef=0.01), ZLoss(coef=0.001), QuantileBalance(on_demand=True)),
+                balance=(SwitchLoss(coef=0.1), ZLoss(coef=0.001), QuantileBalance(on_demand=True)),
             ),
         ),
         data=DataConfig(vocab_size=512, seq_len=64),
         optim=OptimConfig(lr=3e-3, warmup=10),
-        steps=60,
+        steps=120,
         batch_size=16,
-        eval_every=30,
+        eval_every=40,
         eval_batches=4,
-        checkpoint_every=30,
+        checkpoint_every=40,
         watch_every=5,
     )
 

@@ -68,6 +68,14 @@ class Silent:
     def say(self, text: str) -> None:
         """Nothing."""
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing."""
+
 
 def progress_line(view: RunView) -> str:
     """The view in one line: step, loss, speed, time left, the most uneven layer."""

@@ -71,7 +71,8 @@ def needs_global_counts(model: Decoder) -> bool:
 def global_counts(model: Decoder, batches: Sequence[Batch], bf16: bool) -> Tensor:
     """int64 (L, E): assignments of the whole batch per MoE layer, from a forward over each micro-batch.
 
-    The random state is put back, so that noise and dropout make the same decisions in the pass that counts.
+    The random state is put back, so that noise and dropout make the same decisions in the pass that counts; so is
+    what the balancers have counted, which see each token again in the pass that trains.
     """
     counts: list[Tensor] = []
 
@@ -80,6 +81,8 @@ def global_counts(model: Decoder, batches: Sequence[Batch], bf16: bool) -> Tenso
 
     layers = model.moe_layers.values()
     handles = [layer.tap.register_forward_hook(count) for layer in layers]
+    pending = [layer.balancer.pending for layer in layers if layer.balancer is not None]
+    before = [counted.clone() for counted in pending]
     device = batches[0].tokens_BS.device
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), autocast(bf16, device):
@@ -88,4 +91,6 @@ def global_counts(model: Decoder, batches: Sequence[Batch], bf16: bool) -> Tenso
     finally:
         for handle in handles:
             handle.remove()
+        for counted, value in zip(pending, before, strict=True):
+            counted.copy_(value)
     return torch.stack(counts).view(len(batches), len(layers), -1).sum(0)

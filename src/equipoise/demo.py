@@ -1,0 +1,181 @@
+"""The demonstration: train a small MoE on real text, break a router on purpose, see it caught and repaired.
+
+Nothing is staged: the fault is written into the router's weight, the monitor sees only what the routers decide, and
+the repair is the policy that any run with recover=True has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from equipoise.faults import Collapse, inject
+from equipoise.monitor.plot import plot_layer_load
+from equipoise.monitor.store import RunStore
+from equipoise.train.config import TrainConfig
+from equipoise.train.data import TokenData, eval_batches
+from equipoise.train.evaluate import sample_text
+from equipoise.train.loop import Trainer
+from equipoise.train.recipes import recipe
+from equipoise.train.report import ConsoleReporter, Silent
+from equipoise.train.run import PROMPT, interruptible, open_data
+from equipoise.train.sources import require
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What is going to happen: the run, and when and where its router is broken."""
+
+    config: TrainConfig
+    inject_at: int
+    fault: Collapse
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What happened. Perplexities are of the validation text.
+
+    detected_at, repaired_at, resolved_at: steps, None when it did not happen. perplexity_broken: right after the
+    injection. perplexity_detected: when the alert fired. signal: what interrupted the demonstration, if anything did.
+    """
+
+    out: str
+    layer: str
+    expert: int
+    injected_at: int
+    detected_at: int | None
+    repaired_at: int | None
+    resolved_at: int | None
+    perplexity_before: float
+    perplexity_broken: float
+    perplexity_detected: float | None
+    perplexity_after: float
+    checkpoint: str
+    picture: str
+    sample: str
+    signal: int | None = None
+
+    @property
+    def caught_and_repaired(self) -> bool:
+        """Whether the monitor named this layer and expert, and the alert was resolved after the repair."""
+        return None not in (self.detected_at, self.repaired_at, self.resolved_at)
+
+    def summary(self) -> str:
+        """One line."""
+        if not self.caught_and_repaired:
+            return f"NOT REPAIRED: detected at {self.detected_at}, resolved at {self.resolved_at}; see {self.out}"
+        return (
+            f"{self.layer} expert {self.expert}: collapsed at step {self.injected_at}, detected at {self.detected_at}, "
+            f"balanced again by {self.resolved_at}; perplexity {self.perplexity_before:.1f} before, "
+            f"{self.perplexity_broken:.1f} broken, {self.perplexity_after:.1f} at the end"
+        )
+
+    def fields(self) -> dict[str, object]:
+        """For --json."""
+        return asdict(self) | {"caught_and_repaired": self.caught_and_repaired}
+
+
+def demonstration(quick: bool = False, seed: int = 0) -> Demonstration:
+    """About five minutes on two cores; `quick` is under one, with a smaller model."""
+    config = replace(recipe("tiny" if quick else "demo"), name="demo", seed=seed, recover=True)
+    fault = Collapse(layer="layers.1.mlp", expert=5, intensity=10.0)
+    return Demonstration(config, inject_at=int(config.steps * 0.6), fault=fault)
+
+
+def run_demo(plan: Demonstration, out: Path, reporter: ConsoleReporter | Silent) -> DemoResult:
+    """Run it in the folder `out`, which must not hold a run yet."""
+    require("matplotlib", "plot")
+    reporter.say("preparing the text: files that this Python installation already has")
+    config, data = open_data(plan.config)
+    _introduce(config, data, reporter.say)
+    trainer = Trainer(config, data, out, reporter)
+    if isinstance(reporter, ConsoleReporter):
+        reporter.follow(trainer.store)
+    status = "failed"
+    try:
+        with interruptible() as interrupted:
+            perplexities = _train_and_break(trainer, plan, lambda: interrupted() is not None)
+            status = "finished" if interrupted() is None else "interrupted"
+            checkpoint = trainer.save()
+            picture = _picture(trainer.store, plan, out)
+            sample = sample_text(trainer.model, data, PROMPT)
+            return _result(trainer, plan, perplexities, checkpoint, picture, sample, interrupted())
+    finally:
+        trainer.close(status)
+
+
+def _train_and_break(trainer: Trainer, plan: Demonstration, stop: Callable[[], bool]) -> tuple[float, float, float]:
+    """(perplexity before, right after the injection, at the end)."""
+    if not trainer.run(until=plan.inject_at, stop=stop):
+        now = trainer.evaluate().perplexity
+        return now, now, now
+    before = trainer.evaluate()
+    config = trainer.config
+    batch = next(eval_batches(trainer.data.val, config.batch_size, config.data.seq_len, max_batches=1))
+    with trainer.watch.recorder.paused():
+        inject(trainer.model, plan.fault, lambda: trainer.model(batch.tokens_BS))
+    trainer.reporter.say(
+        f"step {trainer.step_number}: FAULT INJECTED: the router of {plan.fault.layer} now prefers expert "
+        f"{plan.fault.expert} for every token (+{plan.fault.intensity:g} logits). The monitor does not know."
+    )
+    broken = trainer.evaluate()
+    trainer.run(stop=stop)
+    return before.perplexity, broken.perplexity, trainer.evaluate().perplexity
+
+
+def _introduce(config: TrainConfig, data: TokenData, say: Callable[[str], None]) -> None:
+    moe = config.model.moe
+    assert moe is not None
+    say(
+        f"text: {data.train.num_tokens:,} tokens to train on, {data.val.num_tokens:,} to validate, "
+        f"domains {', '.join(data.train.domains)}"
+    )
+    say(
+        f"model: {config.model.num_layers} layers of {moe.num_experts} experts, top-{moe.router.k}; "
+        f"{config.steps} steps of {config.batch_size * config.data.seq_len:,} tokens"
+    )
+
+
+def _picture(store: RunStore, plan: Demonstration, out: Path) -> Path:
+    marks = {"injected": plan.inject_at}
+    for action in store.actions():
+        if action.layer == plan.fault.layer and action.step >= plan.inject_at:
+            marks.setdefault("detected, repaired", action.step)
+    return plot_layer_load(store, plan.fault.layer, out / "load.png", marks=marks)
+
+
+def _result(
+    trainer: Trainer,
+    plan: Demonstration,
+    perplexities: tuple[float, float, float],
+    checkpoint: Path,
+    picture: Path,
+    sample: str,
+    signal: int | None,
+) -> DemoResult:
+    store, fault = trainer.store, plan.fault
+    since = [a for a in store.alerts() if a.step > plan.inject_at and a.finding.layer == fault.layer]
+    collapses = [alert for alert in since if alert.finding.rule == "collapse"]
+    fired = next((a.step for a in collapses if a.state == "firing" and a.finding.expert == fault.expert), None)
+    repaired = next((a.step for a in store.actions() if a.layer == fault.layer and a.step > plan.inject_at), None)
+    resolved = next((a.step for a in collapses if a.state == "resolved"), None)
+    at_alert = [value for step, value, _ in store.scalar_history("val_perplexity") if step == repaired]
+    before, broken, after = perplexities
+    return DemoResult(
+        out=str(trainer.out),
+        layer=fault.layer,
+        expert=fault.expert,
+        injected_at=plan.inject_at,
+        detected_at=fired,
+        repaired_at=repaired,
+        resolved_at=resolved,
+        perplexity_before=before,
+        perplexity_broken=broken,
+        perplexity_detected=at_alert[0] if at_alert else None,
+        perplexity_after=after,
+        checkpoint=str(checkpoint),
+        picture=str(picture),
+        sample=sample,
+        signal=signal,
+    )

@@ -1,0 +1,118 @@
+"""The command line, in real processes: help that teaches, mistakes in one line, Ctrl-C that loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from equipoise.cli import COMMANDS, free_folder
+from equipoise.monitor.store import RunStore, StoreError
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+
+
+def run(*args, **kwargs):
+    command = [sys.executable, "-W", "error", "-m", "equipoise", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENV, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A corpus of two domains: modules of the standard library, and help topics."""
+    import json as module
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("text") / "small.jsonl"
+    sources = [open(m.__file__, encoding="utf-8").read() for m in (module, os, subprocess, signal)]
+    rows = [{"text": t, "domain": "python"} for t in sources]
+    rows += [{"text": t, "domain": "prose"} for t in list(topics.values())[:40]]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def test_every_command_has_help_that_explains_it():
+    for name in COMMANDS:
+        done = run(name, "--help")
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout) > 200
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train"], "name a recipe"),
+        (["train", "tiny", "--resume", "--out", "nowhere"], "holds no run to resume"),
+        (["train", "tiny", "--corpus", "no/such/file.txt"], "no such file or folder exists"),
+        (["train", "tiny", "--steps", "0"], "steps: expected at least 1"),
+        (["train", "tiny", "--resume", "--steps", "7"], "leave out the changes"),
+        (["watch", "nowhere"], "run folder"),
+    ],
+)
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(args, message, tmp_path):
+    done = run(*args, cwd=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_train_then_watch_then_refuse_to_overwrite(text, tmp_path):
+    out = tmp_path / "run"
+    args = ["train", "tiny", "--corpus", text, "--steps", 12, "--eval-every", 6, "--checkpoint-every", 6, "--out", out]
+    done = run(*args, "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["step"] == 12
+    assert 1 < result["evaluation"]["perplexity"] < 512
+    assert set(result["evaluation"]["by_domain"]) == {"python", "prose"}
+    seen = json.loads(run("watch", out, "--json").stdout)
+    assert [layer["layer"] for layer in seen["routing"]] == ["layers.0.mlp", "layers.1.mlp"]
+    assert sum(seen["routing"][0]["counts_E"]) == seen["routing"][0]["num_tokens"] * 2
+    assert "layers.1" in run("watch", out).stdout
+    again = run(*args)
+    assert again.returncode == 2
+    assert "already holds a run" in again.stderr
+
+
+def test_ctrl_c_writes_a_checkpoint_and_resume_finishes(text, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "equipoise", "train", "tiny", "--corpus", str(text), "--steps", "40"]
+    command += ["--checkpoint-every", "0", "--eval-every", "0", "--out", str(out)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    wait_for_step(out, 3, child)
+    child.send_signal(signal.SIGINT)
+    stdout, stderr = child.communicate(timeout=120)
+    assert child.returncode == 130, stderr
+    assert "go on with: equipoise train --resume --out" in stdout.replace("\n", " ")
+    done = run("train", "--resume", "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] == 40
+    with RunStore.open_readonly(out) as store:
+        assert [step for step, _, _ in store.scalar_history("loss")] == list(range(1, 41))
+        assert store.meta()["status"] == "finished"
+
+
+def wait_for_step(out, step, child, seconds=120):
+    """Until the run's store has `step`; fails when the child ends first or time is up."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert child.poll() is None, child.communicate()
+        try:
+            with RunStore.open_readonly(out) as store:
+                if any(s >= step for s, _, _ in store.scalar_history("loss", last=1)):
+                    return
+        except StoreError:
+            pass  # not there yet
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} not reached in {seconds} s")
+
+
+def test_a_free_folder_never_takes_an_old_run(tmp_path):
+    assert free_folder(tmp_path / "demo") == tmp_path / "demo"
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo-2").mkdir()
+    assert free_folder(tmp_path / "demo") == tmp_path / "demo-3"

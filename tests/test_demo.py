@@ -1,0 +1,70 @@
+"""The demonstration for real, in its quick form: a collapse is injected, found, repaired, and the files are there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from equipoise.demo import DemoResult
+from equipoise.monitor.store import RunStore
+from equipoise.train.checkpoint import load_checkpoint
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "run"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "equipoise", "demo", "--quick", "--json", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_it_names_the_layer_and_the_expert_that_were_broken(result):
+    assert result["caught_and_repaired"] is True
+    assert result["layer"] == "layers.1.mlp"
+    with RunStore.open_readonly(Path(result["out"])) as store:
+        alerts = [a for a in store.alerts() if a.step > result["injected_at"] and a.finding.rule == "collapse"]
+    assert {(a.finding.layer, a.finding.expert) for a in alerts} == {("layers.1.mlp", result["expert"])}
+    assert [a.state for a in alerts] == ["firing", "resolved"]
+
+
+def test_it_is_detected_within_a_few_flushes_of_five_steps(result):
+    assert result["injected_at"] < result["detected_at"] <= result["injected_at"] + 3 * 5
+
+
+def test_the_repair_brings_the_load_of_that_layer_back(result):
+    with RunStore.open_readonly(Path(result["out"])) as store:
+        history = store.routing_history(result["layer"])
+        actions = store.actions()
+    before = [s for s in history if s.step <= result["injected_at"]][-1]
+    broken = next(s for s in history if s.step > result["injected_at"])
+    assert broken.max_token_share > 0.9 > before.max_token_share
+    assert history[-1].max_violation < 1.0
+    assert [(a.kind, a.layer) for a in actions] == [("quantile_bias", result["layer"])]
+
+
+def test_perplexity_suffers_and_recovers(result):
+    assert result["perplexity_broken"] > result["perplexity_before"]
+    assert result["perplexity_after"] < result["perplexity_broken"]
+
+
+def test_it_leaves_a_whole_checkpoint_a_picture_and_a_sample(result):
+    assert load_checkpoint(Path(result["checkpoint"])).step == 120
+    assert Path(result["picture"]).read_bytes().startswith(b"\x89PNG")
+    assert result["sample"].startswith("In the beginning")
+    assert len(result["sample"]) > 40
+
+
+def test_an_unrepaired_collapse_is_not_called_a_success(result):
+    fields = {name: value for name, value in result.items() if name != "caught_and_repaired"}
+    assert not DemoResult(**fields | {"resolved_at": None}).caught_and_repaired
+    assert DemoResult(**fields | {"resolved_at": None}).summary().startswith("NOT REPAIRED")
+    assert not DemoResult(**fields | {"detected_at": None}).caught_and_repaired
