@@ -79,7 +79,7 @@ class DemoResult:
 def demonstration(quick: bool = False, seed: int = 0) -> Demonstration:
     """About five minutes on two cores; `quick` is under one, with a smaller model."""
     config = replace(recipe("tiny" if quick else "demo"), name="demo", seed=seed, recover=True)
-    fault = Collapse(layer="layers.1.mlp", expert=5, intensity=10.0)
+    fault = Collapse(layer="layers.1.mlp", expert=5, intensity=40.0)
     return Demonstration(config, inject_at=int(config.steps * 0.6), fault=fault)
 
 

@@ -32,7 +32,7 @@ class RoutingDecision:
     weights_N: fp32, what the expert's output is multiplied with. Carries the gradient to the router.
     probs_TE: fp32, router probabilities, each row sums to 1 (sigmoid scores are row-normalised). For losses.
     logits_TE: fp32, router logits before score, bias and jitter of the selection. For losses and statistics.
-    scores_TE: fp32, the scores that a selection bias is added to (equal to probs_TE for softmax routers).
+    selection_TE: fp32, what a selection bias is added to: the logits or the scores, as the router has it.
     top_k: K when every token has exactly K assignments, stored token by token (the (T, K) fast path); else None.
     """
 
@@ -41,7 +41,7 @@ class RoutingDecision:
     weights_N: Tensor
     probs_TE: Tensor
     logits_TE: Tensor
-    scores_TE: Tensor
+    selection_TE: Tensor
     top_k: int | None = None
 
     @classmethod
@@ -52,7 +52,7 @@ class RoutingDecision:
         *,
         probs_TE: Tensor,
         logits_TE: Tensor,
-        scores_TE: Tensor | None = None,
+        selection_TE: Tensor | None = None,
     ) -> RoutingDecision:
         """Build the decision of a token-choice router: K experts for each of T tokens.
 
@@ -62,8 +62,8 @@ class RoutingDecision:
 
         T, K = ids_TK.shape
         token_ids_N = torch.arange(T, device=ids_TK.device).repeat_interleave(K, output_size=T * K)
-        scores_TE = probs_TE if scores_TE is None else scores_TE
-        return cls(token_ids_N, ids_TK.reshape(-1), weights_TK.reshape(-1), probs_TE, logits_TE, scores_TE, K)
+        selection_TE = logits_TE if selection_TE is None else selection_TE
+        return cls(token_ids_N, ids_TK.reshape(-1), weights_TK.reshape(-1), probs_TE, logits_TE, selection_TE, K)
 
     @property
     def num_tokens(self) -> int:

@@ -69,7 +69,7 @@ def _scores(score: str, z: Tensor) -> Tensor:
 
 
 def _select(config, z: Tensor, bias: Tensor) -> Tensor:
-    selection = _scores(config.score, z) + bias
+    selection = (z if config.bias_is_on_logits else _scores(config.score, z)) + bias
     best = selection.sort(dim=1, descending=True).values
     # A tie decided by rounding would compare two right answers: the inputs must not have one.
     assert len(z) < 2 or z.shape[1] < 2 or (best[:, :-1] - best[:, 1:]).min() > 1e-6

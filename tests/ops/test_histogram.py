@@ -20,7 +20,7 @@ def histogram(values_ET: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_width_is_what_the_docstring_says():
-    assert pytest.approx(0.027, abs=1e-3) == WIDTH
+    assert pytest.approx(0.034, abs=1e-3) == WIDTH
 
 
 @given(
@@ -37,15 +37,15 @@ def test_quantile_is_within_one_bin_of_the_exact_one(values, spread, data):
 
 
 def test_values_spread_over_one_bin_are_interpolated():
-    row = torch.linspace(4.01, 4.09, 81)
+    row = torch.linspace(4.02, 4.11, 81)
     (index,) = symlog_bins(row).unique().tolist()
-    low, high = (sign_log_edge(edge) for edge in (index, index + 1))
+    low, high = (lower_edge(edge) for edge in (index, index + 1))
     for rank in (0, 20, 60, 80):
         quantile = upper_quantile(histogram(row[None]), torch.tensor(rank)).item()
-        assert quantile == pytest.approx(high - rank / 81 * (high - low), abs=1e-5)
+        assert quantile == pytest.approx(high - rank / 81 * (high - low), abs=1e-4)
 
 
-def sign_log_edge(index: int) -> float:
+def lower_edge(index: int) -> float:
     """The lower edge of a bin in the upper half, from the module's docstring."""
     return EPS * math.expm1((2 * index / NUM_BINS - 1) * math.log1p(LIMIT / EPS))
 
@@ -65,4 +65,4 @@ def test_histograms_of_parts_add_up():
 
 
 def test_values_beyond_the_limit_count_in_the_last_bins():
-    assert symlog_bins(torch.tensor([-100.0, 0.0, 100.0])).tolist() == [0, NUM_BINS // 2, NUM_BINS - 1]
+    assert symlog_bins(torch.tensor([-1000.0, 0.0, 1000.0])).tolist() == [0, NUM_BINS // 2, NUM_BINS - 1]

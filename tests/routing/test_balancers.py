@@ -18,7 +18,7 @@ EACH_BALANCER = pytest.mark.parametrize("config", CONFIGS, ids=repr)
 def decide(scores: torch.Tensor, bias: torch.Tensor, k: int) -> RoutingDecision:
     ids = (scores + bias).topk(k).indices
     probs = scores / scores.sum(1, keepdim=True)
-    return RoutingDecision.from_topk(ids, scores.gather(1, ids), probs_TE=probs, logits_TE=scores, scores_TE=scores)
+    return RoutingDecision.from_topk(ids, scores.gather(1, ids), probs_TE=probs, logits_TE=scores, selection_TE=scores)
 
 
 def max_violation(decision: RoutingDecision) -> float:
@@ -100,6 +100,15 @@ class TestState:
         assert balancer.bias_E.is_meta
         assert balancer.bias_E.dtype == torch.float32
         assert not balancer.to_empty(device="cpu").bias_E.is_meta
+
+    @EACH_BALANCER
+    def test_reset_makes_it_as_new(self, config):
+        balancer = config.build(4, 2)
+        run(balancer, torch.rand(32, 4), 2, 2)
+        balancer.observe(decide(torch.rand(32, 4), balancer.bias_E, 2))
+        balancer.reset()
+        for name, new in config.build(4, 2).named_buffers():
+            assert torch.equal(balancer.get_buffer(name), new)
 
     @EACH_BALANCER
     def test_bias_is_zero_centred(self, config):

@@ -48,7 +48,7 @@ class TestSelection:
         router, x, bias = case
         config = router.config
         decision = router(x, bias)
-        scores = decision.scores_TE.detach() if bias is None else decision.scores_TE.detach() + bias
+        scores = decision.selection_TE.detach() if bias is None else decision.selection_TE.detach() + bias
         expected = reference.select(scores, config.k, config.num_groups, config.top_groups, config.group_score)
         assert torch.equal(decision.expert_ids_N.view(-1, config.k), expected)
 
@@ -159,11 +159,12 @@ class TestPrecision:
         router, x = build(config).to(dtype), torch.randn(64, 8, dtype=dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             decision = router(x)
-        fields = (decision.weights_N, decision.probs_TE, decision.logits_TE, decision.scores_TE)
+        fields = (decision.weights_N, decision.probs_TE, decision.logits_TE, decision.selection_TE)
         assert {field.dtype for field in fields} == {torch.float32}
-        exact = scores_of(x.double() @ router.weight.detach().double().t(), config.score)
+        logits = x.double() @ router.weight.detach().double().t()
+        exact = logits if config.bias_is_on_logits else scores_of(logits, config.score)
         assert torch.equal(decision.expert_ids_N.view(-1, 2), reference.select(exact, 2))
-        torch.testing.assert_close(decision.scores_TE.double(), exact, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(decision.selection_TE.double(), exact, rtol=1e-5, atol=1e-6)
 
 
 class TestInitialValues:
@@ -205,8 +206,10 @@ class TestSwitch:
     ("kwargs", "message"),
     [
         ({"k": 0}, r"TopK\.k: expected at least 1, got 0"),
-        ({"score": "tanh"}, r"TopK\.score: expected softmax, sigmoid or sqrtsoftplus, got 'tanh'"),
-        ({"order": "mid"}, r"TopK\.order: expected pre or post, got 'mid'"),
+        ({"score": "tanh"}, r"TopK\.score: expected one of softmax, sigmoid, sqrtsoftplus, got 'tanh'"),
+        ({"order": "mid"}, r"TopK\.order: expected one of pre, post, got 'mid'"),
+        ({"bias_on": "probs"}, r"TopK\.bias_on: expected one of None, logits, scores, got 'probs'"),
+        ({"bias_on": "logits", "num_groups": 2}, r"TopK\.bias_on: .*groups are compared by sums of scores; use"),
         ({"order": "post", "score": "sigmoid"}, r"\"post\" is a softmax over the selected logits, got score='sigmoid'"),
         ({"k": 1, "renormalize": True}, r"k=1 with renormalize=True.*no gradient from the task; use renormalize=False"),
         ({"k": 1, "order": "post"}, r"k=1 with renormalize=None, order='post'.*no gradient.*or k >= 2"),

@@ -145,18 +145,14 @@ def child(tmp_path):
         if config is not None:
             file = str(tmp_path / "child.json")
             Path(file).write_text(config.to_json(), encoding="utf-8")
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, str(out), file],
-            env={"PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "PATH": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        try:
-            yield process
-        finally:
-            process.kill()
-            process.communicate()
+        command = [sys.executable, "-c", script, str(out), file]
+        environment = {"PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "PATH": ""}
+        pipe, same = subprocess.PIPE, subprocess.STDOUT
+        with subprocess.Popen(command, env=environment, stdout=pipe, stderr=same, text=True) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     return start
 

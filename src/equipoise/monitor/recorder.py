@@ -109,7 +109,9 @@ class Recorder:
     def _hook(self, sums: _Sums) -> Callable[[nn.Module, tuple[Routed], Routed], None]:
         @torch.no_grad()
         def record(module: nn.Module, args: tuple[Routed], routed: Routed) -> None:
-            if not self._paused and not inside_backward():  # spares the arithmetic; the operators check for themselves
+            # The operators look for themselves, also in a compiled graph; this spares the arithmetic where it can.
+            recomputed = not torch.compiler.is_compiling() and inside_backward()
+            if not self._paused and not recomputed:
                 sums.add(routed)
 
         return record
@@ -153,6 +155,7 @@ class Recorder:
                         f"{None if saved is None else tuple(saved.shape)}; it belongs to another model"
                     )
                 buffer.copy_(saved)
+            sums.losses.clear()
             prefix = f"{name}.losses."
             for key in (key for key in state if key.startswith(prefix)):
                 sums.losses[key.removeprefix(prefix)] = state[key].clone().to(sums.floats.device)

@@ -86,8 +86,8 @@ def _check_rate(owner: str, rate: float) -> None:
 class BiasBalance:
     """Auxiliary-loss-free balancing (arXiv 2408.15664).
 
-    rate: how far the bias moves per step, in units of the router's scores. 1e-3 suits sigmoid scores; for softmax,
-    whose scores are about 1/E, take less or rule="proportional".
+    rate: how far the bias moves per step, in units of what it is added to. 1e-3 is the paper's, for sigmoid scores; on
+    the logits of a softmax router (`TopK.bias_on`), whose spread is about 1, take 1e-2.
     rule: "sign", "proportional" or "smooth" (see `bias_step`, `smooth_step`).
     """
 
@@ -178,7 +178,7 @@ class QuantileBalance:
 
 
 class QuantileBalancer(nn.Module):
-    """State of `QuantileBalance`: bias_E and active (saved), a histogram of score margins since the last update."""
+    """State of `QuantileBalance`: bias_E and active (saved), a histogram of margins since the last update."""
 
     bias_E: Tensor
     active: Tensor
@@ -214,15 +214,15 @@ class QuantileBalancer(nn.Module):
         self.active.fill_(True)
 
     def observe(self, decision: RoutingDecision) -> None:
-        """Add the decision's biased score margins to the histogram (once, also when the forward is recomputed).
+        """Add the decision's biased margins to the histogram (once, also when the forward is recomputed).
 
         Biased, because the histogram is fine near zero alone: once the bias is nearly right, so are its corrections,
         however far it has to be from zero to hold down a saturated expert.
         """
-        scores_TE = decision.scores_TE.detach().float()
-        margin_TE = scores_TE + self.bias_E - quantile_thresholds(scores_TE, self.bias_E, self.top_k)
-        num_experts = scores_TE.shape[1]
-        cells_TE = symlog_bins(margin_TE) + NUM_BINS * torch.arange(num_experts, device=scores_TE.device)
+        selection_TE = decision.selection_TE.detach().float()
+        margin_TE = selection_TE + self.bias_E - quantile_thresholds(selection_TE, self.bias_E, self.top_k)
+        num_experts = selection_TE.shape[1]
+        cells_TE = symlog_bins(margin_TE) + NUM_BINS * torch.arange(num_experts, device=selection_TE.device)
         accumulate_counts(self.pending_EC.view(-1), cells_TE.view(-1))
 
     @torch.no_grad()

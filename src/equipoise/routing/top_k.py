@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as fn
@@ -20,6 +20,13 @@ from equipoise.ops.router_linear import router_linear
 from equipoise.types import RoutingDecision
 
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "score": get_args(Score),
+    "order": ("pre", "post"),
+    "group_score": ("top2", "max"),
+    "bias_on": (None, "logits", "scores"),
+    "init": ("normal", "truncated"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,9 @@ class TopK:
     jitter: in training the router's input is multiplied with U(1 - jitter, 1 + jitter).
     num_groups, top_groups, group_score: experts are split into num_groups groups of neighbours, and a token may only
         use its top_groups best ones, by the sum of a group's two best selection scores ("top2") or its best ("max").
+    bias_on: what a balancer's bias is added to for the selection: "logits" or "scores". None is "logits" for softmax
+        without groups, else "scores". Softmax scores of all but a few experts crowd near zero, below any step of a
+        bias, and a saturated router's more so; among logits a bias keeps each token's order of the other experts.
     init_std: standard deviation of the weight's initial values; None takes the model's. init: "normal", or
         "truncated" at two standard deviations.
     """
@@ -53,16 +63,26 @@ class TopK:
     num_groups: int = 1
     top_groups: int = 1
     group_score: Literal["top2", "max"] = "top2"
+    bias_on: Literal["logits", "scores"] | None = None
     init_std: float | None = None
     init: Literal["normal", "truncated"] = "normal"
 
     def __post_init__(self) -> None:
         if self.k < 1:
             raise ValueError(f"TopK.k: expected at least 1, got {self.k}")
-        if self.score not in ("softmax", "sigmoid", "sqrtsoftplus"):
-            raise ValueError(f"TopK.score: expected softmax, sigmoid or sqrtsoftplus, got {self.score!r}")
-        if self.order not in ("pre", "post"):
-            raise ValueError(f"TopK.order: expected pre or post, got {self.order!r}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                expected = ", ".join(str(choice) for choice in known)
+                raise ValueError(f"TopK.{name}: expected one of {expected}, got {getattr(self, name)!r}")
+        for name, value in (("temperature", self.temperature), ("eval_temperature", self.eval_temperature)):
+            if value is not None and value <= 0:
+                raise ValueError(f"TopK.{name}: expected more than 0, got {value}")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"TopK.jitter: expected a value in [0, 1), got {self.jitter}")
+        self._refuse_foot_guns()
+
+    def _refuse_foot_guns(self) -> None:
+        """Combinations that are well-formed and wrong."""
         if self.order == "post" and self.score != "softmax":
             raise ValueError(f'TopK.order: "post" is a softmax over the selected logits, got score={self.score!r}')
         if self.k == 1 and (self.renormalize or self.order == "post"):
@@ -70,18 +90,18 @@ class TopK:
                 f"TopK: k=1 with renormalize={self.renormalize}, order={self.order!r} makes every weight the constant "
                 '1, so the router gets no gradient from the task; use renormalize=False and order="pre", or k >= 2'
             )
-        for name, value in (("temperature", self.temperature), ("eval_temperature", self.eval_temperature)):
-            if value is not None and value <= 0:
-                raise ValueError(f"TopK.{name}: expected more than 0, got {value}")
-        if not 0 <= self.jitter < 1:
-            raise ValueError(f"TopK.jitter: expected a value in [0, 1), got {self.jitter}")
+        if self.bias_on == "logits" and self.num_groups > 1:
+            raise ValueError(
+                f'TopK.bias_on: "logits" with num_groups={self.num_groups}: groups are compared by sums of scores; use '
+                'bias_on="scores", or num_groups=1'
+            )
         if self.eval_temperature not in (None, self.temperature):
             warnings.warn(
                 f"TopK: eval_temperature={self.eval_temperature} differs from temperature={self.temperature}. It does "
                 "not change which experts are chosen, only scales their outputs away from what was trained; "
                 "use the same value",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def check(self, num_experts: int) -> None:
@@ -110,6 +130,13 @@ class TopK:
     def weights_sum_to(self) -> float | None:
         """The sum of a token's weights where it is fixed, else None."""
         return self.scale if self.order == "post" or self._renormalizes else None
+
+    @property
+    def bias_is_on_logits(self) -> bool:
+        """What `bias_on` comes to."""
+        if self.bias_on is None:
+            return self.score == "softmax" and self.num_groups == 1
+        return self.bias_on == "logits"
 
     @property
     def _renormalizes(self) -> bool:
@@ -160,13 +187,14 @@ class TopKRouter(nn.Module):
             nn.init.normal_(self.weight, std=std)
 
     def forward(self, x_TD: Tensor, bias_E: Tensor | None = None, token_ids_T: Tensor | None = None) -> RoutingDecision:
-        """Decide. bias_E (E,) fp32 is added to the scores for the selection only; token_ids_T is not used."""
+        """Decide. bias_E (E,) fp32 is added for the selection only; token_ids_T is not used."""
         config = self.config
         if self.training and config.jitter:
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - config.jitter, 1 + config.jitter)
         logits_TE = router_linear(x_TD, self.weight)
         scores_TE = scores_of(logits_TE, config.score)
-        ids_TK = self._select(logits_TE.detach(), scores_TE.detach(), bias_E)
+        selection_TE = logits_TE if config.bias_is_on_logits else scores_TE
+        ids_TK = self._select(logits_TE.detach(), selection_TE.detach(), bias_E)
         probs_TE = scores_TE
         if config.score != "softmax":
             probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(scores_TE.dtype).tiny)
@@ -175,16 +203,17 @@ class TopKRouter(nn.Module):
             self._weights(logits_TE, scores_TE, ids_TK),
             probs_TE=probs_TE,
             logits_TE=logits_TE,
-            scores_TE=scores_TE,
+            selection_TE=selection_TE,
         )
 
-    def _select(self, logits_TE: Tensor, scores_TE: Tensor, bias_E: Tensor | None) -> Tensor:
+    def _select(self, logits_TE: Tensor, selection_TE: Tensor, bias_E: Tensor | None) -> Tensor:
         """int64 (T, K). Without bias and groups by logits, which can't tie by underflow as probabilities do."""
         config = self.config
         grouped = config.top_groups < config.num_groups
-        selection_TE = logits_TE if bias_E is None and not grouped else scores_TE
         if bias_E is not None:
             selection_TE = selection_TE + bias_E
+        elif not grouped:
+            selection_TE = logits_TE
         if grouped:
             selection_TE = limit_to_groups(selection_TE, config.num_groups, config.top_groups, config.group_score)
         return selection_TE.topk(config.k, dim=-1).indices
