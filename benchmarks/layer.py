@@ -1,7 +1,7 @@
 """Speed and memory of the MoE layer beside dense blocks and transformers: python -m benchmarks.layer
 
-Every variant is first compared with a plain fp32 loop, outputs and gradients. Tokens are random, so the load is near
-even; what skewed loads cost is not measured here.
+Every variant is first compared with plain fp32: outputs and gradients for training, outputs for inference. Tokens are
+random, so the load is near even; what skewed loads cost is not measured here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.harness import (
     time_side_by_side,
 )
 from benchmarks.memory import MIB, lean_formula, saved_for_backward
-from benchmarks.report import Cell, Report, Table, add_output_arguments, emit
+from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
 from benchmarks.variants import (
     SHAPES,
     VARIANTS,
@@ -44,6 +44,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ERROR_LIMITS = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 DECODE_SIZES = (1, 16, 64)
 DECODE_SECONDS = 0.02  # per round and variant: one call is too short for a clock
+DECODE_NOTE = (
+    "At decode sizes reading weights takes the time: an MoE reads every expert that any of the tokens uses, the dense "
+    "block only its own K experts' worth."
+)
 SMOKE_SHAPES = (Shape("coarse", 64, 128, 4, 2), Shape("fine", 64, 32, 8, 4))
 
 
@@ -125,11 +129,19 @@ def inference_table(problem: Problem, layers: Mapping[str, Layer], num_tokens: i
         with torch.inference_mode():
             return layer.forward(x_TD)
 
-    for layer in layers.values():
+    kinds = {candidate.name: candidate.computes for candidate in VARIANTS}
+    exact = problem.float()
+    with torch.no_grad():
+        expected = {"moe": plain_moe(exact).forward(x_TD.float()), "dense": dense_fused(exact).forward(x_TD.float())}
+    errors = {}
+    for name, layer in layers.items():
         layer.module.eval()
+        errors[name] = require_same(name, [run(layer)], [expected[kinds[name]]], ERROR_LIMITS[x_TD.dtype])
     seconds = time_side_by_side([Variant(name, partial(run, layer)) for name, layer in layers.items()], effort)
-    columns = ("inference", "ms", "time / dense", "time / equipoise")
-    rows = tuple((name, shown.times(1e3), *ratios) for name, shown, ratios in _compared(seconds, picked(problem)))
+    columns = ("inference", "ms", "time / dense", "time / equipoise", "error")
+    rows = tuple(
+        (name, shown.times(1e3), *ratios, errors[name]) for name, shown, ratios in _compared(seconds, picked(problem))
+    )
     return Table(_title(problem, num_tokens), columns, rows, _note(seconds, problem))
 
 
@@ -189,13 +201,16 @@ def measure(shape: Shape, options: argparse.Namespace, effort: Effort) -> tuple[
     """(tables, notes) of one shape."""
     problem = make_problem(shape, options.tokens, DTYPES[options.dtype])
     candidates, notes = available(problem, options.tokens)
+    announce(f"{shape.name}: comparing {len(candidates)} variants with fp32")
     layers, errors = checked_layers(problem, candidates)
-    tables = [
-        training_table(problem, layers, errors, effort),
-        inference_table(problem, layers, options.tokens, effort),
-        memory_table(problem, layers),
-    ]
+    tables = []
+    announce(f"{shape.name}: forward + backward")
+    tables.append(training_table(problem, layers, errors, effort))
+    announce(f"{shape.name}: inference and memory")
+    tables.append(inference_table(problem, layers, options.tokens, effort))
+    tables.append(memory_table(problem, layers))
     for num_tokens in DECODE_SIZES:
+        announce(f"{shape.name}: decode sizes, T={num_tokens}")
         candidates, more_notes = available(problem, num_tokens)
         few = {name: layers.get(name) or candidate.build(problem) for name, candidate in candidates.items()}
         tables.append(inference_table(problem, few, num_tokens, effort.filling(DECODE_SECONDS)))
@@ -233,7 +248,7 @@ def main() -> None:
         tables += more_tables
         notes += more_notes
     settings = {"dtype": options.dtype, "rounds": effort.rounds, "warmup": effort.warmup}
-    emit(Report(settings, tuple(tables), tuple(dict.fromkeys(notes))), options)
+    emit(Report(settings, tuple(tables), tuple(dict.fromkeys([*notes, DECODE_NOTE]))), options)
 
 
 if __name__ == "__main__":

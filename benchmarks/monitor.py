@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks.harness import Effort, Spread, Variant, ratio, spread, time_side_by_side
-from benchmarks.report import Cell, Report, Table, add_output_arguments, emit
+from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
 from benchmarks.variants import SHAPES, Shape
 from equipoise import MoE, TopK
 from equipoise.models.decoder import Decoder, cross_entropy_sum
@@ -123,7 +123,9 @@ def timed_window(work: Workload, every: int) -> Window:
 
 def row(work: Workload, every: int, effort: Effort) -> tuple[Cell, ...]:
     """One line of the table."""
+    announce(f"{work.name}: steps side by side")
     step, watched = side_by_side(work, every, effort)
+    announce(f"{work.name}: inside the hooks")
     windows = [timed_window(work, every) for _ in range(effort.rounds)]
     return (
         work.name,

@@ -24,6 +24,8 @@ from rich.table import Table as RichTable
 import equipoise
 from benchmarks.harness import Spread
 
+SPEED_VARIABLES = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS")  # part of what was measured, if set
+
 Cell = str | float | int | Spread | None
 
 
@@ -62,7 +64,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "equipoise": equipoise.__version__,
-    }
+    } | {name: os.environ[name] for name in SPEED_VARIABLES if name in os.environ}
 
 
 def cpu_model() -> str:
@@ -82,6 +84,11 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--smoke", action="store_true", help="tiny sizes, few rounds: does it run? Its times say nothing"
     )
+
+
+def announce(what: str) -> None:
+    """Say on stderr what is being measured now: a whole run takes minutes."""
+    print(f"{datetime.now(UTC):%H:%M:%S} {what}", file=sys.stderr, flush=True)
 
 
 def emit(report: Report, options: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ ALLOWED = {
     "plan": {"types"},
     "dashboard": {"types", "plan", "monitor.store"},
     "faults": {"types", "layer"},
-    "train": {"types", "models", "layer", "routing", "parallel", "monitor", "recovery", "plan", "faults"},
+    "train": {"types", "ops", "models", "layer", "routing", "parallel", "monitor", "recovery", "plan", "faults"},
     "serve": {"types", "models", "layer", "parallel", "monitor", "recovery", "plan"},
 }
 TOP = {"__init__", "__main__", "cli", "demo"}  # may import every part; no part may import them

@@ -49,7 +49,7 @@ def inject(model: nn.Module, fault: Collapse, run: Callable[[], object]) -> Inje
     """Apply the fault.
 
     run: a call that takes the model through its forward on typical data, to see the layer's inputs; its result is not
-        used, and nothing is counted or trained by it.
+        used, and nothing is trained by it. A recorder that is attached counts it, unless it is `paused`.
     Raises ValueError for a layer or an expert that the model does not have.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}

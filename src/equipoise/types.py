@@ -109,13 +109,16 @@ DROP_REASONS = ("capacity", "tokens")  # the keys of `DispatchPlan.drops` and `R
 
 @runtime_checkable
 class Observable(Protocol):
-    """A layer that can be watched: its `tap` module is called with a `Routed` in every forward."""
+    """A layer that can be watched: its `tap` is called with a `Routed` in every forward, losses under `loss_names`."""
 
     @property
     def tap(self) -> Module: ...  # noqa: D102 - described by the class
 
     @property
     def num_experts(self) -> int: ...  # noqa: D102 - described by the class
+
+    @property
+    def loss_names(self) -> tuple[str, ...]: ...  # noqa: D102 - described by the class
 
 
 @dataclass(frozen=True, eq=False)

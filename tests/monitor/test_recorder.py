@@ -268,7 +268,7 @@ def test_pause_ends_with_an_error():
 
 @pytest.mark.filterwarnings("default")  # of torch.compile itself
 def test_under_compile():
-    """One graph, the recorder in it: the same numbers, forward after forward."""
+    """One graph, the recorder in it: the same numbers, forward after forward, also when it is recomputed."""
     moe, x = build(), inputs()
     eager = Recorder(moe)
     moe(x)
@@ -276,13 +276,16 @@ def test_under_compile():
     eager.detach()
     recorder = Recorder(moe)
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        compiled(x).sum().backward()
+    compiled(x).sum().backward()
+    backward_through(lambda x: checkpoint(compiled, x, use_reentrant=False), inputs(requires_grad=True))
+    with recorder.paused():
+        compiled(x)
     [stats] = recorder.flush(1)
     assert stats.num_tokens == 2 * T
     assert stats.counts_E.tolist() == (2 * expected.counts_E).tolist()
     for name in NUMBERS:
         assert getattr(stats, name) == pytest.approx(getattr(expected, name), rel=1e-5, abs=1e-6), name
+    assert stats.losses == pytest.approx(expected.losses)
     torch._dynamo.reset()
 
 

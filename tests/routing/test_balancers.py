@@ -205,8 +205,8 @@ class TestQuantileBalance:
             exact = quantile_bias(scores, balancer.bias_E, k)
             balancer.observe(decide(scores, balancer.bias_E, k))
             balancer.update()
-            # each cutoff is off by at most its bin, 2.7 % of it, and centring moves all by the mean error
-            tolerance = 2 * 0.028 * (1.5 + skew) + 2 * EPS
+            # each cutoff is off by at most its bin, 3.4 % of it, and centring moves all by the mean error
+            tolerance = 2 * 0.035 * (1.5 + skew) + 2 * EPS
             assert (balancer.bias_E - exact).abs().max().item() <= tolerance
 
     def test_ema_moves_a_part_of_the_way(self):

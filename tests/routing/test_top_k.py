@@ -36,6 +36,7 @@ def routers(draw) -> tuple[TopKRouter, torch.Tensor, torch.Tensor | None]:
         num_groups=groups,
         top_groups=top_groups,
         group_score=draw(st.sampled_from(["top2", "max"])),
+        bias_on=draw(st.sampled_from([None, "scores", "logits"] if groups == 1 else [None, "scores"])),
     )
     bias = draw(st.sampled_from([None, 0.1, 10.0]))
     E, T = groups * size, draw(st.integers(0, 12))

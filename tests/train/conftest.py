@@ -159,14 +159,14 @@ def child(tmp_path):
 
 @pytest.fixture(scope="session")
 def wait_until():
-    """Wait for a condition while the process lives, looking every few milliseconds."""
+    """Wait for a condition while the process lives, looking every `pause` seconds."""
 
-    def wait(condition, process, seconds=60):
+    def wait(condition, process, seconds=60, pause=0.005):
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, "the condition did not come true"
             with suppress(subprocess.TimeoutExpired):
-                output, _ = process.communicate(timeout=0.003)
+                output, _ = process.communicate(timeout=pause)
                 pytest.fail(f"the process ended with {process.returncode} before the condition came true: {output}")
 
     return wait

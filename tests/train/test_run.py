@@ -39,6 +39,10 @@ def test_a_finished_run(make_config, tmp_path):
     assert 1.0 < result.evaluation.perplexity < 320
     assert result.evaluation.by_domain.keys() == {"text", "parsing"}
     assert result.sample.startswith("In the beginning")
+    with RunStore.open_readonly(tmp_path / "run") as store:
+        perplexities = [(step, value) for step, value, _ in store.scalar_history("val_perplexity")]
+    assert [step for step, _ in perplexities] == [6, 12]
+    assert perplexities[-1][1] == result.evaluation.perplexity
     assert status(tmp_path / "run") == "finished"
 
 
@@ -143,4 +147,4 @@ def test_what_a_person_is_shown_without_a_terminal(make_config, tmp_path):
     progress = [line for line in lines if line.startswith("step ") and "loss" in line]
     assert progress[0].startswith("step 1/12, loss ")
     assert any("MaxVio" in line for line in progress)
-    assert sum("validation perplexity" in line for line in lines) == 3  # at 6, at 12, and the final one
+    assert sum("validation perplexity" in line for line in lines) == 2  # at 6, and at the end

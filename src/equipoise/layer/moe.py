@@ -78,6 +78,11 @@ class MoE(nn.Module):
         self.shared_gate = nn.Linear(dim, 1, bias=False) if shared_gate else None
         self.tap = Tap()
 
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The names of the balancing losses, as in `Routed.losses`."""
+        return tuple(loss.name for loss in self.losses)
+
     def init_weights(self, std: float, output_std: float) -> None:
         """Draw all weights: std inside, output_std for what writes into the residual stream. Resets the balancer."""
         self.router.init_weights(std)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +23,16 @@ _MOMENTS = 5  # tokens, token entropies, logits, squared logits, log-sum-exps
 
 @dataclass(frozen=True, eq=False)
 class _Sums:
-    """One layer's window on the device: views into one integer and one float buffer, losses beside them."""
+    """One layer's window: views into the recorder's buffers, on the device or on the host.
 
-    integers: Tensor  # int64: E counts, then the drops by reason
-    floats: Tensor  # float64: E sums of probabilities, then the moments
+    integers: int64, E counts, then the drops by reason. floats: float64, E sums of probabilities, the moments, then
+    the losses.
+    """
+
+    integers: Tensor
+    floats: Tensor
     num_experts: int
-    losses: dict[str, Tensor] = field(default_factory=dict)
+    loss_names: tuple[str, ...]
 
     def add(self, routed: Routed) -> None:
         decision, E = routed.decision, self.num_experts
@@ -37,40 +41,70 @@ class _Sums:
             if reason in routed.plan.drops:
                 accumulate(self.integers[E + index], routed.plan.drops[reason])
         logits_TE, probs_TE = decision.logits_TE.detach(), decision.probs_TE.detach()
-        moments = torch.stack(
-            [
-                logits_TE.new_full((), decision.num_tokens),
-                torch.special.entr(probs_TE).sum(),
-                logits_TE.sum(),
-                logits_TE.square().sum(),
-                logits_TE.logsumexp(-1).sum(),
-            ]
-        )
-        accumulate(self.floats, torch.cat([probs_TE.sum(0), moments]))
-        for name, value in routed.losses.items():
-            if name not in self.losses:
-                self.losses[name] = torch.zeros((), dtype=torch.float64, device=value.device)
-            accumulate(self.losses[name], value * decision.num_tokens)
+        zero = logits_TE.new_zeros(())
+        moments = [
+            zero + decision.num_tokens,
+            torch.special.entr(probs_TE).sum(),
+            logits_TE.sum(),
+            logits_TE.square().sum(),
+            logits_TE.logsumexp(-1).sum(),
+        ]
+        losses = [routed.losses.get(name, zero) * decision.num_tokens for name in self.loss_names]
+        accumulate(self.floats, torch.cat([probs_TE.sum(0), torch.stack(moments + losses)]))
 
-    def to_host(self) -> RoutingSums:
+    def sums(self) -> RoutingSums:
         E = self.num_experts
-        integers, floats = self.integers.cpu(), self.floats.cpu()
-        tokens, entropy, logits, squares, logsumexps = floats[E:].tolist()
+        tokens, entropy, logits, squares, logsumexps, *losses = self.floats[E:].tolist()
         return RoutingSums(
             num_tokens=int(tokens),
-            counts_E=integers[:E].numpy().copy(),
-            probs_sum_E=floats[:E].numpy().copy(),
+            counts_E=self.integers[:E].numpy().copy(),
+            probs_sum_E=self.floats[:E].numpy().copy(),
             token_entropy_sum=entropy,
             logit_sum=logits,
             logit_sq_sum=squares,
             logsumexp_sum=logsumexps,
-            dropped=dict(zip(DROP_REASONS, integers[E:].tolist(), strict=True)),
-            losses={name: value.item() for name, value in self.losses.items()},
+            dropped=dict(zip(DROP_REASONS, self.integers[E:].tolist(), strict=True)),
+            losses={name: value for name, value in zip(self.loss_names, losses, strict=True) if value},  # 0: eval only
         )
 
-    def reset(self) -> None:
-        for buffer in (self.integers, self.floats, *self.losses.values()):
-            buffer.zero_()
+
+@dataclass(frozen=True, eq=False)
+class _Buffers:
+    """All layers' sums in one block of 64-bit words, so that they reach the host in one copy.
+
+    words: int64; the first num_integers are integers, the others the bits of float64 numbers.
+    """
+
+    words: Tensor
+    num_integers: int
+    layers: Mapping[str, Observable]
+
+    @staticmethod
+    def allocate(layers: Mapping[str, Observable], device: torch.device) -> _Buffers:
+        integers = sum(layer.num_experts + len(DROP_REASONS) for layer in layers.values())
+        floats = sum(layer.num_experts + _MOMENTS + len(layer.loss_names) for layer in layers.values())
+        return _Buffers(torch.zeros(integers + floats, dtype=torch.int64, device=device), integers, layers)
+
+    @property
+    def integers(self) -> Tensor:
+        return self.words[: self.num_integers]
+
+    @property
+    def floats(self) -> Tensor:
+        return self.words[self.num_integers :].view(torch.float64)
+
+    def by_layer(self) -> dict[str, _Sums]:
+        views = {}
+        integers, floats = self.integers, self.floats
+        for name, layer in self.layers.items():
+            E, names = layer.num_experts, layer.loss_names
+            num_integers, num_floats = E + len(DROP_REASONS), E + _MOMENTS + len(names)
+            views[name] = _Sums(integers[:num_integers], floats[:num_floats], E, names)
+            integers, floats = integers[num_integers:], floats[num_floats:]
+        return views
+
+    def to_host(self) -> _Buffers:
+        return _Buffers(self.words.cpu(), self.num_integers, self.layers)
 
 
 def observable_layers(model: nn.Module) -> dict[str, Observable]:
@@ -96,15 +130,12 @@ class Recorder:
     def __init__(self, model: nn.Module, reduce: Callable[[Tensor], None] | None = None) -> None:
         self._reduce = reduce
         self._paused = False
-        self._handles: list[RemovableHandle] = []
-        self._sums: dict[str, _Sums] = {}
-        for name, layer in observable_layers(model).items():
-            assert isinstance(layer, nn.Module)
-            device = next(layer.parameters()).device
-            integers = torch.zeros(layer.num_experts + len(DROP_REASONS), dtype=torch.int64, device=device)
-            floats = torch.zeros(layer.num_experts + _MOMENTS, dtype=torch.float64, device=device)
-            sums = self._sums[name] = _Sums(integers, floats, layer.num_experts)
-            self._handles.append(layer.tap.register_forward_hook(self._hook(sums)))
+        layers = observable_layers(model)
+        self._buffers = _Buffers.allocate(layers, next(model.parameters()).device)
+        self._sums = self._buffers.by_layer()
+        self._handles: list[RemovableHandle] = [
+            layer.tap.register_forward_hook(self._hook(self._sums[name])) for name, layer in layers.items()
+        ]
 
     def _hook(self, sums: _Sums) -> Callable[[nn.Module, tuple[Routed], Routed], None]:
         @torch.no_grad()
@@ -127,13 +158,12 @@ class Recorder:
 
     def flush(self, step: int) -> list[RoutingStats]:
         """One record per layer over everything since the last flush, and a fresh start."""
-        window = []
-        for name, sums in self._sums.items():
-            if self._reduce is not None:
-                for buffer in (sums.integers, sums.floats, *sums.losses.values()):
-                    self._reduce(buffer)
-            window.append(routing_stats(name, step, sums.to_host()))
-            sums.reset()
+        if self._reduce is not None:
+            self._reduce(self._buffers.integers)
+            self._reduce(self._buffers.floats)
+        layers = self._buffers.to_host().by_layer()
+        window = [routing_stats(name, step, layer.sums()) for name, layer in layers.items()]
+        self._buffers.words.zero_()  # not before: on a CPU the host's view is the same memory
         return window
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -141,7 +171,6 @@ class Recorder:
         state: dict[str, Tensor] = {}
         for name, sums in self._sums.items():
             state |= {f"{name}.integers": sums.integers.clone(), f"{name}.floats": sums.floats.clone()}
-            state |= {f"{name}.losses.{loss}": value.clone() for loss, value in sums.losses.items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -155,10 +184,6 @@ class Recorder:
                         f"{None if saved is None else tuple(saved.shape)}; it belongs to another model"
                     )
                 buffer.copy_(saved)
-            sums.losses.clear()
-            prefix = f"{name}.losses."
-            for key in (key for key in state if key.startswith(prefix)):
-                sums.losses[key.removeprefix(prefix)] = state[key].clone().to(sums.floats.device)
 
     def detach(self) -> None:
         """Remove the hooks: the model is as it was."""

@@ -7,7 +7,7 @@ share. What a loss needs beyond the decision comes as `LossInputs`. All are k-no
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -31,11 +31,17 @@ class LossInputs:
     global_counts_E: Tensor | None = None
 
 
+Scope = Literal["micro", "sequence", "global"]
+
+
 class BalanceLoss(Protocol):
-    """A balancing loss: name and coefficient for logs, and the value."""
+    """A balancing loss: name and coefficient for logs, the tokens that it is taken over, and the value."""
 
     @property
     def name(self) -> str: ...  # noqa: D102 - described by the class
+
+    @property
+    def scope(self) -> Scope: ...  # noqa: D102 - described by the class
 
     @property
     def coef(self) -> float | Schedule: ...  # noqa: D102 - described by the class
@@ -64,7 +70,7 @@ class SwitchLoss:
     """
 
     coef: float | Schedule = 0.01
-    scope: Literal["micro", "sequence", "global"] = "micro"
+    scope: Scope = "micro"
 
     def __post_init__(self) -> None:
         if self.scope not in ("micro", "sequence", "global"):
@@ -110,6 +116,7 @@ class ImportanceLoss:
     """CV^2 over experts of the summed combine weights (arXiv 1701.06538 section 4). Scope: the micro-batch."""
 
     coef: float | Schedule = 0.1
+    scope: ClassVar[Scope] = "micro"
 
     @property
     def name(self) -> str:
@@ -135,6 +142,7 @@ class LoadLoss:
 
     coef: float | Schedule = 0.1
     noise_std: float | None = None
+    scope: ClassVar[Scope] = "micro"
 
     @property
     def name(self) -> str:
@@ -168,6 +176,7 @@ class ZLoss:
     """
 
     coef: float | Schedule = 0.001
+    scope: ClassVar[Scope] = "micro"
 
     @property
     def name(self) -> str:

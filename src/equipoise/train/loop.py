@@ -111,7 +111,7 @@ class Trainer:
         for alert in changed:
             self._on_alert(alert)
         self.reporter.update()
-        if config.eval_every and step % config.eval_every == 0:
+        if config.eval_every and step % config.eval_every == 0 and step < config.steps:  # the end is the caller's
             self.evaluate()
         if (config.checkpoint_every and step % config.checkpoint_every == 0) or step == config.steps:
             self.save()

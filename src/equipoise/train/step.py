@@ -1,4 +1,4 @@
-"""One optimizer step: micro-batches forward and backward, the norm clipped, the weights moved.
+"""The gradient of one batch, in one or more micro-batches.
 
 Splitting a batch changes no gradient: the language model's loss is a sum over the batch's targets divided by their
 number, balancing losses are scaled by each micro-batch's share, and losses of global scope get the whole batch's
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,17 +16,8 @@ from torch import Tensor
 from equipoise.models.decoder import Decoder, cross_entropy_sum
 from equipoise.monitor.recorder import Recorder
 from equipoise.ops.count import count_assignments
-from equipoise.routing.losses import SwitchLoss
 from equipoise.train.data import IGNORE, Batch
 from equipoise.types import BatchScope, Routed
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """loss: mean nats per target, without the balancing losses. grad_norm: global, before clipping."""
-
-    loss: float
-    grad_norm: float
 
 
 def autocast(enabled: bool, device: torch.device) -> AbstractContextManager[object]:
@@ -64,7 +54,7 @@ def gradients(model: Decoder, batches: Sequence[Batch], step: int, bf16: bool, r
 def needs_global_counts(model: Decoder) -> bool:
     """Whether a loss is taken over the global batch."""
     layers = model.moe_layers.values()
-    return any(isinstance(loss, SwitchLoss) and loss.scope == "global" for layer in layers for loss in layer.losses)
+    return any(loss.scope == "global" for layer in layers for loss in layer.losses)
 
 
 @torch.no_grad()

@@ -1,0 +1,188 @@
+"""The watch: windows, alerts and sinks, from live layers; and a model that does not notice."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from equipoise.layer import MoE
+from equipoise.monitor.detectors import CollapseDetector
+from equipoise.monitor.watch import Watch, watch
+from equipoise.routing import TopK
+from equipoise.types import Action, Finding
+
+D, E, K, T = 16, 8, 2, 512  # T K / E = 128 assignments per expert and forward: enough for an opinion
+
+
+class Notebook:
+    """A sink that writes down what it gets, in order."""
+
+    def __init__(self):
+        self.pages = []
+
+    def routing(self, window):
+        self.pages.append(("routing", [stats.layer for stats in window], window[0].step))
+
+    def alert(self, alert):
+        self.pages.append(("alert", alert.key, alert.state, alert.step))
+
+    def action(self, action: Action):
+        self.pages.append(("action", action.kind))
+
+
+class Two(nn.Module):
+    """Two layers that see the same tokens."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first = MoE(D, 8, E, router=TopK(k=K))
+        self.second = MoE(D, 8, E, router=TopK(k=K))
+
+    def forward(self, x):
+        return self.first(x) + self.second(x)
+
+
+@pytest.fixture
+def model():
+    return Two()
+
+
+def inputs(num_tokens=T):
+    """The first of the dimensions is the same for all tokens: a router can prefer an expert by it."""
+    x = torch.randn(num_tokens, D, generator=torch.Generator().manual_seed(2))
+    x[:, 0] = 1.0
+    return x
+
+
+def prefer(layer, expert, by=20.0):
+    with torch.no_grad():
+        layer.router.weight[expert, 0] += by
+
+
+def test_a_window_is_judged_when_it_is_complete(model):
+    book = Notebook()
+    with watch(model, every=3, sinks=[book]) as observer:
+        assert observer.stats() == []
+        for step in (1, 2, 3, 4):
+            model(inputs())
+            assert observer.step(step) == []
+        assert [stats.layer for stats in observer.stats()] == ["first", "second"]
+        assert [(stats.step, stats.num_tokens) for stats in observer.stats()] == [(3, 3 * T)] * 2
+        observer.flush(4)
+        assert [(stats.step, stats.num_tokens) for stats in observer.stats()] == [(4, T)] * 2
+    assert book.pages == [("routing", ["first", "second"], 3), ("routing", ["first", "second"], 4)]
+
+
+def test_collapse_fires_in_its_second_window_and_is_resolved(model):
+    book = Notebook()
+    observer = Watch(model, every=1, sinks=[book])
+    seen = []
+    for step in range(1, 9):
+        if step == 2:
+            prefer(model.second, expert=5)
+        if step == 5:
+            prefer(model.second, expert=5, by=-20.0)
+        model(inputs())
+        changed = observer.step(step)
+        seen += [(alert.step, alert.state) for alert in changed]
+        if step == 4:
+            [alert] = observer.alerts
+            assert (alert.key, alert.finding.layer, alert.finding.expert) == ("second:collapse", "second", 5)
+            assert (alert.since_step, alert.step, alert.finding.value) == (2, 4, 1.0)
+            assert "second has collapsed: expert 5 takes 100.0% of the tokens, fair is 25.0%" in alert.finding.message
+    observer.detach()
+    assert seen == [(3, "firing"), (6, "resolved")]
+    assert observer.alerts == []
+    alerts = [page for page in book.pages if page[0] == "alert"]
+    assert alerts == [("alert", "second:collapse", "firing", 3), ("alert", "second:collapse", "resolved", 6)]
+    assert len(book.pages) == 8 + 2
+
+
+def test_too_few_tokens_are_no_opinion(model):
+    """100 assignments per expert are needed: 64 tokens give 16."""
+    prefer(model.second, expert=5)
+    observer = Watch(model, every=1)
+    for step in range(1, 6):
+        model(inputs(64))
+        assert observer.step(step) == []
+    observer.detach()
+
+
+def test_detectors_are_plugged_in(model):
+    def always(window):
+        return [Finding("odd", stats.layer, None, "info", 1.0, 0.0, "odd", "none") for stats in window]
+
+    with watch(model, every=1, detectors=[always, CollapseDetector()]) as observer:
+        for step in (1, 2):
+            model(inputs())
+            changed = observer.step(step)
+    assert [alert.key for alert in changed] == ["first:odd", "second:odd"]
+
+
+def test_alerts_go_on_in_another_watch(model):
+    prefer(model.second, expert=5)
+    first = Watch(model, every=1)
+    for step in (1, 2):
+        model(inputs())
+        first.step(step)
+    state = json.loads(json.dumps(first.state_dict()))
+    first.detach()
+    second = Watch(model, every=1)
+    second.load_state_dict(state)
+    assert second.alerts == first.alerts
+    model(inputs())
+    assert second.step(3) == []  # it is the same alert, not a new one
+    second.detach()
+
+
+def test_reduce_is_the_recorders(model):
+    with Watch(model, every=1, reduce=lambda tensor: tensor.mul_(2)) as observer:
+        model(inputs())
+        observer.step(1)
+    assert observer.stats()[0].num_tokens == 2 * T
+
+
+def test_stats_are_a_copy_of_the_list(model):
+    with watch(model, every=1) as observer:
+        model(inputs())
+        observer.step(1)
+        observer.stats().clear()
+        assert len(observer.stats()) == 2
+
+
+def test_outputs_are_bit_identical_and_nothing_is_left(model):
+    def hooks():
+        return [(name, dict(module._forward_hooks), dict(module._forward_pre_hooks)) for name, module in named]
+
+    named = list(model.named_modules())
+    before, expected = hooks(), model(inputs())
+    expected.sum().backward()
+    grads = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    with watch(model, every=1) as observer:
+        actual = model(inputs())
+        actual.sum().backward()
+        observer.step(1)
+        assert hooks() != before
+    assert torch.equal(actual, expected)
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, model.parameters(), strict=True))
+    assert hooks() == before
+
+
+def test_an_error_inside_detaches_too(model):
+    with pytest.raises(RuntimeError, match="stop"), watch(model):
+        raise RuntimeError("stop")
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_every_must_be_positive(model):
+    with pytest.raises(ValueError, match=r"every: expected at least 1 step per window, got 0"):
+        watch(model, every=0)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_nothing_to_watch():
+    with pytest.raises(ValueError, match=r"expected at least one layer with a routing tap.*build its experts with"):
+        watch(nn.Linear(2, 2))
