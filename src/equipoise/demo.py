@@ -112,7 +112,9 @@ def _train_and_break(trainer: Trainer, plan: Demonstration, stop: Callable[[], b
         return now, now, now
     before = trainer.evaluate()
     config = trainer.config
-    batch = next(eval_batches(trainer.data.val, config.batch_size, config.data.seq_len, max_batches=1))
+    batch = next(eval_batches(trainer.data.val, config.batch_size, config.data.seq_len, max_batches=1)).to(
+        trainer.device
+    )
     with trainer.watch.recorder.paused():
         inject(trainer.model, plan.fault, lambda: trainer.model(batch.tokens_BS))
     trainer.reporter.say(

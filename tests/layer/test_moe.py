@@ -137,7 +137,7 @@ class TestInitialValues:
 
 class TestBackends:
     def test_cpu_takes_lean_and_says_why(self):
-        assert "backend=lean (fastest measured on a CPU" in repr(build().experts)
+        assert "backend=lean (fastest in training on a CPU" in repr(build().experts)
         assert "backend=grouped (asked for)" in repr(build(backend="grouped").experts)
 
     @pytest.mark.parametrize(

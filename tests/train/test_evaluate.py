@@ -124,6 +124,4 @@ def test_sample_text(make_config):
     assert sample_text(model, data, "def ", num_tokens=8) == text  # the same seed, the same text
     assert sample_text(model, data, "def ", num_tokens=8, seed=1) != text
     assert model.training
-    room = config.model.max_seq_len - len(data.tokenizer.encode("def "))
-    assert sample_text(model, data, "def ", num_tokens=10_000).startswith("def ")  # ends where the model's positions do
-    assert room < 10_000
+    assert sample_text(model, data, "def ", num_tokens=10_000).startswith(text)  # ends where the positions do

@@ -54,6 +54,7 @@ class TrainConfig:
 
     steps: optimizer steps. batch_size: sequences per optimizer step. micro_batch_size: sequences per forward; the
     rest is gradient accumulation; None is the whole batch.
+    device: "cpu", "cuda", or "auto" for a GPU where there is one.
     bf16: autocast to bfloat16, the router stays fp32. seed: of weights, data order and noise.
     eval_every, checkpoint_every, watch_every: steps; 0 switches evaluation or checkpoints off until the end.
     eval_batches: at most so many, spread evenly over the validation text. keep_checkpoints: the newest n.
@@ -67,6 +68,7 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 16
     micro_batch_size: int | None = None
+    device: str = "auto"
     bf16: bool = True
     seed: int = 0
     eval_every: int = 200
@@ -140,6 +142,8 @@ class Overrides:
     """Learning rate after warm-up."""
     seed: int | None = None
     """Of weights, data order and noise."""
+    device: str | None = None
+    """cpu, cuda, or auto for a GPU where there is one."""
     bf16: bool | None = None
     """Compute in bfloat16 where it is safe; the router always stays fp32."""
     recover: bool | None = None

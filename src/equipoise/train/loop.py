@@ -63,7 +63,8 @@ class Trainer:
     ) -> None:
         self.config, self.data, self.out, self.reporter = config, data, out, reporter
         torch.manual_seed(config.seed)
-        self.model = Decoder(config.model)
+        self.device = pick_device(config.device)
+        self.model = Decoder(config.model).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.loader = Loader(data.train, config.batch_size, config.data.seq_len, config.seed)
         eval_batches(data.val, config.batch_size, config.data.seq_len)  # too little text is an error now, not later
@@ -95,7 +96,7 @@ class Trainer:
     def step(self) -> None:
         """One optimizer step, and whatever is due after it."""
         step, config = self.step_number + 1, self.config
-        batch = self.loader.next_batch()
+        batch = self.loader.next_batch().to(self.device)
         loss = gradients(self.model, split(batch, config.num_micro_batches), step, config.bf16, self.watch.recorder)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -202,6 +203,15 @@ class Trainer:
             "optim.lr or raise optim.warmup, and go on from the checkpoint with --resume, or start again with another "
             "--seed"
         )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU where there is one. Raises ValueError when it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device: expected cpu, auto, or cuda where torch finds a GPU, got {name!r}; try --device cpu")
+    return torch.device(name)
 
 
 def _open_store(config: TrainConfig, out: Path, resume: bool) -> RunStore:
