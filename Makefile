@@ -65,7 +65,8 @@ format: $(STAMP) ## format the code and mend what the linter can mend
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
 
-bench: $(STAMP) ## time the layer on this machine
+bench: $(STAMP) ## time the layer on this machine, beside dense blocks and transformers
+	@$(PYTHON) -c "import transformers" 2>/dev/null || { echo "bench: installing transformers to compare with"; $(PIP) -e '.[dev,bench]'; }
 	@$(PYTHON) -m benchmarks.layer $(ARGS)
 
 clean: ## remove the environment, caches and builds; runs/ is kept

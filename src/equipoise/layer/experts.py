@@ -44,7 +44,8 @@ def backend_for(name: BackendName, x_TD: Tensor, up_eHD: Tensor, down_eDF: Tenso
     """(backend, reason) that `name` means for these tensors.
 
     The rule for "auto" comes from `python -m benchmarks.layer`: on a CPU the lean loop is fastest in training and
-    prefill, and within about a tenth of the best for a few tokens; on a GPU a loop over experts would wait for the host at each, so grouped_mm is taken where it can run.
+    prefill, and within about a tenth of the best for a few tokens; on a GPU a loop over experts would wait for the
+    host at each, so grouped_mm is taken where it can run.
     """
     if name != "auto":
         return name, "asked for"

@@ -16,6 +16,7 @@ import numpy as np
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.panel import Panel
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -141,6 +142,8 @@ class _Screen:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         view, width = self.view, options.max_width
         parts: list[RenderableType] = [_header(view)]
+        if view.total_steps and view.status == "running":
+            parts.append(ProgressBar(total=view.total_steps, completed=view.step, width=width - 4))
         if view.losses:
             parts.append(Text.assemble(("loss ", "dim"), (sparkline(view.losses, width - 9), "cyan")))
         title = Text.assemble((view.name, "bold"), "  ", (view.status, "dim"))
