@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -23,11 +24,10 @@ def run(*args, **kwargs):
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A corpus of two domains: modules of the standard library, and help topics."""
-    import json as module
     from pydoc_data.topics import topics
 
     path = tmp_path_factory.mktemp("text") / "small.jsonl"
-    sources = [open(m.__file__, encoding="utf-8").read() for m in (module, os, subprocess, signal)]
+    sources = [Path(m.__file__).read_text(encoding="utf-8") for m in (json, os, subprocess, signal)]
     rows = [{"text": t, "domain": "python"} for t in sources]
     rows += [{"text": t, "domain": "prose"} for t in list(topics.values())[:40]]
     path.write_text("\n".join(json.dumps(row) for row in rows))

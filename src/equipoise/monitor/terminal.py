@@ -142,10 +142,10 @@ class _Screen:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         view, width = self.view, options.max_width
         parts: list[RenderableType] = [_header(view)]
-        if view.total_steps and view.status == "running":
-            parts.append(ProgressBar(total=view.total_steps, completed=view.step, width=width - 4))
         if view.losses:
             parts.append(Text.assemble(("loss ", "dim"), (sparkline(view.losses, width - 9), "cyan")))
+        if view.total_steps and view.status == "running":  # last: rich ends its bar without a new line
+            parts.append(ProgressBar(total=view.total_steps, completed=view.step, width=width - 4))
         title = Text.assemble((view.name, "bold"), "  ", (view.status, "dim"))
         yield Panel(Group(*parts), title=title, title_align="left", border_style="red" if view.firing else "dim")
         yield _events(view)  # above the heat map: a low window must not cut off the alerts

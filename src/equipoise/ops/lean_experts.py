@@ -19,16 +19,32 @@ import torch
 from torch import Tensor
 
 from equipoise.ops.activation import activate, activate_backward, check_activation, recompute
+from equipoise.ops.fresh import fresh
 from equipoise.ops.ragged import RaggedPlan, sum_rows
 
+_TILE = 32  # rows
 
-def _segments(counts_e: Tensor) -> Iterator[tuple[int, slice]]:
-    """(expert, its rows) for each expert that has rows."""
+
+def _segments(counts_e: Tensor, num_rows: int, dtype: torch.dtype) -> Iterator[tuple[int, slice, slice]]:
+    """(expert, its rows, the same rounded up to a whole tile) for each expert that has rows, in ascending order.
+
+    A low-precision product on a CPU is compiled anew for each number of rows, which takes longer than the product
+    itself, and experts never have the same number twice. In tiles there are few numbers. The rows beyond its own
+    belong to the next expert: they are computed with weight 0, and overwritten when it is that expert's turn.
+    """
+    tile = _TILE if dtype in (torch.bfloat16, torch.float16) else 1
     start = 0
     for expert, count in enumerate(counts_e.tolist()):
         if count:
-            yield expert, slice(start, start + count)
+            tiled = count if count < tile else -(-count // tile) * tile
+            yield expert, slice(start, start + count), slice(start, min(start + tiled, num_rows))
         start += count
+
+
+def _scales(weights_R: Tensor, rows: slice, tiled: slice, dtype: torch.dtype) -> Tensor:
+    """(n, 1): the weights of `rows`, and 0 for the rest of their tiles."""
+    weights_n = weights_R[rows].to(dtype)
+    return torch.nn.functional.pad(weights_n, (0, tiled.stop - rows.stop)).unsqueeze(1)
 
 
 @torch.library.custom_op("equipoise::lean_forward", mutates_args=())
@@ -46,15 +62,14 @@ def lean_forward(
     """(y_TD, z_RH): weighted sum of the experts' outputs, and the pre-activation (empty unless save)."""
     kind = check_activation(activation)
     num_rows = token_ids_R.shape[0]
-    z_RH = x_TD.new_empty(num_rows if save else 0, up_eHD.shape[1])
-    y_RD = x_TD.new_empty(num_rows, x_TD.shape[1])
-    scale_R1 = weights_R.to(x_TD.dtype).unsqueeze(1)
+    z_RH = fresh((num_rows if save else 0, up_eHD.shape[1]), x_TD)
+    y_RD = fresh((num_rows, x_TD.shape[1]), x_TD)
     end = 0
-    for expert, rows in _segments(counts_e):
-        x_n = x_TD.index_select(0, token_ids_R[rows])
-        z_n = torch.mm(x_n, up_eHD[expert].t(), out=z_RH[rows]) if save else torch.mm(x_n, up_eHD[expert].t())
-        a_n = activate(z_n, kind).mul_(scale_R1[rows])
-        torch.mm(a_n, down_eDF[expert].t(), out=y_RD[rows])
+    for expert, rows, tiled in _segments(counts_e, num_rows, x_TD.dtype):
+        x_n = x_TD.index_select(0, token_ids_R[tiled])
+        z_n = torch.mm(x_n, up_eHD[expert].t(), out=z_RH[tiled]) if save else torch.mm(x_n, up_eHD[expert].t())
+        a_n = activate(z_n, kind).mul_(_scales(weights_R, rows, tiled, x_TD.dtype))
+        torch.mm(a_n, down_eDF[expert].t(), out=y_RD[tiled])
         end = rows.stop
     y_RD[end:].zero_()  # dropped rows
     return sum_rows(y_RD, token_ids_R, rows_TK, x_TD.shape[0]), z_RH
@@ -90,20 +105,21 @@ def lean_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, up and down."""
     kind = check_activation(activation)
-    grad_x_RD = x_TD.new_empty(token_ids_R.shape[0], x_TD.shape[1])
+    num_rows = token_ids_R.shape[0]
+    grad_x_RD = fresh((num_rows, x_TD.shape[1]), x_TD)
     grad_weights_R = torch.zeros_like(weights_R)
-    grad_up, grad_down = torch.empty_like(up_eHD), torch.empty_like(down_eDF)
-    scale_R1 = weights_R.to(x_TD.dtype).unsqueeze(1)
+    grad_up, grad_down = fresh(up_eHD.shape, up_eHD), fresh(down_eDF.shape, down_eDF)
     idle, end = set(range(up_eHD.shape[0])), 0
-    for expert, rows in _segments(counts_e):
-        tokens_n, z_n, scale_n1 = token_ids_R[rows], z_RH[rows], scale_R1[rows]
+    for expert, rows, tiled in _segments(counts_e, num_rows, x_TD.dtype):
+        tokens_n, z_n, scale_n1 = token_ids_R[tiled], z_RH[tiled], _scales(weights_R, rows, tiled, x_TD.dtype)
         grad_y_n = grad_TD.index_select(0, tokens_n)
         grad_a_n = torch.mm(grad_y_n, down_eDF[expert])
         a_n, saved_n = recompute(z_n, kind)
-        torch.sum(grad_a_n * a_n, 1, dtype=weights_R.dtype, out=grad_weights_R[rows])
+        n = rows.stop - rows.start
+        torch.sum(grad_a_n[:n] * a_n[:n], 1, dtype=weights_R.dtype, out=grad_weights_R[rows])
         torch.mm(grad_y_n.t(), a_n.mul_(scale_n1), out=grad_down[expert])
         grad_z_n = activate_backward(grad_a_n.mul_(scale_n1), z_n, saved_n, kind)
-        torch.mm(grad_z_n, up_eHD[expert], out=grad_x_RD[rows])
+        torch.mm(grad_z_n, up_eHD[expert], out=grad_x_RD[tiled])
         torch.mm(grad_z_n.t(), x_TD.index_select(0, tokens_n), out=grad_up[expert])
         idle.discard(expert)
         end = rows.stop

@@ -47,6 +47,14 @@ class OptimConfig:
     beta2: float = 0.95
     clip: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optim.{name}: expected more than 0, got {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "min_lr_ratio"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.{name}: expected 0 or more, got {getattr(self, name)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -56,7 +64,7 @@ class TrainConfig:
     rest is gradient accumulation; None is the whole batch.
     device: "cpu", "cuda", or "auto" for a GPU where there is one.
     bf16: autocast to bfloat16, the router stays fp32. seed: of weights, data order and noise.
-    eval_every, checkpoint_every, watch_every: steps; 0 switches evaluation or checkpoints off until the end.
+    eval_every, checkpoint_every, watch_every: steps; 0 of the first two means only at the end.
     eval_batches: at most so many, spread evenly over the validation text. keep_checkpoints: the newest n.
     recover: apply the recovery policy when a router collapses; without it alerts are only raised.
     """
@@ -82,6 +90,9 @@ class TrainConfig:
         for name in ("steps", "batch_size", "keep_checkpoints", "watch_every", "eval_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        for name in ("eval_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected 0 (only at the end) or more, got {getattr(self, name)}")
         micro = self.micro_batch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise ValueError(

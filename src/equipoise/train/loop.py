@@ -147,10 +147,12 @@ class Trainer:
 
     def close(self, status: str) -> None:
         """Detach the monitor and close the store. status: "finished", "interrupted" or "failed"."""
-        self.store.set_meta(status=status)
-        self.reporter.update()
         self.watch.detach()
-        self.store.close()
+        try:
+            self.store.set_meta(status=status)
+            self.reporter.update()
+        finally:
+            self.store.close()
 
     def _on_alert(self, alert: Alert) -> None:
         """Tell; and where the config allows it, measure the damage and repair."""

@@ -18,7 +18,7 @@ def demo() -> TrainConfig:
     return TrainConfig(
         name="demo",
         model=DecoderConfig(
-            vocab_size=4096,
+            vocab_size=2048,
             dim=192,
             num_layers=4,
             num_heads=6,
@@ -30,15 +30,16 @@ def demo() -> TrainConfig:
                 hidden_dim=256,
                 router=TopK(k=2),
                 balance=(
-                    SwitchLoss(coef=HighThenLow(0.1, 0.02, hold=150, anneal=150)),
+                    SwitchLoss(coef=HighThenLow(0.1, 0.02, hold=120, anneal=120)),
                     QuantileBalance(on_demand=True),
                 ),
             ),
         ),
-        data=DataConfig(vocab_size=4096, seq_len=128),
+        data=DataConfig(vocab_size=2048, seq_len=128),
         optim=OptimConfig(lr=2e-3, warmup=50),
-        steps=500,
+        steps=400,
         batch_size=32,
+        bf16=False,  # so small a model is faster in fp32 on a CPU
         eval_every=100,
         eval_batches=8,
         checkpoint_every=100,
@@ -69,6 +70,7 @@ def tiny() -> TrainConfig:
         optim=OptimConfig(lr=3e-3, warmup=10),
         steps=120,
         batch_size=16,
+        bf16=False,
         eval_every=40,
         eval_batches=4,
         checkpoint_every=40,
