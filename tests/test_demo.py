@@ -45,7 +45,7 @@ def test_the_repair_brings_the_load_of_that_layer_back(result):
         history = store.routing_history(result["layer"])
         actions = store.actions()
     before = [s for s in history if s.step <= result["injected_at"]][-1]
-    broken = next(s for s in history if s.step > result["injected_at"])
+    broken = next(s for s in history if s.step == result["detected_at"])
     assert broken.max_token_share > 0.9 > before.max_token_share
     assert history[-1].max_violation < 1.0
     assert [(a.kind, a.layer) for a in actions] == [("quantile_bias", result["layer"])]

@@ -20,6 +20,7 @@ from equipoise.train.recipes import RECIPES, recipe
 # ------------------------------------------------------------------------------------------------------- JSON
 
 positive = st.integers(1, 10**6)
+above_zero = st.floats(min_value=0, exclude_min=True, allow_infinity=False)
 finite = st.floats(allow_nan=False, allow_infinity=False)
 losses = st.sampled_from([SwitchLoss(), SwitchLoss(coef=HighThenLow(0.1, 0.001, 10, 10), scope="global")])
 balances = st.tuples(losses, st.builds(ZLoss, coef=finite), st.sampled_from([QuantileBalance(), BiasBalance()]))
@@ -58,7 +59,7 @@ configs = st.builds(
     name=st.text(),
     model=models,
     data=tokens,
-    optim=st.builds(OptimConfig, lr=finite, warmup=positive, clip=finite),
+    optim=st.builds(OptimConfig, lr=above_zero, warmup=positive, clip=above_zero),
     steps=positive,
     batch_size=st.just(12),
     micro_batch_size=st.sampled_from([None, 1, 2, 3, 4, 6, 12]),
@@ -178,3 +179,17 @@ def test_weight_decay_is_on_matrices_of_attention_and_experts_alone():
     assert all(decay[name] == 0.3 for name in decay.keys() - spared)
     assert {"layers.1.mlp.experts.down_proj", "layers.0.self_attn.q_proj.weight", "lm_head.weight"} <= decay.keys()
     assert optimizer.defaults["betas"] == (0.9, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OptimConfig(lr=0.0), r"optim\.lr: expected more than 0, got 0\.0"),
+        (lambda: OptimConfig(clip=-1.0), r"optim\.clip: expected more than 0, got -1\.0"),
+        (lambda: OptimConfig(warmup=-1), r"optim\.warmup: expected 0 or more, got -1"),
+        (lambda: replace(recipe("tiny"), eval_every=-1), r"eval_every: expected 0 \(only at the end\) or more, got -1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

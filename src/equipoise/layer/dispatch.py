@@ -33,13 +33,7 @@ class DroplessDispatcher:
 
     def dispatch(self, x_TD: Tensor, decision: RoutingDecision, training: bool) -> tuple[Tensor, RaggedPlan]:
         """x as it is, and the plan."""
-        return x_TD, ragged_plan(
-            decision.token_ids_N,
-            decision.expert_ids_N,
-            decision.weights_N,
-            decision.num_experts,
-            top_k=decision.top_k,
-        )
+        return x_TD, plan_of(decision)
 
     def combine(self, y: Tensor, plan: RaggedPlan) -> Tensor:
         """Nothing left to do."""
@@ -54,19 +48,22 @@ class CapacityDispatcher:
 
     def dispatch(self, x_TD: Tensor, decision: RoutingDecision, training: bool) -> tuple[Tensor, RaggedPlan]:
         """x as it is, and the plan without the dropped assignments."""
-        if not training and not self.capacity.at_inference:
-            return DroplessDispatcher().dispatch(x_TD, decision, training)
-        keep_N = kept_assignments(decision, self.capacity)
-        return x_TD, ragged_plan(
-            decision.token_ids_N,
-            decision.expert_ids_N,
-            decision.weights_N,
-            decision.num_experts,
-            top_k=decision.top_k,
-            keep_N=keep_N,
-            drops=count_drops(decision, keep_N),
-        )
+        drops = training or self.capacity.at_inference
+        return x_TD, plan_of(decision, kept_assignments(decision, self.capacity) if drops else None)
 
     def combine(self, y: Tensor, plan: RaggedPlan) -> Tensor:
         """Nothing left to do."""
         return y
+
+
+def plan_of(decision: RoutingDecision, keep_N: Tensor | None = None) -> RaggedPlan:
+    """The rows of the decision by expert; keep_N: bool, the assignments that stay, None for all."""
+    return ragged_plan(
+        decision.token_ids_N,
+        decision.expert_ids_N,
+        decision.weights_N,
+        decision.num_experts,
+        top_k=decision.top_k,
+        keep_N=keep_N,
+        drops=None if keep_N is None else count_drops(decision, keep_N),
+    )
