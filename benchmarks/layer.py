@@ -100,7 +100,11 @@ def drop_gradients(layer: Layer, x_TD: Tensor | None = None) -> None:
 
 
 def training_table(problem: Problem, layers: Mapping[str, Layer], errors: Mapping[str, float], effort: Effort) -> Table:
-    """Forward and backward of the whole layer, router included."""
+    """Forward and backward of the whole layer, router included.
+
+    As in a training loop, each run gets new tokens, so that no expert sees the same number of rows twice, and comes
+    after another one of the same variant: the caches of libraries hold what this variant left in them.
+    """
     x_TD = problem.x_TD.clone().requires_grad_()
 
     def run(layer: Layer) -> None:
@@ -108,9 +112,16 @@ def training_table(problem: Problem, layers: Mapping[str, Layer], errors: Mappin
 
     for layer in layers.values():
         layer.module.train()
-    variants = [
-        Variant(name, partial(run, layer), partial(drop_gradients, layer, x_TD)) for name, layer in layers.items()
-    ]
+
+    def renew(layer: Layer) -> None:
+        for warm in (True, False):
+            drop_gradients(layer, x_TD)
+            with torch.no_grad():
+                x_TD.normal_()
+            if warm:
+                run(layer)
+
+    variants = [Variant(name, partial(run, layer), partial(renew, layer)) for name, layer in layers.items()]
     seconds = time_side_by_side(variants, effort)
     gflop = 3 * problem.shape.flops(len(x_TD)) / 1e9
     columns = ("forward + backward", "ms", "GFLOP/s", "time / dense", "time / equipoise", "error")
