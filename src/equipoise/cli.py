@@ -64,7 +64,8 @@ def train(
     """Train a language model with MoE layers, under watch.
 
     Ctrl-C writes a checkpoint and stops; `--resume` goes on from it, to the bit. Recipes: demo (4 layers of 16 experts,
-    minutes), tiny (2 layers of 8, seconds), base (8 layers, 4 of them with 32 experts and a shared one, hours).
+    minutes), tiny (2 layers of 8, seconds), base (8 layers, 4 of them with 32 experts and a shared one, days on two
+    cores).
 
     Args:
         recipe: demo, tiny or base. Not needed with --resume.

@@ -79,7 +79,7 @@ def tiny() -> TrainConfig:
 
 
 def base() -> TrainConfig:
-    """8 layers, every second one with 32 fine-grained experts, top-4, and a shared expert: an evening on a desktop.
+    """8 layers, every second one with 32 fine-grained experts, top-4, and a shared expert: days on two cores.
 
     Global-batch balance with a strong start: coefficient 0.1 for the first 1000 steps, then down to 0.001.
     """
