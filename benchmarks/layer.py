@@ -54,10 +54,12 @@ SMOKE_SHAPES = (Shape("coarse", 64, 128, 4, 2), Shape("fine", 64, 32, 8, 4))
 # ---------------------------------------------------------------------------------------------- building and checking
 
 
-def available(problem: Problem, num_tokens: int) -> tuple[dict[str, Candidate], list[str]]:
-    """(the variants that can run with so many tokens, a note for each that can't)."""
+def available(problem: Problem, num_tokens: int, only: str = "") -> tuple[dict[str, Candidate], list[str]]:
+    """(the variants of those asked for that can run with so many tokens, a note for each that can't)."""
     can_run, notes = {}, []
     for candidate in VARIANTS:
+        if not any(part in candidate.name for part in only.split(",")):
+            continue
         try:
             candidate.check(problem.shape, num_tokens, problem.x_TD.dtype)
             can_run[candidate.name] = candidate
@@ -211,7 +213,7 @@ def _note(seconds: Seconds, problem: Problem) -> str:
 def measure(shape: Shape, options: argparse.Namespace, effort: Effort) -> tuple[list[Table], list[str]]:
     """(tables, notes) of one shape."""
     problem = make_problem(shape, options.tokens, DTYPES[options.dtype])
-    candidates, notes = available(problem, options.tokens)
+    candidates, notes = available(problem, options.tokens, options.only)
     announce(f"{shape.name}: comparing {len(candidates)} variants with fp32")
     layers, errors = checked_layers(problem, candidates)
     tables = []
@@ -222,7 +224,7 @@ def measure(shape: Shape, options: argparse.Namespace, effort: Effort) -> tuple[
     tables.append(memory_table(problem, layers))
     for num_tokens in DECODE_SIZES:
         announce(f"{shape.name}: decode sizes, T={num_tokens}")
-        candidates, more_notes = available(problem, num_tokens)
+        candidates, more_notes = available(problem, num_tokens, options.only)
         few = {name: layers.get(name) or candidate.build(problem) for name, candidate in candidates.items()}
         tables.append(inference_table(problem, few, num_tokens, effort.filling(DECODE_SECONDS)))
         notes += more_notes
@@ -235,6 +237,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", default=",".join(SHAPES), help=f"of {', '.join(SHAPES)}; separated by commas")
     parser.add_argument("--tokens", type=int, default=4096, help="T of training, prefill and memory")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", default="", help="variants with one of these in the name, e.g. lean,dense")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
     add_output_arguments(parser)
     options = parser.parse_args()
