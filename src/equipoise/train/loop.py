@@ -156,7 +156,8 @@ class Trainer:
 
     def _on_alert(self, alert: Alert) -> None:
         """Tell; and where the config allows it, measure the damage and repair."""
-        self.reporter.say(f"step {alert.step}: {alert.state}: {alert.finding.message}")
+        what = alert.finding.message if alert.state == "firing" else f"{alert.key}, since step {alert.since_step}"
+        self.reporter.say(f"step {alert.step}: {alert.state}: {what}")
         action = self.policy(alert) if self.policy else None
         if action is None:
             return
