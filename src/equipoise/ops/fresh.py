@@ -1,7 +1,7 @@
 """Large uninitialised tensors on a CPU that do not cost a page fault for every 4 KB.
 
 NumPy asks the kernel for huge pages for large arrays, torch's allocator does not by default. First writing to 67 MB
-took 3.8 ms in an array of NumPy's and 23.6 ms in a tensor of torch's (docs/log.md): a tenth of an expert layer's step.
+took about 4 ms in an array of NumPy's and 24 ms in a tensor of torch's (docs/log.md).
 """
 
 from __future__ import annotations
