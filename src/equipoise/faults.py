@@ -58,8 +58,10 @@ def inject(model: nn.Module, fault: Collapse, run: Callable[[], object]) -> Inje
         raise ValueError(f"Collapse.layer: expected one of {', '.join(layers) or 'none'}, got {fault.layer!r}")
     if not 0 <= fault.expert < layer.num_experts:
         raise ValueError(f"Collapse.expert: expected 0 to {layer.num_experts - 1}, got {fault.expert}")
-    change_D = fault.intensity * constant_direction(_router_inputs(model, layer, run))
     weight_ED = layer.router.weight
+    if weight_ED is None:
+        raise ValueError(f"Collapse.layer: the router of {fault.layer} has no weight to break; choose another layer")
+    change_D = fault.intensity * constant_direction(_router_inputs(model, layer, run))
     with torch.no_grad():
         change_D = change_D.to(weight_ED.dtype)
         weight_ED[fault.expert] += change_D

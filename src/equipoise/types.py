@@ -24,8 +24,33 @@ Severity = Literal["info", "warning", "critical"]
 
 
 @dataclass(frozen=True, eq=False)
+class Preferences:
+    """How each token ranks all experts, and what weights it would give them: to look past its first K.
+
+    ranking_TE: fp32, without gradient: the K largest of a row are the decision; -inf marks experts it may not use.
+    values_TE: fp32, with gradient: weights are made of the values of the experts that are chosen.
+    rule: "raw" takes the values as they are, "sum" divides them by their sum, "softmax" takes their softmax.
+    scale: the weights are multiplied with it at the end.
+    """
+
+    ranking_TE: Tensor
+    values_TE: Tensor
+    rule: Literal["raw", "sum", "softmax"]
+    scale: float = 1.0
+
+    def weights(self, ids_TK: Tensor) -> Tensor:
+        """fp32 (T, K): the combine weights of a choice, ids_TK int64 (T, K). Carries the gradient to the router."""
+        weights_TK = self.values_TE.gather(1, ids_TK)
+        if self.rule == "softmax":
+            weights_TK = weights_TK.softmax(-1)
+        elif self.rule == "sum":
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        return weights_TK if self.scale == 1.0 else self.scale * weights_TK
+
+
+@dataclass(frozen=True, eq=False)
 class RoutingDecision:
-    """Who goes where, with what weight: one row per (token, expert) assignment.
+    """Who goes where, with what weight: one row per (token, expert) assignment, no pair twice.
 
     token_ids_N: int64, the token of each assignment, in [0, T).
     expert_ids_N: int64, the logical expert of each assignment, in [0, E).
@@ -34,6 +59,8 @@ class RoutingDecision:
     logits_TE: fp32, router logits before score, bias and jitter of the selection. For losses and statistics.
     selection_TE: fp32, what a selection bias is added to: the logits or the scores, as the router has it.
     top_k: K when every token has exactly K assignments, stored token by token (the (T, K) fast path); else None.
+    preferences: of routers in which each token ranks all experts; else None.
+    noise_std_TE: fp32, of the noise that is in selection_TE and not in logits_TE; None without noise.
     """
 
     token_ids_N: Tensor
@@ -43,6 +70,8 @@ class RoutingDecision:
     logits_TE: Tensor
     selection_TE: Tensor
     top_k: int | None = None
+    preferences: Preferences | None = None
+    noise_std_TE: Tensor | None = None
 
     @classmethod
     def from_topk(
@@ -53,6 +82,8 @@ class RoutingDecision:
         probs_TE: Tensor,
         logits_TE: Tensor,
         selection_TE: Tensor | None = None,
+        preferences: Preferences | None = None,
+        noise_std_TE: Tensor | None = None,
     ) -> RoutingDecision:
         """Build the decision of a token-choice router: K experts for each of T tokens.
 
@@ -61,9 +92,38 @@ class RoutingDecision:
         import torch
 
         T, K = ids_TK.shape
-        token_ids_N = torch.arange(T, device=ids_TK.device).repeat_interleave(K, output_size=T * K)
-        selection_TE = logits_TE if selection_TE is None else selection_TE
-        return cls(token_ids_N, ids_TK.reshape(-1), weights_TK.reshape(-1), probs_TE, logits_TE, selection_TE, K)
+        return cls(
+            token_ids_N=torch.arange(T, device=ids_TK.device).repeat_interleave(K, output_size=T * K),
+            expert_ids_N=ids_TK.reshape(-1),
+            weights_N=weights_TK.reshape(-1),
+            probs_TE=probs_TE,
+            logits_TE=logits_TE,
+            selection_TE=logits_TE if selection_TE is None else selection_TE,
+            top_k=K,
+            preferences=preferences,
+            noise_std_TE=noise_std_TE,
+        )
+
+    @classmethod
+    def from_mask(cls, mask_TE: Tensor, weights_TE: Tensor, *, probs_TE: Tensor, logits_TE: Tensor) -> RoutingDecision:
+        """Build the decision of a router that gives tokens different numbers of experts, in token order.
+
+        mask_TE: bool, who takes whom. weights_TE: fp32, read where the mask is set. How many assignments there are is
+        known to the host only after the device has counted them: one synchronisation per forward on a GPU.
+        """
+        token_ids_N, expert_ids_N = mask_TE.nonzero(as_tuple=True)
+        weights_N = weights_TE[token_ids_N, expert_ids_N]
+        return cls(token_ids_N, expert_ids_N, weights_N, probs_TE, logits_TE, selection_TE=logits_TE)
+
+    def with_experts(self, ids_TK: Tensor) -> RoutingDecision:
+        """The same decision with other experts, weighted by the tokens' preferences for these. ids_TK: int64 (T, K).
+
+        Raises ValueError for a decision without preferences.
+        """
+        if self.preferences is None:
+            raise ValueError("with_experts: needs a router in which tokens rank all experts, such as TopK")
+        weights_N = self.preferences.weights(ids_TK).reshape(-1)
+        return replace(self, expert_ids_N=ids_TK.reshape(-1), weights_N=weights_N)
 
     @property
     def num_tokens(self) -> int:
@@ -81,8 +141,8 @@ class DispatchPlan(Protocol):
     """What `combine` needs to undo `dispatch`. Each dispatcher has its own; these two fields are public.
 
     counts_e: int64 (e,), rows that each local expert computes, after drops.
-    drops: scalar int64 tensors by reason. "capacity" counts dropped assignments, "tokens" the tokens that lost
-        every assignment. Empty for a dispatcher that never drops.
+    drops: scalar int64 tensors by reason, those of `DROP_REASONS` and `REROUTE_REASONS`. Empty for a dispatcher that
+        never drops.
     """
 
     @property
@@ -104,7 +164,10 @@ class Routed:
     losses: Mapping[str, Tensor]
 
 
-DROP_REASONS = ("capacity", "tokens")  # the keys of `DispatchPlan.drops` and `RoutingStats.dropped`
+# Assignments lost: beyond the capacity, or beyond a hard cap that is tighter. "tokens": tokens that lost all of theirs.
+DROP_REASONS = ("capacity", "hard_cap", "tokens")
+# Assignments that found no room and were not lost: moved to another expert, or computed by the shared expert.
+REROUTE_REASONS = ("moved", "spilled")
 
 
 @runtime_checkable
@@ -150,7 +213,8 @@ class RoutingStats:
 
     layer: the layer's name in the model. step: the optimizer step at the end of the window.
     num_tokens: real tokens routed. counts_E: int64 assignments per expert, after the decision, before drops.
-    dropped: assignments lost, by reason; "tokens" counts the tokens that lost all of theirs.
+    dropped: assignments lost, by reason (`DROP_REASONS`); "tokens" counts the tokens that lost all of theirs.
+    rerouted: assignments that found no room but another place, by reason (`REROUTE_REASONS`).
     load_entropy: H(f)/ln E of the load shares f, in [0, 1]; 1 is even.
     token_entropy: mean over tokens of H(p_t)/ln E, in [0, 1]; high means that the router is undecided.
     marginal_entropy: H(mean_t p_t)/ln E, in [0, 1]; low means that the router prefers the same experts for all.
@@ -180,6 +244,7 @@ class RoutingStats:
     logit_std: float
     logit_logsumexp: float
     losses: Mapping[str, float] = field(default_factory=dict)
+    rerouted: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:

@@ -81,7 +81,7 @@ def _weights(config, z: Tensor, ids: Tensor) -> Tensor:
     if config.order == "post":
         return config.scale * _scores("softmax", z.gather(1, ids))
     weights = _scores(config.score, z).gather(1, ids)
-    if config.weights_sum_to() is not None:
+    if config.traits.weights_sum_to is not None:
         weights = weights / weights.sum(1, keepdim=True)
     return config.scale * weights
 

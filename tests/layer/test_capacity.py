@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equipoise.layer import Capacity, MoE
-from equipoise.layer.capacity import count_drops, kept_assignments
+from equipoise.layer.overflow import fit
 from equipoise.ops import reference
 from equipoise.routing import TopK
-from equipoise.types import RoutingDecision
+from equipoise.types import DROP_REASONS, REROUTE_REASONS, RoutingDecision
 
 POLICIES = st.sampled_from(["position", "probability", "random"])
 
@@ -48,7 +48,8 @@ def test_keeps_what_the_reference_keeps_and_counts_what_it_drops(decision, facto
     T, E, N = decision.num_tokens, decision.num_experts, len(decision.expert_ids_N)
     capacity = Capacity(factor, policy)
     torch.manual_seed(5)
-    kept = kept_assignments(decision, capacity)
+    fitted = fit(decision, capacity, training=True)
+    kept = fitted.keep_N
     priority = {"position": -torch.arange(N), "probability": decision.weights_N}.get(policy)
     if priority is None:
         torch.manual_seed(5)
@@ -59,7 +60,9 @@ def test_keeps_what_the_reference_keeps_and_counts_what_it_drops(decision, facto
     before = torch.bincount(decision.expert_ids_N, minlength=E)
     after = torch.bincount(decision.expert_ids_N[kept], minlength=E)
     assert torch.equal(after, before.clamp_max(limit))  # never above the limit, and never dropped without need
-    drops = count_drops(decision, kept)
+    drops = fitted.drops
+    assert set(drops) == {*DROP_REASONS, *REROUTE_REASONS}
+    assert drops["hard_cap"].item() == drops["moved"].item() == drops["spilled"].item() == 0
     assert drops["capacity"].item() == (before - before.clamp_max(limit)).sum()
     reached = set(decision.token_ids_N[kept].tolist())
     assert drops["tokens"].item() == T - len(reached)
@@ -76,7 +79,8 @@ def test_drops_by_hand(routed_by):
     # Six alike tokens, k = 1, E = 4: all want one expert, which takes ceil(1.0 * 6 / 4) = 2: the first two.
     layer, x = layer_with(Capacity(1.0), k=1), torch.randn(1, 8).expand(6, 8)
     y, routed = routed_by(layer, x)
-    assert {reason: count.item() for reason, count in routed.plan.drops.items()} == {"capacity": 4, "tokens": 4}
+    drops = {reason: count.item() for reason, count in routed.plan.drops.items() if count}
+    assert drops == {"capacity": 4, "tokens": 4}
     assert sorted(routed.plan.counts_e.tolist()) == [0, 0, 0, 2]
     assert y[:2].abs().amax(1).min() > 0
     assert not y[2:].any()
@@ -129,6 +133,9 @@ def test_dropped_assignments_give_no_gradient_but_shared_experts_still_serve(rou
     [
         ({"factor": 0.0}, r"Capacity\.factor: expected more than 0, got 0\.0; for no limit at all pass capacity=None"),
         ({"factor": float("nan")}, r"Capacity\.factor: expected more than 0, got nan"),
+        ({"factor": None}, r"Capacity: expected a factor, max_tokens or both"),
+        ({"max_tokens": 0}, r"Capacity\.max_tokens: expected at least 1, got 0"),
+        ({"overflow": "later"}, r"Capacity\.overflow: expected drop, next_choice or shared, got 'later'"),
         ({"policy": "first"}, r"Capacity\.policy: expected position, probability or random, got 'first'"),
     ],
 )

@@ -217,5 +217,6 @@ class TestTap:
         assert {name for name in layer.state_dict() if name.startswith("balancer.")} == {
             "balancer.bias_E",
             "balancer.momentum_E",
+            "balancer.frozen",
         }
         assert not any("balancer" in name for name, _ in layer.named_parameters())

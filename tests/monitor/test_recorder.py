@@ -16,7 +16,7 @@ from equipoise.models.decoder import Decoder
 from equipoise.monitor.recorder import Recorder, observable_layers
 from equipoise.monitor.stats import RoutingSums, routing_stats
 from equipoise.routing import QuantileBalance, SwitchLoss, TopK, ZLoss
-from equipoise.types import RoutingDecision
+from equipoise.types import DROP_REASONS, RoutingDecision
 
 B, S, D, E, K = 3, 10, 16, 6, 2
 T = B * S
@@ -109,10 +109,26 @@ def test_drops_are_those_of_the_plan(factor, policy):
     moe.tap.register_forward_hook(lambda module, args, routed: seen.append(routed.plan))
     moe(inputs())
     [stats] = recorder.flush(1)
-    dropped = {reason: int(count) for reason, count in seen[0].drops.items()}
+    counted = {reason: int(count) for reason, count in seen[0].drops.items()}
+    dropped = {reason: counted[reason] for reason in DROP_REASONS}
     assert stats.dropped == dropped
+    assert stats.rerouted == {"moved": 0, "spilled": 0}
     assert stats.counts_E.sum() == T * K  # before drops
     assert T * K - int(seen[0].counts_e.sum()) == dropped["capacity"]
+
+
+@pytest.mark.parametrize("overflow", ["next_choice", "shared"])
+def test_reroutes_are_those_of_the_plan(overflow):
+    moe = MoE(D, 8, E, capacity=Capacity(0.8, overflow=overflow), shared_experts=1)
+    moe.init_weights(0.5, 0.5)
+    recorder = Recorder(moe)
+    seen = []
+    moe.tap.register_forward_hook(lambda module, args, routed: seen.append(routed.plan))
+    moe(inputs())
+    moe(inputs(1))
+    [stats] = recorder.flush(1)
+    assert stats.rerouted == {key: sum(int(plan.drops[key]) for plan in seen) for key in ("moved", "spilled")}
+    assert sum(stats.rerouted.values()) > 0
 
 
 def test_flush_starts_anew():
@@ -124,7 +140,7 @@ def test_flush_starts_anew():
     assert (empty.num_tokens, empty.counts_E.tolist(), dict(empty.dropped)) == (
         0,
         [0] * E,
-        {"capacity": 0, "tokens": 0},
+        {"capacity": 0, "hard_cap": 0, "tokens": 0},
     )
     moe(inputs(1))
     assert recorder.flush(3)[0].num_tokens == S
@@ -385,7 +401,7 @@ def test_load_replaces_what_was_counted():
 
 def test_state_of_another_model():
     state = Recorder(build()).state_dict()
-    message = r"recorder state: expected \.integers of shape \(10,\), got \(8,\); it belongs to another model"
+    message = r"recorder state: expected \.integers of shape \(13,\), got \(11,\); it belongs to another model"
     with pytest.raises(ValueError, match=message):
         Recorder(MoE(D, 8, E + 2)).load_state_dict(state)
     with pytest.raises(ValueError, match=r"recorder state: expected layers\.0\.mlp\.integers .* got None"):

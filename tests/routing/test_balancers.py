@@ -179,7 +179,7 @@ class TestSaturatedRouter:
             probs = z.softmax(-1)
             ids = probs.topk(1).indices
             decision = RoutingDecision.from_topk(ids, probs.gather(1, ids), probs_TE=probs, logits_TE=z)
-            SwitchLoss()(LossInputs(decision, torch.zeros(len(z), dtype=torch.int64), 1)).backward()
+            SwitchLoss()(LossInputs(decision, torch.zeros(len(z), dtype=torch.int64), 1, decision.top_k)).backward()
             return z.grad.norm().item()
 
         assert gradient(12.0) < 1e-2 * gradient(2.0)

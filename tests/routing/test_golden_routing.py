@@ -25,7 +25,7 @@ def decide(config: TopK, z: torch.Tensor = Z):
 
 
 def loss_value(loss, config: TopK = TopK(k=2)) -> float:  # noqa: B008 - frozen
-    return loss(LossInputs(decide(config), torch.zeros(4, dtype=torch.int64), 1)).item()
+    return loss(LossInputs(decide(config), torch.zeros(4, dtype=torch.int64), 1, 2)).item()
 
 
 def close(actual: torch.Tensor, expected: list) -> None:
@@ -97,7 +97,7 @@ def test_importance_is_the_biased_cv():
 
 def test_switch_loss_gradient():
     z = Z.clone().requires_grad_()
-    SwitchLoss()(LossInputs(decide(TopK(k=2), z), torch.zeros(4, dtype=torch.int64), 1)).backward()
+    SwitchLoss()(LossInputs(decide(TopK(k=2), z), torch.zeros(4, dtype=torch.int64), 1, 2)).backward()
     close(z.grad[0], [0.002703, 0.030605, -0.02142, -0.011887])
 
 

@@ -16,7 +16,7 @@ EACH_LOSS = pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def inputs(z: torch.Tensor, k: int = 2, **kwargs) -> LossInputs:
     router = TopK(k=k).build(z.shape[1], z.shape[1])
     torch.nn.init.eye_(router.weight)
-    return LossInputs(router(z), torch.zeros(len(z), dtype=torch.int64), 1, **kwargs)
+    return LossInputs(router(z), torch.zeros(len(z), dtype=torch.int64), 1, k, **kwargs)
 
 
 @EACH_LOSS
@@ -69,7 +69,7 @@ def test_global_scope_takes_the_counts_it_is_given():
 
 def test_sequence_scope_weighs_sequences_by_their_tokens():
     z = torch.randn(7, 4)
-    both = LossInputs(inputs(z).decision, torch.tensor([0, 0, 0, 0, 0, 1, 1]), 2)
+    both = LossInputs(inputs(z).decision, torch.tensor([0, 0, 0, 0, 0, 1, 1]), 2, 2)
     first, second = SwitchLoss()(inputs(z[:5])), SwitchLoss()(inputs(z[5:]))
     torch.testing.assert_close(SwitchLoss(scope="sequence")(both), (5 * first + 2 * second) / 7)
 
@@ -96,7 +96,7 @@ def test_load_loss_needs_a_fixed_number_of_experts_per_token():
     z = torch.randn(2, 2)
     decision = RoutingDecision(torch.tensor([0]), torch.tensor([1]), torch.ones(1), z.softmax(-1), z, z.softmax(-1))
     with pytest.raises(ValueError, match=r"LoadLoss: needs a router with a fixed number of experts per token, such as"):
-        LoadLoss()(LossInputs(decision, torch.zeros(2, dtype=torch.int64), 1))
+        LoadLoss()(LossInputs(decision, torch.zeros(2, dtype=torch.int64), 1, 2))
 
 
 def test_switch_loss_refuses_an_unknown_scope():

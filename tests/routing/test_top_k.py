@@ -66,14 +66,14 @@ class TestSelection:
         assert weights.isfinite().all()
         assert (weights >= 0).all()
         torch.testing.assert_close(decision.probs_TE.sum(1), torch.ones(T))
-        if (total := router.config.weights_sum_to()) is not None:
+        if (total := router.config.traits.weights_sum_to) is not None:
             torch.testing.assert_close(weights.sum(1), torch.full((T,), total))
 
     def test_promises_no_sum_for_raw_weights(self):
-        assert TopK(k=2, renormalize=False).weights_sum_to() is None
-        assert TopK(k=1).weights_sum_to() is None
-        assert TopK(k=2, scale=2.5).weights_sum_to() == 2.5
-        assert TopK(k=2, order="post", renormalize=False).weights_sum_to() == 1.0
+        assert TopK(k=2, renormalize=False).traits.weights_sum_to is None
+        assert TopK(k=1).traits.weights_sum_to is None
+        assert TopK(k=2, scale=2.5).traits.weights_sum_to == 2.5
+        assert TopK(k=2, order="post", renormalize=False).traits.weights_sum_to == 1.0
 
     @pytest.mark.parametrize("group_score", ["top2", "max"])
     def test_negative_biases_never_select_an_expert_of_a_masked_group(self, group_score):
@@ -186,7 +186,7 @@ class TestSwitch:
     def test_is_top_1_with_raw_probability_and_a_small_router(self):
         router = Switch().build(40, 16)
         config = router.config
-        assert (Switch().k, config.k, config.weights_sum_to(), config.jitter) == (1, 1, None, 0.01)
+        assert (Switch().k, config.k, config.traits.weights_sum_to, config.jitter) == (1, 1, None, 0.01)
         assert config.init_std == pytest.approx((0.1 / 40) ** 0.5)
         x = torch.randn(30, 40)
         decision = router.eval()(x)

@@ -7,11 +7,13 @@ plan of which rows each expert reads, and the expert backend, which gathers and 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 from torch import Tensor
 
-from equipoise.layer.capacity import Capacity, count_drops, kept_assignments
+from equipoise.layer.capacity import Capacity
+from equipoise.layer.overflow import Fitted, fit
 from equipoise.ops.ragged import RaggedPlan, ragged_plan
 from equipoise.types import RoutingDecision
 
@@ -41,29 +43,31 @@ class DroplessDispatcher:
 
 
 class CapacityDispatcher:
-    """Each expert takes at most its capacity; the rest is dropped and counted."""
+    """Each expert takes at most its capacity; what does not fit is moved, spilled or dropped, and counted."""
 
     def __init__(self, capacity: Capacity) -> None:
         self.capacity = capacity
 
     def dispatch(self, x_TD: Tensor, decision: RoutingDecision, training: bool) -> tuple[Tensor, RaggedPlan]:
-        """x as it is, and the plan without the dropped assignments."""
-        drops = training or self.capacity.at_inference
-        return x_TD, plan_of(decision, kept_assignments(decision, self.capacity) if drops else None)
+        """x as it is, and the plan of what fits."""
+        if not self.capacity.active(training):
+            return x_TD, plan_of(decision)
+        fitted = fit(decision, self.capacity, training)
+        return x_TD, plan_of(fitted.decision, fitted)
 
     def combine(self, y: Tensor, plan: RaggedPlan) -> Tensor:
         """Nothing left to do."""
         return y
 
 
-def plan_of(decision: RoutingDecision, keep_N: Tensor | None = None) -> RaggedPlan:
-    """The rows of the decision by expert; keep_N: bool, the assignments that stay, None for all."""
-    return ragged_plan(
+def plan_of(decision: RoutingDecision, fitted: Fitted | None = None) -> RaggedPlan:
+    """The rows of the decision by expert; fitted: what stays of it, None for all."""
+    plan = ragged_plan(
         decision.token_ids_N,
         decision.expert_ids_N,
         decision.weights_N,
         decision.num_experts,
         top_k=decision.top_k,
-        keep_N=keep_N,
-        drops=None if keep_N is None else count_drops(decision, keep_N),
+        keep_N=None if fitted is None else fitted.keep_N,
     )
+    return plan if fitted is None else replace(plan, drops=fitted.drops, spilled_T=fitted.spilled_T)

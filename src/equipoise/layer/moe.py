@@ -18,14 +18,14 @@ from equipoise.layer.experts import BackendName, Experts
 from equipoise.layer.feed_forward import FeedForward
 from equipoise.layer.tokens import TokenView, tokens_of
 from equipoise.ops.attach_loss import attach_loss
-from equipoise.routing.balancers import BalancerConfig, BiasBalance, QuantileBalance
+from equipoise.routing.adaptive import Adaptive
+from equipoise.routing.balancers import Balancer, BalancerConfig
+from equipoise.routing.coefficients import AdaptiveCoef, AdaptiveCoefConfig, DropRateCoef
 from equipoise.routing.losses import BalanceLoss, ImportanceLoss, LoadLoss, LossInputs
+from equipoise.routing.router import RouterConfig
 from equipoise.routing.schedules import value_at
-from equipoise.routing.switch import Switch
 from equipoise.routing.top_k import TopK
 from equipoise.types import BatchScope, Routed, RoutingDecision
-
-RouterConfig = TopK | Switch
 
 
 class Tap(nn.Module):
@@ -40,7 +40,7 @@ class MoE(nn.Module):
     """A Mixture-of-Experts feed-forward layer.
 
     dim: D, model dim. hidden_dim: F, of each expert. num_experts: E.
-    router: who decides; a config such as `TopK` or `Switch`.
+    router: who decides; a config such as `TopK` or `Switch`, see `equipoise.routing.ROUTERS`.
     balance: any number of balancing losses, and at most one balancer.
     capacity: a limit per expert, or None for dropless.
     shared_experts: experts that every token uses besides; one block of hidden size shared_experts * F.
@@ -68,31 +68,45 @@ class MoE(nn.Module):
                 raise ValueError(f"MoE.{name}: expected at least 1, got {value}")
         if shared_gate and not shared_experts:
             raise ValueError("MoE.shared_gate: there is no shared expert to gate; set shared_experts=1 or more")
-        self.num_experts = num_experts
-        self.router = router.build(dim, num_experts)
+        self.num_experts, self.k = num_experts, router.k
         self.losses, balancer = _sort_balance(tuple(balance))
-        self.balancer = balancer.build(num_experts, router.k) if balancer else None
+        check_fit(router, self.losses, balancer, capacity, shared_experts)
+        self.router = router.build(dim, num_experts)
+        self.balancer: Balancer | None = balancer.build(num_experts, router.k) if balancer else None
+        self.coefs = nn.ModuleDict(
+            {
+                loss.name: loss.coef.build(num_experts, router.k)
+                for loss in self.losses
+                if isinstance(loss.coef, AdaptiveCoefConfig)
+            }
+        )
         self.dispatcher: Dispatcher = CapacityDispatcher(capacity) if capacity else DroplessDispatcher()
         self.experts = Experts(num_experts, dim, hidden_dim, activation, backend)
         self.shared = FeedForward(dim, shared_experts * hidden_dim, activation) if shared_experts else None
         self.shared_gate = nn.Linear(dim, 1, bias=False) if shared_gate else None
         self.tap = Tap()
+        self._adaptive = self.adaptive  # found once: a forward has no time to look
 
     @property
     def loss_names(self) -> tuple[str, ...]:
         """The names of the balancing losses, as in `Routed.losses`."""
         return tuple(loss.name for loss in self.losses)
 
+    @property
+    def adaptive(self) -> tuple[Adaptive, ...]:
+        """All state that adapts once per optimizer step: the balancer's, the router's own, coefficients."""
+        return tuple(module for module in self.modules() if isinstance(module, Adaptive))
+
     def init_weights(self, std: float, output_std: float) -> None:
-        """Draw all weights: std inside, output_std for what writes into the residual stream. Resets the balancer."""
+        """Draw all weights: std inside, output_std for what writes into the residual stream. Resets what adapts."""
         self.router.init_weights(std)
         self.experts.init_weights(std, output_std)
         if self.shared is not None:
             self.shared.init_weights(std, output_std)
         if self.shared_gate is not None:
             nn.init.normal_(self.shared_gate.weight, std=std)
-        if self.balancer is not None:
-            self.balancer.reset()
+        for state in self.adaptive:
+            state.reset()
 
     def forward(
         self,
@@ -114,9 +128,10 @@ class MoE(nn.Module):
         rows, plan = self.dispatcher.dispatch(view.x_TD, decision, self.training)
         y_TD = self.dispatcher.combine(self.experts(rows, plan), plan)
         if self.shared is not None:
-            y_TD = y_TD + self._shared(view.x_TD)
-        if self.training and self.balancer is not None:  # also without gradients: reentrant checkpointing starts so
-            self.balancer.observe(decision)
+            y_TD = y_TD + self._shared(view.x_TD, plan.spilled_T)
+        if self.training:  # also without gradients: reentrant checkpointing starts so
+            for state in self._adaptive:
+                state.observe(decision, plan.drops)
         losses: Mapping[str, Tensor] = {}
         if self.training and torch.is_grad_enabled():
             y_TD, losses = self._attach_losses(y_TD, decision, view, scope or BatchScope())
@@ -129,29 +144,40 @@ class MoE(nn.Module):
         decision: RoutingDecision = self.router(view.x_TD, bias_E, view.token_ids_T)
         return decision
 
-    def _shared(self, x_TD: Tensor) -> Tensor:
+    def _shared(self, x_TD: Tensor, spilled_T: Tensor | None) -> Tensor:
+        """The shared experts' part; spilled_T: weight that they take over from experts that were full."""
         assert self.shared is not None
         y_TD: Tensor = self.shared(x_TD)
-        return y_TD if self.shared_gate is None else y_TD * self.shared_gate(x_TD).sigmoid()
+        own_T1 = None if self.shared_gate is None else self.shared_gate(x_TD).sigmoid()
+        if spilled_T is not None:
+            own_T1 = (1.0 if own_T1 is None else own_T1) + spilled_T.to(y_TD.dtype)[:, None]
+        return y_TD if own_T1 is None else y_TD * own_T1
 
     def _attach_losses(
         self, y_TD: Tensor, decision: RoutingDecision, view: TokenView, scope: BatchScope
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """(output with the losses attached, losses for observers)."""
-        inputs = LossInputs(decision, view.sequence_ids_T, view.num_sequences, scope.counts)
+        inputs = LossInputs(decision, view.sequence_ids_T, view.num_sequences, self.k, self.router.weight, scope.counts)
         values = {loss.name: loss(inputs) for loss in self.losses}
         if values:
-            terms = [scope.share * value_at(loss.coef, scope.step) * values[loss.name] for loss in self.losses]
+            terms = [scope.share * self._coef(loss, scope.step) * values[loss.name] for loss in self.losses]
             y_TD = attach_loss(y_TD, torch.stack(terms).sum())
         return y_TD, {name: value.detach() for name, value in values.items()}
+
+    def _coef(self, loss: BalanceLoss, step: int) -> float | Tensor:
+        if isinstance(loss.coef, AdaptiveCoefConfig):
+            state = self.coefs[loss.name]
+            assert isinstance(state, AdaptiveCoef)
+            return state.value
+        return value_at(loss.coef, step)
 
 
 def _sort_balance(
     balance: tuple[BalanceLoss | BalancerConfig, ...],
 ) -> tuple[tuple[BalanceLoss, ...], BalancerConfig | None]:
     """(losses, balancer); refuses two balancers, and two losses of one name, of which logs would show one."""
-    balancers = [item for item in balance if isinstance(item, BiasBalance | QuantileBalance)]
-    losses = tuple(item for item in balance if not isinstance(item, BiasBalance | QuantileBalance))
+    balancers = [item for item in balance if isinstance(item, BalancerConfig)]
+    losses = tuple(item for item in balance if not isinstance(item, BalancerConfig))
     if len(balancers) > 1:
         raise ValueError(f"balance: expected at most one balancer, got {balancers}; their biases would fight")
     names = [loss.name for loss in losses]
@@ -167,15 +193,45 @@ def _sort_balance(
     return losses, (balancers[0] if balancers else None)
 
 
-@torch.no_grad()
-def reduce_and_update(layers: Iterable[MoE], reduce: Callable[[Tensor], None] | None = None) -> None:
-    """Update each layer's balancer: call once after each optimizer step.
+def check_fit(
+    router: RouterConfig,
+    losses: tuple[BalanceLoss, ...],
+    balancer: BalancerConfig | None,
+    capacity: Capacity | None,
+    shared_experts: int,
+) -> None:
+    """Raise ValueError for parts that can't work together."""
+    name, traits = type(router).__name__, router.traits
+    if balancer and not traits.takes_bias:
+        raise ValueError(
+            f"balance: {type(balancer).__name__} moves a selection bias, which {name} does not use: remove the balancer"
+        )
+    if traits.needs_loss and traits.needs_loss not in [loss.name for loss in losses]:
+        raise ValueError(
+            f'balance: {name} needs the loss "{traits.needs_loss}", or every expert stays active for every token; add '
+            f"{traits.needs_loss.title()}Loss()"
+        )
+    if not capacity and any(isinstance(loss.coef, DropRateCoef) for loss in losses):
+        raise ValueError(
+            "DropRateCoef: a coefficient that follows the drop rate needs a capacity, or nothing is dropped"
+        )
+    if capacity and capacity.overflow == "next_choice" and not traits.ranks:
+        raise ValueError(
+            f'Capacity.overflow: "next_choice" needs a router in which tokens rank all experts, got {name}; use "drop" '
+            'or "shared", or a router such as TopK'
+        )
+    if capacity and capacity.overflow == "shared" and not shared_experts:
+        raise ValueError('Capacity.overflow: "shared" needs a shared expert to spill to; set shared_experts=1 or more')
 
-    reduce: sums a tensor over data-parallel ranks, in place; None on one rank.
+
+@torch.no_grad()
+def reduce_and_update(layers: Iterable[MoE], reduce: Callable[[Tensor], None] | None = None, *, step: int = 0) -> None:
+    """Update what adapts in each layer, its balancer above all: call once after each optimizer step.
+
+    reduce: sums a tensor over data-parallel ranks, in place; None on one rank. step: for rates that follow a schedule.
     """
     for layer in layers:
-        if layer.balancer is None:
-            continue
-        if reduce is not None:
-            reduce(layer.balancer.pending)
-        layer.balancer.update()
+        for state in layer.adaptive:
+            if reduce is not None:
+                reduce(state.pending)
+            state.update(step)

@@ -1,7 +1,7 @@
 """The decoder's configuration: what can be chosen, whether it fits together, how many parameters it makes, JSON.
 
-Nothing here makes a tensor. Strategy objects (router, balancers, capacity) are kept as they are and written to JSON
-with their type's name.
+Nothing here makes a tensor with data. Strategy objects (router, balancers, capacity) are kept as they are and written
+to JSON with their type's name.
 """
 
 from __future__ import annotations
@@ -10,33 +10,17 @@ import json
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
+import torch
+
 from equipoise.layer import Capacity
 from equipoise.layer.experts import BackendName
-from equipoise.layer.moe import RouterConfig
-from equipoise.routing.balancers import BalancerConfig, BiasBalance, QuantileBalance
-from equipoise.routing.losses import ImportanceLoss, LoadLoss, SwitchLoss, ZLoss
-from equipoise.routing.schedules import Constant, CosineAnneal, HighThenLow, LinearAnneal
-from equipoise.routing.switch import Switch
-from equipoise.routing.top_k import TopK
+from equipoise.routing import BALANCERS, COEFFICIENTS, LOSSES, ROUTERS, TopK
+from equipoise.routing.balancers import BalancerConfig
+from equipoise.routing.losses import BalanceLoss
+from equipoise.routing.router import RouterConfig
 
-LossConfig = SwitchLoss | ImportanceLoss | LoadLoss | ZLoss
-
-# What a configuration file may name besides the two classes below. A new strategy needs its line here.
-STRATEGIES: tuple[type[Any], ...] = (
-    TopK,
-    Switch,
-    SwitchLoss,
-    ImportanceLoss,
-    LoadLoss,
-    ZLoss,
-    BiasBalance,
-    QuantileBalance,
-    Capacity,
-    Constant,
-    LinearAnneal,
-    CosineAnneal,
-    HighThenLow,
-)
+# What a configuration file may name besides the two classes below.
+STRATEGIES: tuple[type[Any], ...] = (*ROUTERS, *LOSSES, *BALANCERS, *COEFFICIENTS, Capacity)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,21 +28,30 @@ class MoEConfig:
     """The MoE layers of a decoder; all of them are alike. The fields are those of `equipoise.layer.MoE`.
 
     checkpoint_experts: keep only the layer's input in training and compute the layer again in backward.
+    first_layers, first_router: the first MoE layers, so many, take this router instead, without `balance`; as
+    DeepSeek-V4 begins with hash routing.
     """
 
     num_experts: int
     hidden_dim: int
     router: RouterConfig = field(default_factory=TopK)
-    balance: tuple[LossConfig | BalancerConfig, ...] = ()
+    balance: tuple[BalanceLoss | BalancerConfig, ...] = ()
     capacity: Capacity | None = None
     shared_experts: int = 0
     shared_gate: bool = False
     backend: BackendName = "auto"
     checkpoint_experts: bool = False
+    first_layers: int = 0
+    first_router: RouterConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "hidden_dim"):
             _require_positive(self, name)
+        if self.first_layers < 0 or (self.first_layers > 0) != (self.first_router is not None):
+            raise ValueError(
+                f"first_layers: expected 0, or 1 and more together with first_router, got {self.first_layers} with "
+                f"first_router={self.first_router}. Set both, or none."
+            )
         if self.shared_experts < 0 or (self.shared_gate and not self.shared_experts):
             raise ValueError(
                 f"shared_experts: expected 0 or more, and at least 1 with shared_gate, got {self.shared_experts}. "
@@ -100,6 +93,7 @@ class DecoderConfig:
             raise ValueError(f"style: expected 'modern' or 'gpt2', got {self.style!r}. Choose one of the two.")
         _check_heads(self)
         _check_moe_layers(self)
+        _check_causal(self)
 
     @property
     def kv_heads(self) -> int:
@@ -117,6 +111,11 @@ class DecoderConfig:
         if self.moe is None:
             return ()
         return tuple(range(self.num_layers)) if self.moe_layers is None else self.moe_layers
+
+    def moe_router(self, number: int) -> RouterConfig:
+        """The router of the MoE layer with that number, counted from 0 among the MoE layers."""
+        assert self.moe is not None
+        return self.moe.first_router if self.moe.first_router and number < self.moe.first_layers else self.moe.router
 
     @property
     def activation(self) -> Literal["swiglu", "gelu"]:
@@ -170,7 +169,7 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
         dense      ffn(hidden_dim) per layer without an MoE
         experts    E ffn(moe.hidden_dim) per MoE layer; active: k instead of E
         shared     ffn(shared_experts moe.hidden_dim) (+ D with a gate) per MoE layer
-        router     E D per MoE layer
+        router     E D per MoE layer for a linear router; others say themselves
         norm       (2 L + 1) D, twice that for LayerNorm, which has a bias
         head       0 if tied, else V D
     """
@@ -181,9 +180,10 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
     if config.moe is not None:
         per_expert = matrices * D * config.moe.hidden_dim
         experts = num_moe * config.moe.num_experts * per_expert
-        active_experts = num_moe * config.moe.router.k * per_expert
+        routers = [config.moe_router(number) for number in range(num_moe)]
+        active_experts = sum(each.k for each in routers) * per_expert
         shared = num_moe * (config.moe.shared_experts * per_expert + (D if config.moe.shared_gate else 0))
-        router = num_moe * config.moe.num_experts * D
+        router = sum(_router_parameters(each, D, config.moe.num_experts) for each in routers)
     parts = {
         "embedding": (config.vocab_size + (config.max_seq_len if config.style == "gpt2" else 0)) * D,
         "attention": L * (2 * D * head * (config.num_heads + config.kv_heads) + (2 * head if config.qk_norm else 0)),
@@ -196,6 +196,11 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
     }
     total = sum(parts.values())
     return ParameterCounts(total=total, active=total - experts + active_experts, **parts)
+
+
+def _router_parameters(router: RouterConfig, dim: int, num_experts: int) -> int:
+    with torch.device("meta"):  # shapes only
+        return sum(parameter.numel() for parameter in router.build(dim, num_experts).parameters())
 
 
 # ---------------------------------------------------------------------------------------------- validation
@@ -223,6 +228,17 @@ def _check_heads(config: DecoderConfig) -> None:
             f"head_dim: expected a positive even number, got {config.head_size}. "
             "Rotary positions turn pairs: change dim, num_heads or head_dim, or use style='gpt2'."
         )
+
+
+def _check_causal(config: DecoderConfig) -> None:
+    """A router that looks at later tokens teaches a causal model from what it will not have when it generates."""
+    for router in (config.moe.router, config.moe.first_router) if config.moe else ():
+        if router is not None and not router.traits.causal and not router.traits.allow_future:
+            raise ValueError(
+                f"router: {type(router).__name__} lets a token's experts depend on later tokens, and a decoder is "
+                "causal: what it learns from them is missing at generation. Use TopK or Threshold, or accept it with "
+                "allow_future=True."
+            )
 
 
 def _check_moe_layers(config: DecoderConfig) -> None:

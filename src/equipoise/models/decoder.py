@@ -52,7 +52,11 @@ class Block(nn.Module):
         self.input_layernorm = _norm(config)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = _norm(config)
-        self.mlp = FeedForward(config.dim, config.hidden_dim, config.activation) if moe is None else _moe(config, moe)
+        self.mlp = (
+            FeedForward(config.dim, config.hidden_dim, config.activation)
+            if moe is None
+            else _moe(config, moe, config.moe_layer_ids.index(layer))
+        )
         self.checkpoint_experts = moe is not None and moe.checkpoint_experts
 
     def forward(self, x_BSD: Tensor, view: BatchView, scope: BatchScope | None) -> Tensor:
@@ -212,13 +216,14 @@ def _norm(config: DecoderConfig) -> nn.RMSNorm | nn.LayerNorm:
     return make(config.dim, eps=config.norm_eps)
 
 
-def _moe(config: DecoderConfig, moe: MoEConfig) -> MoE:
+def _moe(config: DecoderConfig, moe: MoEConfig, number: int) -> MoE:
+    """MoE layer `number`, counted among the MoE layers."""
     return MoE(
         config.dim,
         moe.hidden_dim,
         moe.num_experts,
-        router=moe.router,
-        balance=moe.balance,
+        router=config.moe_router(number),
+        balance=() if number < moe.first_layers else moe.balance,
         capacity=moe.capacity,
         shared_experts=moe.shared_experts,
         shared_gate=moe.shared_gate,

@@ -16,8 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from equipoise.monitor.stats import RoutingSums, routing_stats
 from equipoise.ops.count import accumulate, accumulate_counts, inside_backward
-from equipoise.types import DROP_REASONS, Observable, Routed, RoutingStats
+from equipoise.types import DROP_REASONS, REROUTE_REASONS, Observable, Routed, RoutingStats
 
+_REASONS = DROP_REASONS + REROUTE_REASONS
 _MOMENTS = 5  # tokens, token entropies, logits, squared logits, log-sum-exps
 
 
@@ -25,8 +26,8 @@ _MOMENTS = 5  # tokens, token entropies, logits, squared logits, log-sum-exps
 class _Sums:
     """One layer's window: views into the recorder's buffers, on the device or on the host.
 
-    integers: int64, E counts, then the drops by reason. floats: float64, E sums of probabilities, the moments, then
-    the losses.
+    integers: int64, E counts, then drops and reroutes by reason. floats: float64, E sums of probabilities, the moments,
+    then the losses.
     """
 
     integers: Tensor
@@ -37,7 +38,7 @@ class _Sums:
     def add(self, routed: Routed) -> None:
         decision, E = routed.decision, self.num_experts
         accumulate_counts(self.integers[:E], decision.expert_ids_N)
-        for index, reason in enumerate(DROP_REASONS):
+        for index, reason in enumerate(_REASONS):
             if reason in routed.plan.drops:
                 accumulate(self.integers[E + index], routed.plan.drops[reason])
         logits_TE, probs_TE = decision.logits_TE.detach(), decision.probs_TE.detach()
@@ -55,6 +56,7 @@ class _Sums:
     def sums(self) -> RoutingSums:
         E = self.num_experts
         tokens, entropy, logits, squares, logsumexps, *losses = self.floats[E:].tolist()
+        by_reason = dict(zip(_REASONS, self.integers[E:].tolist(), strict=True))
         return RoutingSums(
             num_tokens=int(tokens),
             counts_E=self.integers[:E].numpy().copy(),
@@ -63,7 +65,8 @@ class _Sums:
             logit_sum=logits,
             logit_sq_sum=squares,
             logsumexp_sum=logsumexps,
-            dropped=dict(zip(DROP_REASONS, self.integers[E:].tolist(), strict=True)),
+            dropped={reason: by_reason[reason] for reason in DROP_REASONS},
+            rerouted={reason: by_reason[reason] for reason in REROUTE_REASONS},
             losses={name: value for name, value in zip(self.loss_names, losses, strict=True) if value},  # 0: eval only
         )
 
@@ -81,7 +84,7 @@ class _Buffers:
 
     @staticmethod
     def allocate(layers: Mapping[str, Observable], device: torch.device) -> _Buffers:
-        integers = sum(layer.num_experts + len(DROP_REASONS) for layer in layers.values())
+        integers = sum(layer.num_experts + len(_REASONS) for layer in layers.values())
         floats = sum(layer.num_experts + _MOMENTS + len(layer.loss_names) for layer in layers.values())
         return _Buffers(torch.zeros(integers + floats, dtype=torch.int64, device=device), integers, layers)
 
@@ -98,7 +101,7 @@ class _Buffers:
         integers, floats = self.integers, self.floats
         for name, layer in self.layers.items():
             E, names = layer.num_experts, layer.loss_names
-            num_integers, num_floats = E + len(DROP_REASONS), E + _MOMENTS + len(names)
+            num_integers, num_floats = E + len(_REASONS), E + _MOMENTS + len(names)
             views[name] = _Sums(integers[:num_integers], floats[:num_floats], E, names)
             integers, floats = integers[num_integers:], floats[num_floats:]
         return views

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,7 +130,7 @@ class RoutingSums:
 
     num_tokens: T, real tokens. counts_E: int64 (E,), assignments. probs_sum_E: float64 (E,), sum over tokens of p_te.
     token_entropy_sum: sum over tokens of H(p_t) in nats. logit_sum, logit_sq_sum: over all T * E logits.
-    logsumexp_sum: over tokens. dropped: assignments lost, by reason.
+    logsumexp_sum: over tokens. dropped, rerouted: assignments without room, by reason (see `RoutingStats`).
     losses: each balancing loss times the tokens of its micro-batch, added up; divided by num_tokens it is the mean.
     """
 
@@ -143,6 +143,7 @@ class RoutingSums:
     logsumexp_sum: float
     dropped: Mapping[str, int]
     losses: Mapping[str, float]
+    rerouted: Mapping[str, int] = field(default_factory=dict)
 
 
 def merge(a: RoutingSums, b: RoutingSums) -> RoutingSums:
@@ -164,6 +165,7 @@ def merge(a: RoutingSums, b: RoutingSums) -> RoutingSums:
         logit_sq_sum=a.logit_sq_sum + b.logit_sq_sum,
         logsumexp_sum=a.logsumexp_sum + b.logsumexp_sum,
         dropped={key: a.dropped.get(key, 0) + b.dropped.get(key, 0) for key in {**a.dropped, **b.dropped}},
+        rerouted={key: a.rerouted.get(key, 0) + b.rerouted.get(key, 0) for key in {**a.rerouted, **b.rerouted}},
         losses={key: a.losses.get(key, 0.0) + b.losses.get(key, 0.0) for key in {**a.losses, **b.losses}},
     )
 
@@ -188,6 +190,7 @@ def routing_stats(layer: str, step: int, sums: RoutingSums) -> RoutingStats:
         num_tokens=sums.num_tokens,
         counts_E=counts_E,
         dropped=dict(sums.dropped),
+        rerouted=dict(sums.rerouted),
         load_entropy=float(load_entropy(counts_E)),
         token_entropy=per_token / ln_experts if num_experts > 1 else 1.0,
         marginal_entropy=marginal / ln_experts if num_experts > 1 else 1.0,

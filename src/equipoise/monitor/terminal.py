@@ -200,7 +200,8 @@ def _load_row(stats: RoutingStats, group: int, cell: int) -> Text:
 
 def _statistics(stats: RoutingStats) -> list[Text]:
     even = stats.effective_experts / stats.num_experts
-    lost, total = stats.dropped.get("capacity", 0), int(stats.counts_E.sum())
+    lost = sum(count for reason, count in stats.dropped.items() if reason != "tokens")
+    total = int(stats.counts_E.sum())
     return [
         Text(f"{stats.effective_experts:.1f}/{stats.num_experts}", "red" if even < 0.5 else ""),
         Text(f"{stats.max_violation:.2f}"),

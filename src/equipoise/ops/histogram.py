@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from equipoise.ops.count import accumulate_counts
+
 NUM_BINS = 1024
 EPS = 1e-5
 LIMIT = 256.0  # margins of logits stay well inside; what lies beyond counts in the last bin
@@ -21,6 +23,12 @@ def symlog_bins(values: Tensor) -> Tensor:
     """int64 bin of each value, same shape."""
     position = values.sign() * torch.log1p(values.abs() / EPS) / _SPAN  # [-1, 1]
     return ((position + 1) * (NUM_BINS / 2)).long().clamp_(0, NUM_BINS - 1)
+
+
+def accumulate_values(histogram_EC: Tensor, values_TE: Tensor) -> None:
+    """Add each column's values to its row of histogram_EC (E, NUM_BINS), int64; nothing in a recomputed forward."""
+    offsets_E = NUM_BINS * torch.arange(values_TE.shape[1], device=values_TE.device)
+    accumulate_counts(histogram_EC.view(-1), (symlog_bins(values_TE) + offsets_E).view(-1))
 
 
 def _edges(device: torch.device) -> Tensor:

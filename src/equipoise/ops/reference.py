@@ -55,6 +55,42 @@ def keep(expert_ids_N: Tensor, priority_N: Tensor, limit: int) -> Tensor:
     return kept
 
 
+def next_choice(
+    ranking_TE: Tensor, ids_TK: Tensor, keep_TK: Tensor, place_TK: Tensor, limit: int
+) -> tuple[Tensor, Tensor]:
+    """(ids_TK, keep_TK) after the auction: who found no room asks its token's next experts, one per round and token.
+
+    In a round the places (smaller first) ask for the best-ranked expert of their token that had room when the round
+    began, and that the token has not chosen or got; -inf is never asked for. An expert takes what it has room for.
+    """
+    T, K = ids_TK.shape
+    ids, keep = ids_TK.clone(), keep_TK.clone()
+    room = [limit - int((ids_TK[keep_TK] == e).sum()) for e in range(ranking_TE.shape[1])]
+    used = [set(ids_TK[t].tolist()) for t in range(T)]
+    seeking = sorted((int(place_TK[t, k]), t, k) for t in range(T) for k in range(K) if not keep_TK[t, k])
+    while seeking:
+        open_now = [e for e in range(len(room)) if room[e] > 0]
+        asked: set[int] = set()
+        again = []
+        for place, t, k in seeking:
+            choices = [
+                (float(ranking_TE[t, e]), -e) for e in open_now if e not in used[t] and ranking_TE[t, e] > float("-inf")
+            ]
+            best = -max(choices)[1] if choices else None
+            if t in asked:
+                again.append((place, t, k))
+            elif best is not None:
+                asked.add(t)
+                if room[best] > 0:
+                    room[best] -= 1
+                    used[t].add(best)
+                    ids[t, k], keep[t, k] = best, True
+                else:
+                    again.append((place, t, k))
+        seeking = again
+    return ids, keep
+
+
 def experts(
     x_TD: Tensor,
     token_ids_N: Tensor,

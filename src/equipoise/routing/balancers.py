@@ -6,16 +6,33 @@ each real forward once, and is updated from counts summed over micro-batches and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from equipoise.ops.count import accumulate_counts
-from equipoise.ops.histogram import NUM_BINS, symlog_bins, upper_quantile
+from equipoise.ops.histogram import NUM_BINS, accumulate_values, upper_quantile
+from equipoise.routing.adaptive import Adaptive
+from equipoise.routing.schedules import Schedule, value_at
 from equipoise.types import RoutingDecision
+
+
+class Balancer(Adaptive):
+    """A selection bias that adapts: bias_E, fp32 (E,), zero-centred."""
+
+    bias_E: Tensor
+
+
+@runtime_checkable
+class BalancerConfig(Protocol):
+    """A frozen dataclass that says which balancer, with which options."""
+
+    def build(self, num_experts: int, top_k: int) -> Balancer:
+        """The balancer module for one layer."""
+        ...
 
 
 def bias_step(counts_E: Tensor, rate: float, rule: Literal["sign", "proportional"]) -> Tensor:
@@ -67,35 +84,22 @@ def quantile_bias(scores_TE: Tensor, bias_E: Tensor, k: int) -> Tensor:
     return beta_E.mean() - beta_E
 
 
-def _keep_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """fn for `nn.Module._apply`, which moves and casts: the move without the cast."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        result = fn(tensor)
-        return result if result.dtype == tensor.dtype else tensor.to(result.device)
-
-    return moved
-
-
-def _check_rate(owner: str, rate: float) -> None:
-    if rate < 0:
-        raise ValueError(f"{owner}.rate: expected 0 or more, got {rate}")
-
-
 @dataclass(frozen=True)
 class BiasBalance:
     """Auxiliary-loss-free balancing (arXiv 2408.15664).
 
-    rate: how far the bias moves per step, in units of what it is added to. 1e-3 is the paper's, for sigmoid scores; on
-    the logits of a softmax router (`TopK.bias_on`), whose spread is about 1, take 1e-2.
+    rate: how far the bias moves per step, in units of what it is added to; a number or a schedule. 1e-3 is the
+    paper's, for sigmoid scores; on the logits of a softmax router (`TopK.bias_on`), whose spread is about 1, take 1e-2.
+    DeepSeek-V3 ends with a rate of 0: HighThenLow(1e-3, 0.0, hold=...), or `BiasBalancer.freeze`.
     rule: "sign", "proportional" or "smooth" (see `bias_step`, `smooth_step`).
     """
 
-    rate: float = 1e-3
+    rate: float | Schedule = 1e-3
     rule: Literal["sign", "proportional", "smooth"] = "sign"
 
     def __post_init__(self) -> None:
-        _check_rate("BiasBalance", self.rate)
+        if isinstance(self.rate, int | float) and self.rate < 0:
+            raise ValueError(f"BiasBalance.rate: expected 0 or more, got {self.rate}")
         if self.rule not in ("sign", "proportional", "smooth"):
             raise ValueError(f"BiasBalance.rule: expected sign, proportional or smooth, got {self.rule!r}")
 
@@ -104,10 +108,9 @@ class BiasBalance:
         return BiasBalancer(self, num_experts)
 
 
-class BiasBalancer(nn.Module):
+class BiasBalancer(Balancer):
     """State of `BiasBalance`: bias_E and momentum_E (fp32, saved), pending_E (counts since the last update)."""
 
-    bias_E: Tensor
     momentum_E: Tensor
     pending_E: Tensor
 
@@ -118,37 +121,27 @@ class BiasBalancer(nn.Module):
         self.register_buffer("momentum_E", torch.zeros(num_experts, dtype=torch.float32))
         self.register_buffer("pending_E", torch.zeros(num_experts, dtype=torch.int64), persistent=False)
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        """As new: no bias, nothing counted."""
-        for buffer in self.buffers():
-            buffer.zero_()
+    def start(self) -> None:
+        """No bias."""
 
     @property
     def pending(self) -> Tensor:
-        """What to sum over ranks before `update`."""
+        """int64 (E,): assignments since the last update."""
         return self.pending_E
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move with the model, but stay fp32 when it is cast: in bf16 a bias of 1 would swallow steps of 1e-3."""
-        moved: Self = super()._apply(_keep_dtype(fn), recurse)  # type: ignore[no-untyped-call]  # torch's
-        return moved
-
-    def observe(self, decision: RoutingDecision) -> None:
+    def observe(self, decision: RoutingDecision, drops: Mapping[str, Tensor] | None = None) -> None:
         """Count the decision's assignments (once, also when the forward is recomputed)."""
         accumulate_counts(self.pending_E, decision.expert_ids_N)
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the bias against the counted load and start counting anew. Once per optimizer step."""
-        config = self.config
-        if config.rule == "smooth":
-            step_E, momentum_E = smooth_step(self.pending_E, self.momentum_E, config.rate)
+    def advance(self, step: int) -> None:
+        """Move the bias against the counted load."""
+        rate, rule = value_at(self.config.rate, step), self.config.rule
+        if rule == "smooth":
+            step_E, momentum_E = smooth_step(self.pending_E, self.momentum_E, rate)
             self.momentum_E.copy_(momentum_E)
         else:
-            step_E = bias_step(self.pending_E, config.rate, config.rule)
+            step_E = bias_step(self.pending_E, rate, rule)
         self.bias_E.add_(step_E)
-        self.pending_E.zero_()
 
 
 @dataclass(frozen=True)
@@ -177,10 +170,9 @@ class QuantileBalance:
         return QuantileBalancer(self, num_experts, top_k)
 
 
-class QuantileBalancer(nn.Module):
+class QuantileBalancer(Balancer):
     """State of `QuantileBalance`: bias_E and active (saved), a histogram of margins since the last update."""
 
-    bias_E: Tensor
     active: Tensor
     pending_EC: Tensor
 
@@ -192,28 +184,20 @@ class QuantileBalancer(nn.Module):
         self.register_buffer("active", torch.tensor(not config.on_demand))
         self.register_buffer("pending_EC", torch.zeros(num_experts, NUM_BINS, dtype=torch.int64), persistent=False)
 
-    @torch.no_grad()
-    def reset(self) -> None:
-        """As new: no bias, nothing counted, active unless on_demand."""
-        for buffer in self.buffers():
-            buffer.zero_()
+    def start(self) -> None:
+        """No bias, active unless on_demand."""
         self.active.fill_(not self.config.on_demand)
 
     @property
     def pending(self) -> Tensor:
-        """What to sum over ranks before `update`."""
+        """int64 (E, bins): margins since the last update."""
         return self.pending_EC
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move with the model, but stay fp32 when it is cast: in bf16 a bias of 1 would swallow steps of 1e-3."""
-        moved: Self = super()._apply(_keep_dtype(fn), recurse)  # type: ignore[no-untyped-call]  # torch's
-        return moved
 
     def activate(self) -> None:
         """Start to balance at the next update."""
         self.active.fill_(True)
 
-    def observe(self, decision: RoutingDecision) -> None:
+    def observe(self, decision: RoutingDecision, drops: Mapping[str, Tensor] | None = None) -> None:
         """Add the decision's biased margins to the histogram (once, also when the forward is recomputed).
 
         Biased, because the histogram is fine near zero alone: once the bias is nearly right, so are its corrections,
@@ -221,20 +205,12 @@ class QuantileBalancer(nn.Module):
         """
         selection_TE = decision.selection_TE.detach().float()
         margin_TE = selection_TE + self.bias_E - quantile_thresholds(selection_TE, self.bias_E, self.top_k)
-        num_experts = selection_TE.shape[1]
-        cells_TE = symlog_bins(margin_TE) + NUM_BINS * torch.arange(num_experts, device=selection_TE.device)
-        accumulate_counts(self.pending_EC.view(-1), cells_TE.view(-1))
+        accumulate_values(self.pending_EC, margin_TE)
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """Set the bias from the margins of this step and start anew. Does nothing before activation."""
+    def advance(self, step: int) -> None:
+        """Set the bias from the margins of this step. Does nothing before activation."""
         num_tokens = self.pending_EC[0].sum()
         beta_E = upper_quantile(self.pending_EC, num_tokens * self.top_k / len(self.bias_E)) - self.bias_E
         target_E = beta_E.mean() - beta_E
         moved_E = torch.lerp(target_E, self.bias_E, self.config.ema)
         self.bias_E.copy_(torch.where(self.active & (num_tokens > 0), moved_E, self.bias_E))
-        self.pending_EC.zero_()
-
-
-Balancer = BiasBalancer | QuantileBalancer
-BalancerConfig = BiasBalance | QuantileBalance

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from equipoise.ops.count import count_assignments
-from equipoise.routing.schedules import Schedule
+from equipoise.routing.coefficients import Coefficient
 from equipoise.types import RoutingDecision
 
 
@@ -22,12 +22,15 @@ class LossInputs:
     """One layer's decision and what surrounds it.
 
     sequence_ids_T: int64, the sequence of each token, in [0, num_sequences).
+    k: experts per token, as the router's config has it. router_weight_ED: the linear router, None where there is none.
     global_counts_E: assignments of the whole global batch, or None when the decision covers it.
     """
 
     decision: RoutingDecision
     sequence_ids_T: Tensor
     num_sequences: int
+    k: int
+    router_weight_ED: Tensor | None = None
     global_counts_E: Tensor | None = None
 
 
@@ -44,7 +47,7 @@ class BalanceLoss(Protocol):
     def scope(self) -> Scope: ...  # noqa: D102 - described by the class
 
     @property
-    def coef(self) -> float | Schedule: ...  # noqa: D102 - described by the class
+    def coef(self) -> Coefficient: ...  # noqa: D102 - described by the class
 
     def __call__(self, inputs: LossInputs) -> Tensor: ...  # noqa: D102 - described by the class
 
@@ -69,7 +72,7 @@ class SwitchLoss:
     "global": the global batch (arXiv 2501.11873). Needs `BatchScope.counts` when the batch is split.
     """
 
-    coef: float | Schedule = 0.01
+    coef: Coefficient = 0.01
     scope: Scope = "micro"
 
     def __post_init__(self) -> None:
@@ -115,7 +118,7 @@ def coefficient_of_variation_squared(values_E: Tensor) -> Tensor:
 class ImportanceLoss:
     """CV^2 over experts of the summed combine weights (arXiv 1701.06538 section 4). Scope: the micro-batch."""
 
-    coef: float | Schedule = 0.1
+    coef: Coefficient = 0.1
     scope: ClassVar[Scope] = "micro"
 
     @property
@@ -136,11 +139,12 @@ class LoadLoss:
 
     Load_e = sum_t Phi((z_te - threshold_te) / noise_std): the chance that expert e is selected under Gaussian noise
     on its logit. The threshold is in logit units (a widely copied implementation takes probabilities there): for a
-    selected expert the best logit that was left out, for the others the lowest that was selected.
-    noise_std: of the logits; None means 1/E.
+    selected expert the best logit that was left out, for the others the lowest that was selected. A router with noise
+    of its own (`NoisyTopK`) gives thresholds with the noise that was drawn, and its standard deviations.
+    noise_std: of the logits, for routers without noise; None means 1/E.
     """
 
-    coef: float | Schedule = 0.1
+    coef: Coefficient = 0.1
     noise_std: float | None = None
     scope: ClassVar[Scope] = "micro"
 
@@ -157,14 +161,16 @@ class LoadLoss:
         T, E = decision.logits_TE.shape
         if decision.top_k == E or T == 0:
             return decision.logits_TE.sum() * 0.0  # everybody is selected: the load can't vary
-        logits_TE = decision.logits_TE
+        logits_TE, noisy_TE = decision.logits_TE, decision.logits_TE.detach()
+        std: float | Tensor = self.noise_std if self.noise_std is not None else 1.0 / E
+        if decision.noise_std_TE is not None:
+            noisy_TE, std = decision.selection_TE.detach(), decision.noise_std_TE
         selected_TE = torch.zeros_like(logits_TE, dtype=torch.bool)
         selected_TE[decision.token_ids_N, decision.expert_ids_N] = True
-        best_left_out_T1 = logits_TE.detach().masked_fill(selected_TE, float("-inf")).amax(1, keepdim=True)
-        last_selected_T1 = logits_TE.detach().masked_fill(~selected_TE, float("inf")).amin(1, keepdim=True)
+        best_left_out_T1 = noisy_TE.masked_fill(selected_TE, float("-inf")).amax(1, keepdim=True)
+        last_selected_T1 = noisy_TE.masked_fill(~selected_TE, float("inf")).amin(1, keepdim=True)
         threshold_TE = torch.where(selected_TE, best_left_out_T1, last_selected_T1)
-        noise_std = self.noise_std if self.noise_std is not None else 1.0 / E
-        load_E = torch.special.ndtr((logits_TE - threshold_TE) / noise_std).sum(0)
+        load_E = torch.special.ndtr((logits_TE - threshold_TE) / std).sum(0)
         return coefficient_of_variation_squared(load_E)
 
 
@@ -175,7 +181,7 @@ class ZLoss:
     It keeps logits small. It is not a balancing loss: a collapsed router with small logits has a small z-loss.
     """
 
-    coef: float | Schedule = 0.001
+    coef: Coefficient = 0.001
     scope: ClassVar[Scope] = "micro"
 
     @property

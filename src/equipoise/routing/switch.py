@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from equipoise.routing.router import Traits
 from equipoise.routing.top_k import TopK, TopKRouter
 
 
@@ -22,6 +23,11 @@ class Switch:
     def k(self) -> int:
         """Experts per token: 1."""
         return 1
+
+    @property
+    def traits(self) -> Traits:
+        """Those of `TopK` with raw weights."""
+        return Traits()
 
     def build(self, dim: int, num_experts: int) -> TopKRouter:
         """The router module: a `TopKRouter` with k = 1."""

@@ -17,7 +17,8 @@ import torch.nn.functional as fn
 from torch import Tensor, nn
 
 from equipoise.ops.router_linear import router_linear
-from equipoise.types import RoutingDecision
+from equipoise.routing.router import Init, Router, Traits, check_k, init_linear, normalized
+from equipoise.types import Preferences, RoutingDecision
 
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 _CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -25,7 +26,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "order": ("pre", "post"),
     "group_score": ("top2", "max"),
     "bias_on": (None, "logits", "scores"),
-    "init": ("normal", "truncated"),
+    "init": get_args(Init),
 }
 
 
@@ -48,8 +49,8 @@ class TopK:
     bias_on: what a balancer's bias is added to for the selection: "logits" or "scores". None is "logits" for softmax
         without groups, else "scores". Softmax scores of all but a few experts crowd near zero, below any step of a
         bias, and a saturated router's more so; among logits a bias keeps each token's order of the other experts.
-    init_std: standard deviation of the weight's initial values; None takes the model's. init: "normal", or
-        "truncated" at two standard deviations.
+    init_std: standard deviation of the weight's initial values; None takes the model's. init: "normal", "truncated" at
+        two standard deviations, or "orthogonal" rows of length 1.
     """
 
     k: int = 2
@@ -65,11 +66,10 @@ class TopK:
     group_score: Literal["top2", "max"] = "top2"
     bias_on: Literal["logits", "scores"] | None = None
     init_std: float | None = None
-    init: Literal["normal", "truncated"] = "normal"
+    init: Init = "normal"
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"TopK.k: expected at least 1, got {self.k}")
+        check_k("TopK", self.k)
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 expected = ", ".join(str(choice) for choice in known)
@@ -106,10 +106,7 @@ class TopK:
 
     def check(self, num_experts: int) -> None:
         """Raise ValueError when this router can't work with num_experts."""
-        if self.k > num_experts:
-            raise ValueError(
-                f"TopK.k: expected at most num_experts = {num_experts}, got {self.k}; lower k or add experts"
-            )
+        check_k("TopK", self.k, num_experts)
         if self.num_groups < 1 or num_experts % self.num_groups:
             raise ValueError(
                 f"TopK.num_groups: expected a divisor of num_experts = {num_experts}, got {self.num_groups}"
@@ -127,9 +124,10 @@ class TopK:
         """The router module for inputs of size dim."""
         return TopKRouter(self, dim, num_experts)
 
-    def weights_sum_to(self) -> float | None:
-        """The sum of a token's weights where it is fixed, else None."""
-        return self.scale if self.order == "post" or self._renormalizes else None
+    @property
+    def traits(self) -> Traits:
+        """Causal, and everything else that token choice can promise."""
+        return Traits(weights_sum_to=self.scale if self.order == "post" or self.renormalizes else None)
 
     @property
     def bias_is_on_logits(self) -> bool:
@@ -139,7 +137,8 @@ class TopK:
         return self.bias_on == "logits"
 
     @property
-    def _renormalizes(self) -> bool:
+    def renormalizes(self) -> bool:
+        """What `renormalize` comes to."""
         return self.k > 1 if self.renormalize is None else self.renormalize
 
 
@@ -168,8 +167,10 @@ def limit_to_groups(scores_TE: Tensor, num_groups: int, top_groups: int, group_s
     return grouped_TGe.masked_fill(~allowed_TG.unsqueeze(-1), float("-inf")).view(T, E)
 
 
-class TopKRouter(nn.Module):
+class TopKRouter(Router):
     """The linear router of `TopK`. Its only parameter is weight (E, D), in the model's dtype; its maths is fp32."""
+
+    weight: Tensor
 
     def __init__(self, config: TopK, dim: int, num_experts: int) -> None:
         super().__init__()
@@ -180,11 +181,7 @@ class TopKRouter(nn.Module):
 
     def init_weights(self, std: float) -> None:
         """Draw the weight; std is the model's, used where the config names none."""
-        std = std if self.config.init_std is None else self.config.init_std
-        if self.config.init == "truncated":
-            nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
-        else:
-            nn.init.normal_(self.weight, std=std)
+        init_linear(self.weight, std if self.config.init_std is None else self.config.init_std, self.config.init)
 
     def forward(self, x_TD: Tensor, bias_E: Tensor | None = None, token_ids_T: Tensor | None = None) -> RoutingDecision:
         """Decide. bias_E (E,) fp32 is added for the selection only; token_ids_T is not used."""
@@ -194,45 +191,37 @@ class TopKRouter(nn.Module):
         logits_TE = router_linear(x_TD, self.weight)
         scores_TE = scores_of(logits_TE, config.score)
         selection_TE = logits_TE if config.bias_is_on_logits else scores_TE
-        ids_TK = self._select(logits_TE.detach(), selection_TE.detach(), bias_E)
-        probs_TE = scores_TE
-        if config.score != "softmax":
-            probs_TE = scores_TE / scores_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(scores_TE.dtype).tiny)
+        preferences = self._preferences(logits_TE, scores_TE, self._ranking(logits_TE, selection_TE, bias_E))
+        ids_TK = preferences.ranking_TE.topk(config.k, dim=-1).indices
         return RoutingDecision.from_topk(
             ids_TK,
-            self._weights(logits_TE, scores_TE, ids_TK),
-            probs_TE=probs_TE,
+            preferences.weights(ids_TK),
+            probs_TE=scores_TE if config.score == "softmax" else normalized(scores_TE),
             logits_TE=logits_TE,
             selection_TE=selection_TE,
+            preferences=preferences,
         )
 
-    def _select(self, logits_TE: Tensor, selection_TE: Tensor, bias_E: Tensor | None) -> Tensor:
-        """int64 (T, K). Without bias and groups by logits, which can't tie by underflow as probabilities do."""
+    def _ranking(self, logits_TE: Tensor, selection_TE: Tensor, bias_E: Tensor | None) -> Tensor:
+        """What is ranked. Without bias and groups the logits, which can't tie by underflow as probabilities do."""
         config = self.config
         grouped = config.top_groups < config.num_groups
-        if bias_E is not None:
-            selection_TE = selection_TE + bias_E
-        elif not grouped:
-            selection_TE = logits_TE
+        ranking_TE = selection_TE if grouped or bias_E is not None else logits_TE
+        ranking_TE = ranking_TE.detach() if bias_E is None else ranking_TE.detach() + bias_E
         if grouped:
-            selection_TE = limit_to_groups(selection_TE, config.num_groups, config.top_groups, config.group_score)
-        return selection_TE.topk(config.k, dim=-1).indices
+            ranking_TE = limit_to_groups(ranking_TE, config.num_groups, config.top_groups, config.group_score)
+        return ranking_TE
 
-    def _weights(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
-        """fp32 (T, K). Gathered from the scores, never recovered as (score + bias) - bias, which cancels to 0."""
+    def _preferences(self, logits_TE: Tensor, scores_TE: Tensor, ranking_TE: Tensor) -> Preferences:
+        """The ranking, and how weights are made: gathered, never recovered as (score + bias) - bias, which cancels."""
         config = self.config
         temperature = config.temperature
         if not self.training and config.eval_temperature is not None:
             temperature = config.eval_temperature
-        if config.order == "post":
-            return config.scale * (logits_TE.gather(1, ids_TK) / temperature).softmax(-1)
         if temperature != 1.0:
-            scores_TE = scores_of(logits_TE / temperature, config.score)
-        weights_TK = scores_TE.gather(1, ids_TK)
-        if config._renormalizes:
-            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        return config.scale * weights_TK
-
-    def extra_repr(self) -> str:
-        """Shown by print(module)."""
-        return repr(self.config)
+            logits_TE = logits_TE / temperature
+        if config.score == "softmax" and (config.order == "post" or config.renormalizes):
+            return Preferences(ranking_TE, logits_TE, "softmax", config.scale)  # equals "sum", and can't underflow
+        if temperature != 1.0:
+            scores_TE = scores_of(logits_TE, config.score)
+        return Preferences(ranking_TE, scores_TE, "sum" if config.renormalizes else "raw", config.scale)
