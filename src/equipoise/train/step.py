@@ -7,8 +7,8 @@ counts from a first pass without gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -31,24 +31,67 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     return [Batch(*part) for part in zip(*(tensor.chunk(parts) for tensor in tensors), strict=True)]
 
 
-def gradients(model: Decoder, batches: Sequence[Batch], step: int, bf16: bool, recorder: Recorder) -> float:
-    """Add the gradient of the whole batch, given in micro-batches, to the parameters; return the mean loss in nats."""
-    device = batches[0].tokens_BS.device
-    num_targets = sum(int((batch.targets_BS != IGNORE).sum()) for batch in batches)
-    num_tokens = sum(batch.tokens_BS.numel() for batch in batches)
-    counts_LE = None
-    if len(batches) > 1 and needs_global_counts(model):
-        with recorder.paused():
-            counts_LE = global_counts(model, batches, bf16)
+def gradients(
+    model: Decoder,
+    batches: Sequence[Batch],
+    step: int,
+    bf16: bool,
+    recorder: Recorder,
+    reduce: Callable[[Tensor], None] | None = None,
+) -> float:
+    """Add the gradient of the whole batch, given in micro-batches, to the parameters; return the mean loss in nats.
+
+    reduce: sums a tensor over data-parallel ranks, in place; None on one rank. Each rank then adds its own part of the
+    gradient of all ranks' batches, and returns its part of the loss: both are complete when summed (not averaged) over
+    ranks.
+    """
+    num_targets = _total(count_targets(batches), batches, reduce)
     total = 0.0
-    for batch in batches:
-        scope = BatchScope(step=step, share=batch.tokens_BS.numel() / num_tokens, counts=counts_LE)
-        with autocast(bf16, device):
-            logits_BSV = model(batch.tokens_BS, scope=scope)
-            loss = cross_entropy_sum(logits_BSV, batch.targets_BS)[0] / num_targets
+    for batch, scope in zip(batches, batch_scopes(model, batches, step, bf16, recorder, reduce), strict=True):
+        loss = task_loss(model, batch, scope, bf16) / num_targets
         loss.backward()  # type: ignore[no-untyped-call]  # torch's
         total += loss.item()
     return total
+
+
+def _total(number: int, batches: Sequence[Batch], reduce: Callable[[Tensor], None] | None) -> int:
+    """The sum of a number over ranks."""
+    if reduce is None:
+        return number
+    total = torch.tensor(number, device=batches[0].tokens_BS.device)
+    reduce(total)
+    return int(total)
+
+
+def count_targets(batches: Sequence[Batch]) -> int:
+    """The tokens of the whole batch that are to be predicted."""
+    return sum(int((batch.targets_BS != IGNORE).sum()) for batch in batches)
+
+
+def batch_scopes(
+    model: Decoder,
+    batches: Sequence[Batch],
+    step: int,
+    bf16: bool,
+    recorder: Recorder | None,
+    reduce: Callable[[Tensor], None] | None = None,
+) -> list[BatchScope]:
+    """What the balancing losses of each micro-batch know of the whole batch. May run a forward over each of them."""
+    num_tokens = _total(sum(batch.tokens_BS.numel() for batch in batches), batches, reduce)
+    counts_LE = None
+    if (len(batches) > 1 or reduce is not None) and needs_global_counts(model):
+        with recorder.paused() if recorder else nullcontext():
+            counts_LE = global_counts(model, batches, bf16)
+        if reduce is not None:
+            reduce(counts_LE)
+    return [BatchScope(step=step, share=batch.tokens_BS.numel() / num_tokens, counts=counts_LE) for batch in batches]
+
+
+def task_loss(model: Decoder, batch: Batch, scope: BatchScope, bf16: bool) -> Tensor:
+    """The language model's loss, summed over the targets, in nats. Balancing losses hang on its graph, unseen."""
+    with autocast(bf16, batch.tokens_BS.device):
+        logits_BSV = model(batch.tokens_BS, scope=scope)
+        return cross_entropy_sum(logits_BSV, batch.targets_BS)[0]
 
 
 def needs_global_counts(model: Decoder) -> bool:
@@ -61,8 +104,8 @@ def needs_global_counts(model: Decoder) -> bool:
 def global_counts(model: Decoder, batches: Sequence[Batch], bf16: bool) -> Tensor:
     """int64 (L, E): assignments of the whole batch per MoE layer, from a forward over each micro-batch.
 
-    The random state is put back, so that noise and dropout make the same decisions in the pass that counts; so is
-    what the balancers have counted, which see each token again in the pass that trains.
+    A rehearsal: noise and dropout make the same decisions in the pass that counts and in the one that trains, and the
+    balancers see each token once.
     """
     counts: list[Tensor] = []
 
@@ -71,16 +114,28 @@ def global_counts(model: Decoder, batches: Sequence[Batch], bf16: bool) -> Tenso
 
     layers = model.moe_layers.values()
     handles = [layer.tap.register_forward_hook(count) for layer in layers]
-    pending = [layer.balancer.pending for layer in layers if layer.balancer is not None]
-    before = [counted.clone() for counted in pending]
     device = batches[0].tokens_BS.device
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), autocast(bf16, device):
+        with rehearsal(model), autocast(bf16, device):
             for batch in batches:
                 model(batch.tokens_BS)
     finally:
         for handle in handles:
             handle.remove()
-        for counted, value in zip(pending, before, strict=True):
-            counted.copy_(value)
     return torch.stack(counts).view(len(batches), len(layers), -1).sum(0)
+
+
+@contextmanager
+def rehearsal(model: Decoder) -> Iterator[None]:
+    """Forwards inside leave no trace: the random state and the model's buffers, what balancers have counted among
+    them, are as before when it ends. A recorder must be paused besides.
+    """
+    device = next(model.parameters()).device
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)
