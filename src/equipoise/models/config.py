@@ -93,7 +93,7 @@ class DecoderConfig:
             raise ValueError(f"style: expected 'modern' or 'gpt2', got {self.style!r}. Choose one of the two.")
         _check_heads(self)
         _check_moe_layers(self)
-        _check_causal(self)
+        _check_routers(self)
 
     @property
     def kv_heads(self) -> int:
@@ -230,10 +230,18 @@ def _check_heads(config: DecoderConfig) -> None:
         )
 
 
-def _check_causal(config: DecoderConfig) -> None:
+def _check_routers(config: DecoderConfig) -> None:
     """A router that looks at later tokens teaches a causal model from what it will not have when it generates."""
     for router in (config.moe.router, config.moe.first_router) if config.moe else ():
-        if router is not None and not router.traits.causal and not router.traits.allow_future:
+        if router is None:
+            continue
+        known = router.traits.num_token_ids
+        if known is not None and known < config.vocab_size:
+            raise ValueError(
+                f"router: {type(router).__name__}.vocab_size is {known}, fewer than the model's vocab_size = "
+                f"{config.vocab_size} token ids. Raise it to that."
+            )
+        if not router.traits.causal and not router.traits.allow_future:
             raise ValueError(
                 f"router: {type(router).__name__} lets a token's experts depend on later tokens, and a decoder is "
                 "causal: what it learns from them is missing at generation. Use TopK or Threshold, or accept it with "

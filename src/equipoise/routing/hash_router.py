@@ -52,7 +52,13 @@ class Hash:
     @property
     def traits(self) -> Traits:
         """Needs token ids; no bias moves it."""
-        return Traits(takes_bias=False, ranks=False, needs_token_ids=True, weights_sum_to=self.scale)
+        return Traits(
+            takes_bias=False,
+            ranks=False,
+            needs_token_ids=True,
+            num_token_ids=self.vocab_size,
+            weights_sum_to=self.scale,
+        )
 
     def build(self, dim: int, num_experts: int) -> HashRouter:
         """The router module for inputs of size dim."""
@@ -69,15 +75,18 @@ class HashRouter(Router):
         check_k("Hash", config.k, num_experts)
         self.config, self.num_experts = config, num_experts
         self.weight = nn.Parameter(torch.empty(num_experts, dim)) if config.weights == "learned" else None
-        table_VK = random_table(config.vocab_size, num_experts, config.k, config.seed)
-        self.register_buffer("table_VK", table_VK.to(torch.get_default_device()))
-        self.fitted = config.table == "random"
+        self.register_buffer("table_VK", torch.empty(config.vocab_size, config.k, dtype=torch.int64))
+        self.fitted = False
         # A saved table is the one that was trained with.
         self.register_load_state_dict_post_hook(_mark_fitted)  # type: ignore[no-untyped-call]  # torch's
         self.init_weights(0.02)
 
+    @torch.no_grad()
     def init_weights(self, std: float) -> None:
-        """Draw the weight of learned weights. The table stays."""
+        """Draw the weight of learned weights, and the table by the config's seed; a balanced one waits for `fit`."""
+        config = self.config
+        self.table_VK.copy_(random_table(config.vocab_size, self.num_experts, config.k, config.seed))
+        self.fitted = config.table == "random"
         if self.weight is not None:
             init_linear(self.weight, std)
 

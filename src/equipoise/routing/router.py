@@ -23,8 +23,8 @@ class Traits:
     causal: in training a token's experts never depend on later tokens. allow_future: the user has accepted it when not.
     takes_bias: a balancer's bias moves its selection. ranks: each token ranks all experts (`Preferences`).
     fixed_k: every token has exactly K experts. batch_invariant: in eval a token's experts depend on it alone.
-    needs_token_ids: it reads token ids. weights_sum_to: the sum of a token's weights where it is fixed.
-    needs_loss: the name of a balancing loss that it can't do without.
+    needs_token_ids: it reads token ids, in [0, num_token_ids). weights_sum_to: the sum of a token's weights where it is
+    fixed. needs_loss: the name of a balancing loss that it can't do without.
     """
 
     causal: bool = True
@@ -34,6 +34,7 @@ class Traits:
     fixed_k: bool = True
     batch_invariant: bool = True
     needs_token_ids: bool = False
+    num_token_ids: int | None = None
     weights_sum_to: float | None = None
     needs_loss: str | None = None
 

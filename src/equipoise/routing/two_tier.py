@@ -49,7 +49,11 @@ class TwoTier:
     def traits(self) -> Traits:
         """Token choice; reads token ids when the first tier hashes them."""
         hashed = self.first == "hash"
-        return Traits(needs_token_ids=hashed, weights_sum_to=1.0 if hashed and self.k > 1 else None)
+        return Traits(
+            needs_token_ids=hashed,
+            num_token_ids=self.vocab_size if hashed else None,
+            weights_sum_to=1.0 if hashed and self.k > 1 else None,
+        )
 
     def build(self, dim: int, num_experts: int) -> TwoTierRouter:
         """The router module for inputs of size dim. Raises ValueError when the groups are too small."""
@@ -79,15 +83,18 @@ class TwoTierRouter(Router):
         if config.first == "learned":
             self.group_weight = nn.Parameter(torch.empty(config.num_groups, dim))
         else:
-            groups_V1 = random_table(config.vocab_size, config.num_groups, 1, config.seed)
-            self.register_buffer("groups_V", groups_V1[:, 0].to(torch.get_default_device()))
+            self.register_buffer("groups_V", torch.empty(config.vocab_size, dtype=torch.int64))
         self.init_weights(0.02)
 
+    @torch.no_grad()
     def init_weights(self, std: float) -> None:
-        """Draw the weights. A hash table stays."""
+        """Draw the weights, and a hash table by the config's seed."""
+        config = self.config
         init_linear(self.weight, std)
         if self.group_weight is not None:
             init_linear(self.group_weight, std)
+        else:
+            self.groups_V.copy_(random_table(config.vocab_size, config.num_groups, 1, config.seed)[:, 0])
 
     def forward(self, x_TD: Tensor, bias_E: Tensor | None = None, token_ids_T: Tensor | None = None) -> RoutingDecision:
         """Decide. bias_E (E,) fp32 is added for the selection only. token_ids_T: int64, needed for a hash tier."""
