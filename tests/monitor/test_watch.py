@@ -114,7 +114,7 @@ def test_detectors_are_plugged_in(model):
     def always(window):
         return [Finding("odd", stats.layer, None, "info", 1.0, 0.0, "odd", "none") for stats in window]
 
-    with watch(model, every=1, detectors=[always, CollapseDetector()]) as observer:
+    with watch(model, every=1, rules=[always, CollapseDetector()]) as observer:
         for step in (1, 2):
             model(inputs())
             changed = observer.step(step)
@@ -178,7 +178,7 @@ def test_an_error_inside_detaches_too(model):
 
 
 def test_every_must_be_positive(model):
-    with pytest.raises(ValueError, match=r"every: expected at least 1 step per window, got 0"):
+    with pytest.raises(ValueError, match=r"every: expected at least 1 step per flush, got 0"):
         watch(model, every=0)
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -186,3 +186,47 @@ def test_every_must_be_positive(model):
 def test_nothing_to_watch():
     with pytest.raises(ValueError, match=r"expected at least one layer with a routing tap.*build its experts with"):
         watch(nn.Linear(2, 2))
+
+
+def test_little_traffic_is_judged_when_there_is_enough_of_it(model):
+    """Single tokens: each flush says nothing by itself, together they show the collapse, however long they take."""
+    prefer(model.second, 3)
+    now = iter(range(0, 10**6, 3))
+    observer = Watch(model, every=1, clock=lambda: float(next(now)))
+    fired = []
+    for step in range(1, 60):
+        model(inputs(16))  # T K / E = 4 assignments per expert
+        fired += [(step, alert.key) for alert in observer.step(step)]
+    # 25 flushes bring 100 assignments per expert, the finding lasts in the 26th
+    assert fired == [(26, "second:collapse")]
+
+
+def test_traffic_older_than_the_window_does_not_count(model):
+    prefer(model.second, 3)
+    now = iter(range(0, 10**6, 3))
+    observer = Watch(model, every=1, window_s=30.0, clock=lambda: float(next(now)))  # ten flushes: never enough
+    assert not any(observer.step(step) for step in range(1, 60) if model(inputs(16)) is not None)
+
+
+def test_a_burst_after_silence_is_judged_by_itself(model):
+    observer = Watch(model, every=1)
+    for step in (1, 2, 3):
+        model(inputs())
+        observer.step(step)
+    prefer(model.second, 3)
+    model(inputs())
+    assert observer.step(4) == []
+    model(inputs())
+    assert [alert.key for alert in observer.step(5)] == ["second:collapse"]  # not diluted by the healthy past
+
+
+def test_the_absolute_profile_alarms_on_a_healthy_model():
+    torch.manual_seed(0)
+    model = MoE(D, 8, 32, router=TopK(k=2))
+    observer = Watch(model, every=1, profile="absolute")
+    model(torch.randn(4096, D))
+    observer.flush(1)
+    model(torch.randn(4096, D))
+    assert "utilisation_low" in {alert.finding.rule for alert in observer.flush(2)}
+    with pytest.raises(ValueError, match="profile: expected relative or absolute"):
+        Watch(model, profile="strict")

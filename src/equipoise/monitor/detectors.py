@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from equipoise.monitor.stats import max_violation_floor
 from equipoise.types import Finding, RoutingStats
 
+MIN_EXPECTED = 100.0  # assignments per expert, with fewer there is no opinion
+
 
 @dataclass(frozen=True)
 class CollapseDetector:
@@ -32,7 +34,7 @@ class CollapseDetector:
     Raises ValueError for a threshold outside its range.
     """
 
-    min_expected: float = 100.0
+    min_expected: float = MIN_EXPECTED
     effective_ratio: float = 0.5
     hot_excess: float = 0.5
     hot_load: float = 1.5
@@ -102,7 +104,7 @@ def fair_token_share(stats: RoutingStats) -> float:
     return expected_per_expert(stats) / stats.num_tokens if stats.num_tokens else 0.0
 
 
-def layers_without_opinion(window: Sequence[RoutingStats], min_expected: float = 100.0) -> set[str]:
+def layers_without_opinion(window: Sequence[RoutingStats], min_expected: float = MIN_EXPECTED) -> set[str]:
     """Layers with too few assignments to be judged. Their alerts must neither fire nor resolve on this window."""
     return {stats.layer for stats in window if expected_per_expert(stats) < min_expected}
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from equipoise.monitor.adapters.transformers_moe import attach, experts_layers
 from equipoise.monitor.stats import RoutingSums, routing_stats
 from equipoise.ops.count import accumulate, accumulate_counts, inside_backward
 from equipoise.types import DROP_REASONS, REROUTE_REASONS, Observable, Routed, RoutingStats
@@ -111,15 +112,17 @@ class _Buffers:
 
 
 def observable_layers(model: nn.Module) -> dict[str, Observable]:
-    """The layers of the model that can be watched, by name, in the model's order.
+    """The layers of the model that can be watched, by name: equipoise's in the model's order, then others'.
 
     Raises ValueError when there is none.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Observable)}
+    layers: dict[str, Observable] = {n: module for n, module in model.named_modules() if isinstance(module, Observable)}
+    layers |= experts_layers(model)
     if not layers:
         raise ValueError(
             f"model: expected at least one layer with a routing tap, found none in {type(model).__name__}; "
-            "build its experts with equipoise.MoE"
+            "build its experts with equipoise.MoE, or as those of transformers 5: a module that is called with "
+            "(hidden_states, top_k_index, top_k_weights)"
         )
     return layers
 
@@ -139,6 +142,7 @@ class Recorder:
         self._handles: list[RemovableHandle] = [
             layer.tap.register_forward_hook(self._hook(self._sums[name])) for name, layer in layers.items()
         ]
+        self._handles += attach(layers.values())
 
     def _hook(self, sums: _Sums) -> Callable[[nn.Module, tuple[Routed], Routed], None]:
         @torch.no_grad()
@@ -161,13 +165,17 @@ class Recorder:
 
     def flush(self, step: int) -> list[RoutingStats]:
         """One record per layer over everything since the last flush, and a fresh start."""
+        return [routing_stats(name, step, sums) for name, sums in self.flush_sums().items()]
+
+    def flush_sums(self) -> dict[str, RoutingSums]:
+        """The sums behind `flush`, by layer, for whoever adds up several flushes."""
         if self._reduce is not None:
             self._reduce(self._buffers.integers)
             self._reduce(self._buffers.floats)
         layers = self._buffers.to_host().by_layer()
-        window = [routing_stats(name, step, layer.sums()) for name, layer in layers.items()]
+        sums = {name: layer.sums() for name, layer in layers.items()}
         self._buffers.words.zero_()  # not before: on a CPU the host's view is the same memory
-        return window
+        return sums
 
     def state_dict(self) -> dict[str, Tensor]:
         """The open window, so that a resumed run goes on in the middle of it."""

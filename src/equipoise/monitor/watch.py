@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -9,17 +10,24 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from equipoise.monitor.alerts import AlertBook
-from equipoise.monitor.detectors import CollapseDetector, layers_without_opinion
+from equipoise.monitor.detectors import MIN_EXPECTED, layers_without_opinion
+from equipoise.monitor.profiles import Profile, rules_of
 from equipoise.monitor.recorder import Recorder
+from equipoise.monitor.stats import RoutingSums, routing_stats
+from equipoise.monitor.window import TimeWindow
 from equipoise.types import Alert, Detector, RoutingStats, Sink
 
 
 class Watch:
     """Watches the routers of a model from outside; the model's outputs stay bit-identical.
 
-    every: steps per window. A window is judged when it is complete.
-    detectors: pure functions from a window to findings. sinks: get each window and each change of an alert.
-    reduce: sums a tensor over data-parallel ranks in place; None on one rank.
+    every: steps per flush. What is judged after a flush are its tokens; where they are too few for an opinion, as when
+    single tokens are decoded, those of the flushes before it too, as far back as it takes, at most window_s seconds.
+    profile: which rules judge: "relative" or "absolute" (see `rules_of`), which judges the whole window; None for none.
+    rules: more rules, pure functions from a window to findings. With baselines of the layers in health:
+    profile=None, rules=rules_of("relative", baselines).
+    sinks: get each flush and each change of an alert. reduce: sums a tensor over data-parallel ranks in place; None on
+    one rank. clock: seconds.
     Use it as a context manager, or call `detach` when done.
     """
 
@@ -28,15 +36,20 @@ class Watch:
         model: nn.Module,
         *,
         every: int = 50,
-        detectors: Sequence[Detector] = (CollapseDetector(),),
+        window_s: float = 600.0,
+        profile: Profile | None = "relative",
+        rules: Sequence[Detector] = (),
         sinks: Sequence[Sink] = (),
         reduce: Callable[[Tensor], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if every < 1:
-            raise ValueError(f"every: expected at least 1 step per window, got {every}")
+            raise ValueError(f"every: expected at least 1 step per flush, got {every}")
+        self._detectors = (rules_of(profile) if profile else ()) + tuple(rules)
+        self._literal = profile == "absolute"
+        self._span, self._clock = TimeWindow(window_s), clock
         self.recorder = Recorder(model, reduce)
         self._every = every
-        self._detectors = tuple(detectors)
         self._sinks = tuple(sinks)
         self._book = AlertBook()
         self._window: list[RoutingStats] = []
@@ -46,18 +59,31 @@ class Watch:
         return self.flush(step) if step % self._every == 0 else []
 
     def flush(self, step: int) -> list[Alert]:
-        """Close the window now, whatever its length."""
-        self._window = self.recorder.flush(step)
-        findings = [finding for detector in self._detectors for finding in detector(self._window)]
-        changed = self._book.observe(step, findings, unjudged=layers_without_opinion(self._window))
+        """Flush now, whatever has been seen since the last time."""
+        sums = self.recorder.flush_sums()
+        self._window = [routing_stats(layer, step, each) for layer, each in sums.items()]
+        judged = self._judged(step, sums)
+        findings = [finding for detector in self._detectors for finding in detector(judged)]
+        unjudged = set() if self._literal else layers_without_opinion(judged)
+        changed = self._book.observe(step, findings, unjudged=unjudged)
         for sink in self._sinks:
             sink.routing(self._window)
             for alert in changed:
                 sink.alert(alert)
         return changed
 
+    def _judged(self, step: int, sums: Mapping[str, RoutingSums]) -> list[RoutingStats]:
+        """What the rules look at: per layer this flush, or as many more as are needed."""
+        self._span.add(self._clock(), sums)
+        seen = self._span.whole() if self._literal else self._span.recent(MIN_EXPECTED)
+        flushed = {stats.layer: stats for stats in self._window}
+        return [
+            flushed[layer] if seen[layer] is each else routing_stats(layer, step, seen[layer])
+            for layer, each in sums.items()
+        ]
+
     def stats(self) -> list[RoutingStats]:
-        """The last complete window, a record per layer; empty before the first."""
+        """The last flush, a record per layer; empty before the first."""
         return list(self._window)
 
     @property
@@ -90,11 +116,13 @@ def watch(
     model: nn.Module,
     *,
     every: int = 50,
-    detectors: Sequence[Detector] = (CollapseDetector(),),
+    window_s: float = 600.0,
+    profile: Profile | None = "relative",
+    rules: Sequence[Detector] = (),
     sinks: Sequence[Sink] = (),
 ) -> Watch:
     """Attach to every MoE layer of the model. See `Watch`.
 
     Raises ValueError when the model has no layer that can be watched.
     """
-    return Watch(model, every=every, detectors=detectors, sinks=sinks)
+    return Watch(model, every=every, window_s=window_s, profile=profile, rules=rules, sinks=sinks)

@@ -1,0 +1,194 @@
+"""More rules, each a small frozen class from a window to findings, for drops, logits, drift, and the absolute profile.
+
+`CollapseDetector` (detectors.py) is the rule that pages; these add what else goes wrong. A rule that needs to know what
+is normal takes baselines. Writing one: a frozen dataclass of thresholds with a `__call__`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from equipoise.monitor.baseline import Baseline
+from equipoise.types import Finding, RoutingStats, Severity
+
+Levels = tuple[tuple[float, Severity], ...]
+DROP_LEVELS: Levels = ((0.05, "critical"), (0.01, "warning"), (0.001, "info"))
+
+
+def drop_rate(stats: RoutingStats) -> float:
+    """Share of the assignments that were lost, in [0, 1]; what was moved or spilled is not lost."""
+    lost = sum(count for reason, count in stats.dropped.items() if reason != "tokens")
+    return lost / max(int(stats.counts_E.sum()), 1)
+
+
+@dataclass(frozen=True)
+class DropRule:
+    """Assignments are dropped: more than the levels, surely.
+
+    levels: (share, severity), the highest first. z: standard errors that the share must exceed a level by, and
+    min_dropped: drops to be seen at all, so that a few among few tokens say nothing.
+    """
+
+    levels: Levels = DROP_LEVELS
+    z: float = 4.0
+    min_dropped: int = 20
+
+    def __call__(self, window: Sequence[RoutingStats]) -> list[Finding]:
+        """One finding per layer, of the highest level that is passed."""
+        return [finding for stats in window if (finding := self._judge(stats)) is not None]
+
+    def _judge(self, stats: RoutingStats) -> Finding | None:
+        rate, total = drop_rate(stats), max(int(stats.counts_E.sum()), 1)
+        for limit, severity in self.levels:
+            if rate * total >= self.min_dropped and rate > limit + self.z * math.sqrt(limit * (1 - limit) / total):
+                return Finding(
+                    rule="drops",
+                    layer=stats.layer,
+                    expert=None,
+                    severity=severity,
+                    value=rate,
+                    threshold=limit,
+                    message=f"{stats.layer} drops {rate:.2%} of its assignments, more than {limit:.1%}",
+                    remedy=(
+                        'Set overflow="next_choice" or "shared", raise the capacity factor, or balance the router; '
+                        "equipoise.layer.drop_rate says what a fair router would drop."
+                    ),
+                )
+        return None
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """Router logits blow up, or are not finite.
+
+    max_logsumexp: of the mean log-sum-exp; the logits of healthy routers stay in the tens. std_ratio: how many times
+    the baseline's standard deviation is too much, and its inverse too little; needs baselines.
+    """
+
+    max_logsumexp: float = 100.0
+    std_ratio: float = 3.0
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)
+
+    def __call__(self, window: Sequence[RoutingStats]) -> list[Finding]:
+        """At most one finding per layer; layers whose logits are not known (NaN) pass."""
+        return [finding for stats in window if stats.num_tokens and (finding := self._judge(stats)) is not None]
+
+    def _judge(self, stats: RoutingStats) -> Finding | None:
+        remedy = "Add a z-loss (ZLoss(1e-3)), lower the router's learning rate, or go back to the last good checkpoint."
+        lse, baseline = stats.logit_logsumexp, self.baselines.get(stats.layer)
+        if math.isinf(lse) or lse > self.max_logsumexp:
+            message = f"{stats.layer}: the router's logits have a mean log-sum-exp of {lse:.4g}"
+            return Finding("logits", stats.layer, None, "critical", lse, self.max_logsumexp, message, remedy)
+        ratio = stats.logit_std / baseline.logit_std if baseline and baseline.logit_std > 0 else 1.0
+        if not 1 / self.std_ratio <= ratio <= self.std_ratio and not math.isnan(ratio):
+            assert baseline is not None
+            message = (
+                f"{stats.layer}: the standard deviation of the router's logits is {stats.logit_std:.3g}, "
+                f"{ratio:.2g} times the baseline's {baseline.logit_std:.3g}"
+            )
+            return Finding("logits", stats.layer, None, "warning", ratio, self.std_ratio, message, remedy)
+        return None
+
+
+@dataclass(frozen=True)
+class LoadDriftRule:
+    """The load has moved away from the baseline, by more than both samples' noise.
+
+    Measured by PSI, sum (f - f0) ln(f / f0), the usual index of drift; 0.25 is usually called a large one. Two samples
+    of one distribution show (E - 1)(1/n + 1/n0) on average, and its square-root-sized spread; that is allowed for.
+    """
+
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)
+    limit: float = 0.25
+    z: float = 6.0
+
+    def __call__(self, window: Sequence[RoutingStats]) -> list[Finding]:
+        """At most one finding per layer that has a baseline."""
+        return [finding for stats in window if (finding := self._judge(stats)) is not None]
+
+    def _judge(self, stats: RoutingStats) -> Finding | None:
+        baseline = self.baselines.get(stats.layer)
+        total = int(stats.counts_E.sum())
+        if baseline is None or len(baseline.load_E) != stats.num_experts or not total or not baseline.num_tokens:
+            return None
+        psi = population_stability(stats.load_E.tolist(), baseline.load_E)
+        degrees, k = stats.num_experts - 1, total / max(stats.num_tokens, 1)
+        noise = (degrees + self.z * math.sqrt(2 * degrees)) * (1 / total + 1 / (k * baseline.num_tokens))
+        if psi <= self.limit + noise:
+            return None
+        return Finding(
+            rule="load_drift",
+            layer=stats.layer,
+            expert=None,
+            severity="warning",
+            value=psi,
+            threshold=self.limit + noise,
+            message=f"{stats.layer}: the load has moved away from its baseline, PSI {psi:.2f}",
+            remedy="Compare the text with the baseline's: another mix of domains moves the load, and so does damage.",
+        )
+
+
+def population_stability(load_E: Sequence[float], baseline_E: Sequence[float], smallest: float = 1e-3) -> float:
+    """PSI of two loads relative to fair; loads below `smallest` count as that, or a dead expert would be infinite."""
+    num_experts = len(load_E)
+    pairs = [
+        (max(a, smallest) / num_experts, max(b, smallest) / num_experts)
+        for a, b in zip(load_E, baseline_E, strict=True)
+    ]
+    return sum((a - b) * math.log(a / b) for a, b in pairs)
+
+
+@dataclass(frozen=True)
+class AbsoluteRule:
+    """The thresholds of a widely read checklist, taken literally: fixed numbers, no sample gate, no fair share.
+
+    Kept for whoever has to follow it, and to show what it does: below 5 % utilisation lies every healthy expert once E
+    passes 20, and a share of assignments above 50 % is impossible for k >= 2. logit_std_ratio needs baselines.
+    """
+
+    low_utilisation: float = 0.05
+    high_utilisation: float = 0.80
+    one_bin: float = 0.50
+    entropy_target: float = 0.80
+    entropy_alert: float = 0.50
+    cold_load: float = 0.10
+    hot_load: float = 1.25
+    logit_std_ratio: float = 5.0
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)
+
+    def __call__(self, window: Sequence[RoutingStats]) -> list[Finding]:
+        """All findings of all layers."""
+        return [finding for stats in window if stats.num_tokens for finding in self._judge(stats)]
+
+    def _judge(self, stats: RoutingStats) -> list[Finding]:
+        share_E, load_E = stats.load_E / stats.num_experts, stats.load_E
+        baseline = self.baselines.get(stats.layer)
+        std_ratio = stats.logit_std / baseline.logit_std if baseline and baseline.logit_std > 0 else 0.0
+        entropy, token_share = stats.load_entropy, stats.max_token_share
+        lowest, highest, least, most = share_E.min(), share_E.max(), load_E.min(), load_E.max()
+        table: list[tuple[str, Severity, bool, float, float]] = [
+            ("utilisation_low", "warning", lowest < self.low_utilisation, lowest, self.low_utilisation),
+            ("utilisation_high", "critical", token_share > self.high_utilisation, token_share, self.high_utilisation),
+            ("one_bin", "critical", highest > self.one_bin, highest, self.one_bin),
+            ("entropy", "critical", entropy < self.entropy_alert, entropy, self.entropy_alert),
+            ("entropy_target", "warning", entropy < self.entropy_target, entropy, self.entropy_target),
+            ("cold_expert", "warning", least < self.cold_load, least, self.cold_load),
+            ("hot_expert", "warning", most > self.hot_load, most, self.hot_load),
+            ("logit_std", "critical", std_ratio > self.logit_std_ratio, std_ratio, self.logit_std_ratio),
+        ]
+        return [
+            Finding(
+                rule=rule,
+                layer=stats.layer,
+                expert=None,
+                severity=severity,
+                value=float(value),
+                threshold=limit,
+                message=f"{stats.layer}: {rule.replace('_', ' ')} is {value:.3g}, the limit is {limit:.3g}",
+                remedy='Look at it under profile="relative" before acting: a fixed limit knows no fair share.',
+            )
+            for rule, severity, passed, value, limit in table
+            if passed
+        ]

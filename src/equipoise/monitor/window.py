@@ -1,0 +1,83 @@
+"""The last minutes of routing, in bounded memory: sums per layer over time, so that any span of them is just added up.
+
+Alerts look at the newest traffic, reaching back in time only as far as it takes to have enough of it, and never beyond
+the window. Sums of flushes are kept apart while there are few, and neighbours in time are merged when there are many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from equipoise.monitor.stats import RoutingSums, merge
+
+Sums = Mapping[str, RoutingSums]
+
+
+@dataclass(frozen=True, eq=False)
+class _Span:
+    """Sums over flushes between two moments, in seconds."""
+
+    first: float
+    last: float
+    sums: Sums
+
+
+class TimeWindow:
+    """Sums of the last window_s seconds, in at most max_spans pieces.
+
+    Memory: max_spans * layers * experts * 16 bytes and a little; 61 layers of 256 experts and 64 spans are 16 MB.
+    A clock that jumps back stands still until it has caught up. Raises ValueError for a window that can't be.
+    """
+
+    def __init__(self, window_s: float = 600.0, max_spans: int = 64) -> None:
+        if not window_s > 0:
+            raise ValueError(f"window_s: expected more than 0 seconds, got {window_s}")
+        if max_spans < 2:
+            raise ValueError(f"max_spans: expected at least 2, got {max_spans}")
+        self.window_s, self.max_spans = window_s, max_spans
+        self._spans: list[_Span] = []
+
+    def add(self, now: float, sums: Sums) -> None:
+        """Take the sums of one flush at `now`, in seconds of any clock; forget what is older than the window."""
+        if self._spans:
+            now = max(now, self._spans[-1].last)
+        self._spans.append(_Span(now, now, sums))
+        self._spans = [span for span in self._spans if span.last > now - self.window_s]
+        if len(self._spans) > self.max_spans:
+            self._merge_nearest()
+
+    def recent(self, min_expected: float) -> dict[str, RoutingSums]:
+        """Per layer, the newest flushes, as many as bring min_expected assignments per expert, or all there are."""
+        found: dict[str, RoutingSums] = {}
+        for span in reversed(self._spans):
+            for layer, sums in span.sums.items():
+                have = found.get(layer)
+                if have is None:
+                    found[layer] = sums
+                elif have.counts_E.sum() < min_expected * len(have.counts_E):
+                    found[layer] = merge(have, sums)
+        return found
+
+    def whole(self) -> dict[str, RoutingSums]:
+        """Per layer, everything in the window."""
+        return self.recent(float("inf"))
+
+    @property
+    def seconds(self) -> float:
+        """How long the window reaches back by now."""
+        return self._spans[-1].last - self._spans[0].first if self._spans else 0.0
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def _merge_nearest(self) -> None:
+        """Join the two neighbours that lie closest in time; the newest span stays by itself, it is judged alone."""
+        pairs = range(len(self._spans) - 2)
+        index = min(pairs, key=lambda i: self._spans[i + 1].last - self._spans[i].first)
+        a, b = self._spans[index : index + 2]
+        sums = {
+            layer: merge(a.sums[layer], b.sums[layer]) if layer in a.sums and layer in b.sums else each
+            for layer, each in {**a.sums, **b.sums}.items()
+        }
+        self._spans[index : index + 2] = [_Span(a.first, b.last, sums)]
