@@ -50,6 +50,7 @@ def test_every_command_has_help_that_explains_it():
         (["train", "tiny", "--steps", "0"], "steps: expected at least 1"),
         (["train", "tiny", "--resume", "--steps", "7"], "leave out the changes"),
         (["watch", "nowhere"], "run folder"),
+        (["bench", "sweep", "--steps", "0"], "steps: expected at least 1"),
     ],
 )
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(args, message, tmp_path):
@@ -67,6 +68,7 @@ def test_train_then_watch_then_refuse_to_overwrite(text, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["step"] == 12
+    assert result["specialisation"] == []  # was not asked for
     assert 1 < result["evaluation"]["perplexity"] < 512
     assert set(result["evaluation"]["by_domain"]) == {"python", "prose"}
     seen = json.loads(run("watch", out, "--json").stdout)
@@ -76,6 +78,19 @@ def test_train_then_watch_then_refuse_to_overwrite(text, tmp_path):
     again = run(*args)
     assert again.returncode == 2
     assert "already holds a run" in again.stderr
+
+
+def test_two_experts_say_whether_they_specialise(text, tmp_path):
+    args = ["train", "tiny_two_experts", "--corpus", text, "--steps", 12, "--eval-every", 0, "--out"]
+    result = json.loads(run(*args, tmp_path / "a", "--json").stdout)
+    assert [layer["layer"] for layer in result["specialisation"]] == ["layers.0.mlp", "layers.1.mlp"]
+    for layer in result["specialisation"]:
+        assert layer["domains"] == ["python", "prose"]
+        assert all(sum(shares) == pytest.approx(1) for shares in layer["shares"])
+        assert 0 < layer["p_value"] <= 1
+    shown = run(*args, tmp_path / "b").stdout
+    assert "Mutual information" in shown
+    assert "specialis" in shown.splitlines()[-3]
 
 
 def test_ctrl_c_writes_a_checkpoint_and_resume_finishes(text, tmp_path):
@@ -94,6 +109,35 @@ def test_ctrl_c_writes_a_checkpoint_and_resume_finishes(text, tmp_path):
     with RunStore.open_readonly(out) as store:
         assert [step for step, _, _ in store.scalar_history("loss")] == list(range(1, 41))
         assert store.meta()["status"] == "finished"
+
+
+def test_a_sweep_stopped_by_ctrl_c_goes_on_with_the_same_command(text, tmp_path):
+    out = tmp_path / "sweep"
+    args = ["bench", "sweep", "--corpus", text, "--coefs", "0", "0.1", "--rates", "0", "--seeds", "0", "--out", out]
+    command = [sys.executable, "-m", "equipoise", *map(str, args), "--steps", "60"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    wait_for_step(out / "cells" / "coef-0.1_rate-0_seed-0", 2, child)  # the second of two
+    child.send_signal(signal.SIGINT)
+    stdout, stderr = child.communicate(timeout=120)
+    assert child.returncode == 130, stderr
+    assert f"stopped; 1 of 2 runs are done and kept in {out}; the same command goes on" in stdout
+    other = run(*args, "--steps", 61)
+    assert other.returncode == 2
+    assert "steps 60 there, 61 here" in other.stderr
+    done = run(*args, "--steps", 60)
+    assert done.returncode == 0, done.stderr
+    assert "1/2" not in done.stdout  # was not run again
+    assert "2/2 coef 0.1, rate 0, seed 0: loss " in done.stdout
+    assert "(one seed)" in done.stdout
+    again = json.loads(run(*args, "--steps", 60, "--json").stdout)
+    assert [cell["coef"] for cell in again["cells"]] == [0.0, 0.1]
+    assert again == json.loads((out / "sweep.json").read_text())
+
+
+def test_help_of_a_sweep_says_what_it_does_and_how_it_goes_on():
+    shown = " ".join(run("bench", "sweep", "--help").stdout.split())
+    for words in ("Ctrl-C loses nothing", "--coefs", "--rates", "--seeds", "--scope", "MaxVio", "sweep.png"):
+        assert words in shown
 
 
 def wait_for_step(out, step, child, seconds=120):

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from equipoise.train.config import Overrides
+from equipoise.train.grid import Grid
 
 if TYPE_CHECKING:
     from equipoise.train.report import ConsoleReporter, Silent
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
-RecipeName = Literal["demo", "tiny", "base"]
+WIDE = 120  # columns of the sweep's tables where there is no terminal
+RecipeName = Literal["demo", "tiny", "tiny_two_experts", "base"]
 
 
 def demo(out: Path | None = None, quick: bool = False, seed: int = 0, json_: Json = False) -> int:
@@ -64,23 +66,27 @@ def train(
     """Train a language model with MoE layers, under watch.
 
     Ctrl-C writes a checkpoint and stops; `--resume` goes on from it, to the bit. Recipes: demo (4 layers of 16 experts,
-    minutes), tiny (2 layers of 8, seconds), base (8 layers, 4 of them with 32 experts and a shared one, days on two
+    minutes), tiny (2 layers of 8, seconds), tiny_two_experts (2 layers of 2 experts on two domains: shows whether the
+    router divides them, under a minute), base (8 layers, 4 of them with 32 experts and a shared one, days on two
     cores).
 
     Args:
-        recipe: demo, tiny or base. Not needed with --resume.
+        recipe: demo, tiny, tiny_two_experts or base. Not needed with --resume.
         change: What to change in the recipe.
         out: Run folder. Default: runs/RECIPE.
         resume: Go on from the newest whole checkpoint in --out, with the configuration saved there.
         json_: Print the result as one JSON object, and nothing else.
     """
-    from dataclasses import asdict
+    from rich.console import Console
 
     from equipoise.train.recipes import recipe as named
     from equipoise.train.run import train as run
+    from equipoise.train.specialisation import specialisation_tables, verdict
 
     if recipe is None and not resume:
-        raise ValueError("train: name a recipe (demo, tiny, base), or go on with --resume --out FOLDER")
+        raise ValueError(
+            "train: name a recipe (demo, tiny, tiny_two_experts, base), or go on with --resume --out FOLDER"
+        )
     if resume and change != Overrides():
         raise ValueError(
             "train: --resume goes on with the configuration that the run began with; leave out the changes"
@@ -89,11 +95,14 @@ def train(
     with _reporter(json_) as reporter:
         result = run(change.apply(named(recipe)) if recipe and not resume else None, out, reporter, resume=resume)
     if json_:
-        print(json.dumps(asdict(result) | {"out": str(result.out)}))
+        print(json.dumps(result.fields()))
     elif result.signal is not None:
         print(f"stopped at step {result.step}; go on with: equipoise train --resume --out {result.out}")
     elif result.evaluation is not None:
         print(f"\na sample of its text:\n  {result.sample!r}\n")
+        if result.specialisation:
+            Console().print(specialisation_tables(result.specialisation))
+            print(f"{verdict(result.specialisation)}\n")
         print(f"perplexity {result.evaluation.perplexity:.1f} after {result.step} steps; run folder {result.out}")
     return 0 if result.signal is None else 128 + result.signal
 
@@ -127,7 +136,75 @@ def fetch_text() -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"demo": demo, "train": train, "watch": watch, "fetch-text": fetch_text}
+def sweep(
+    *,
+    grid: Annotated[Grid, tyro.conf.OmitArgPrefixes] = Grid(),  # noqa: B008 - frozen
+    recipe: RecipeName = "tiny",
+    steps: int | None = None,
+    corpus: str | None = None,
+    out: Path = Path("runs/sweep"),
+    json_: Json = False,
+) -> int:
+    """What balancing costs and what it buys: train a recipe once for every setting and seed, and compare.
+
+    For each coefficient of the Switch loss, with and without a balancing bias: validation loss, MaxVio at the end (how
+    far the busiest expert is above its fair load), specialisation (how much the expert tells about the domain of the
+    text, beyond chance) and interference (the balancing gradient against the task gradient on the routers: cosine,
+    ratio of lengths, share of negative cosines). Ends with a table, OUT/sweep.png and OUT/sweep.json.
+
+    Ctrl-C loses nothing: the same command goes on where it stopped. More coefficients, rates or seeds can be added
+    later to the same --out, and only what is missing is run. The default is 36 runs of seconds each.
+
+    Args:
+        grid: What to go through.
+        recipe: The run of each cell: demo, tiny, tiny_two_experts or base.
+        steps: Optimizer steps of each run. Default: the recipe's.
+        corpus: embedded, wikitext-2, or the path of a .txt, .jsonl or .parquet file or of a folder of them.
+        out: Folder of the sweep; each run has its own in OUT/cells, which `equipoise watch` can show.
+        json_: Print what is in sweep.json, and nothing else.
+    """
+    from rich.console import Console
+
+    from equipoise.train.recipes import recipe as named
+    from equipoise.train.sources import require
+    from equipoise.train.sweep import run_sweep
+    from equipoise.train.sweep_report import sweep_tables, write_report
+
+    require("matplotlib", "plot")  # before the runs, not after
+    terminal = Console()
+    console = terminal if terminal.is_terminal else Console(width=WIDE)
+    base = Overrides(steps=steps, corpus=corpus).apply(named(recipe))
+    result = run_sweep(base, grid, out, Console(quiet=True) if json_ else console)
+    if result.signal is not None:
+        done = f"{len(result.cells)} of {len(grid.cells)} runs are done"
+        print(f"stopped; {done} and kept in {out}; the same command goes on", file=sys.stderr if json_ else sys.stdout)
+        return 128 + result.signal
+    report = write_report(result)
+    if json_:
+        print(json.dumps(report))
+    else:
+        console.print(sweep_tables(result))
+        print(f"picture  {report['picture']}\nnumbers  {out / 'sweep.json'}")
+    return 0
+
+
+def bench(
+    run: Annotated[
+        Annotated[int, tyro.conf.subcommand(name="sweep", constructor=sweep)] | Annotated[None, tyro.conf.Suppress],
+        tyro.conf.arg(name=""),
+    ],
+) -> int | None:
+    """Experiments of many runs, compared with each other. `equipoise bench sweep --help` explains the one there is."""
+    return run  # what the subcommand returned
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": demo,
+    "train": train,
+    "watch": watch,
+    "bench": bench,
+    "fetch-text": fetch_text,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

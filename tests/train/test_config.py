@@ -13,7 +13,7 @@ from equipoise.layer import Capacity
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.models.decoder import Decoder
 from equipoise.routing import BiasBalance, HighThenLow, QuantileBalance, SwitchLoss, TopK, ZLoss
-from equipoise.train.config import DataConfig, OptimConfig, TrainConfig
+from equipoise.train.config import DataConfig, OptimConfig, Overrides, TrainConfig
 from equipoise.train.optim import build_optimizer, learning_rate
 from equipoise.train.recipes import RECIPES, recipe
 
@@ -49,6 +49,7 @@ models = st.builds(
 tokens = st.builds(
     DataConfig,
     corpus=st.text(),
+    domains=st.none() | st.lists(st.text(), min_size=1, unique=True).map(tuple),
     tokenizer=st.sampled_from(["bpe", "gpt2"]),
     seq_len=st.integers(1, 4096),
     val_fraction=finite,
@@ -66,6 +67,8 @@ configs = st.builds(
     bf16=st.booleans(),
     seed=st.integers(0, 2**63),
     recover=st.booleans(),
+    interference_every=st.integers(0, 10),
+    specialisation=st.booleans(),
 )
 
 
@@ -82,7 +85,10 @@ def test_recipes_come_back_from_json(name):
 
 
 def test_unknown_recipe():
-    with pytest.raises(ValueError, match=r"recipe: expected one of demo, tiny, base, got 'huge'; see `equipoise train"):
+    with pytest.raises(
+        ValueError,
+        match=r"recipe: expected one of demo, tiny, tiny_two_experts, base, got 'huge'; see `equipoise train",
+    ):
         recipe("huge")
 
 
@@ -131,6 +137,26 @@ def test_sequences_must_fit_into_the_model():
 def test_unknown_tokenizer():
     with pytest.raises(ValueError, match=r"data.tokenizer: expected bpe or gpt2, got 'words'"):
         DataConfig(tokenizer="words")
+
+
+@pytest.mark.parametrize("domains", [(), ("a", "a")])
+def test_domains_are_names_each_once(domains):
+    with pytest.raises(ValueError, match=r"data.domains: expected names, each once, or None for all, got \("):
+        DataConfig(domains=domains)
+
+
+def test_a_run_of_before_there_were_domains_can_still_be_read():
+    fields = json.loads(recipe("tiny").to_json())
+    del fields["data"]["domains"], fields["interference_every"], fields["specialisation"]
+    assert TrainConfig.from_json(json.dumps(fields)) == recipe("tiny")
+
+
+def test_another_corpus_has_other_domains():
+    two = recipe("tiny_two_experts")
+    assert Overrides().apply(two) == two
+    assert Overrides(corpus="mine.txt").apply(two).data.domains is None
+    assert Overrides(corpus="mine.txt", domains=("a",)).apply(two).data.domains == ("a",)
+    assert Overrides(domains=("cpp",)).apply(two).data.domains == ("cpp",)
 
 
 def test_num_micro_batches():

@@ -135,6 +135,33 @@ def test_open_data_gives_the_model_the_tokenizers_vocabulary(make_config):
     assert config.model.vocab_size == data.tokenizer.vocab_size == 300
 
 
+def test_domains_are_those_of_the_configuration(make_config, tmp_path):
+    result = train(make_config(steps=1, data={"domains": ("parsing",)}), tmp_path / "run", Silent())
+    assert result.evaluation.by_domain.keys() == {"parsing"}
+    with pytest.raises(DataError, match=r"corpus 'stdlib' has no domains \['verse'\]; choose from text, parsing\."):
+        open_data(make_config(data={"domains": ("text", "verse")}))
+
+
+def test_specialisation_at_the_end(make_config, tmp_path):
+    result = train(make_config(specialisation=True), tmp_path / "run", Silent())
+    assert [layer.layer for layer in result.specialisation] == ["layers.0.mlp", "layers.1.mlp"]
+    with RunStore.open_readonly(tmp_path / "run") as store:
+        for layer in result.specialisation:
+            [(step, value, _)] = store.scalar_history(f"specialisation.{layer.layer}")
+            assert (step, value) == (12, layer.mutual_information)
+    assert result.fields()["specialisation"][0]["layer"] == "layers.0.mlp"
+    plain = train(make_config(), tmp_path / "plain", Silent())
+    assert plain.specialisation == ()
+    assert plain.evaluation == result.evaluation
+
+
+def test_specialisation_needs_two_domains_before_the_first_step(make_config, tmp_path):
+    config = make_config(specialisation=True, data={"domains": ("parsing",)})
+    with pytest.raises(DataError, match=r"validation text of two domains or more, got 1 of parsing\. Train on"):
+        train(config, tmp_path / "run", Silent())
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_a_person_is_shown_without_a_terminal(make_config, tmp_path):
     text = io.StringIO()
     with ConsoleReporter(Console(file=text, width=200), interval=0.0) as reporter:

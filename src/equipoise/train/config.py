@@ -14,12 +14,14 @@ class DataConfig:
     """What to train on.
 
     corpus: "embedded", "wikitext-2", or a path to .txt, .jsonl, .parquet or a folder of them.
+    domains: which of the corpus's domains to take; None means all.
     tokenizer: "bpe" is trained on the corpus with vocab_size tokens; "gpt2" is GPT-2's, from local files.
     seq_len: tokens per sequence. val_fraction: of the documents' bytes, kept for validation.
     cache_dir: where tokens and tokenizers are kept between runs.
     """
 
     corpus: str = "embedded"
+    domains: tuple[str, ...] | None = None
     tokenizer: str = "bpe"
     vocab_size: int = 4096
     seq_len: int = 128
@@ -29,6 +31,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.tokenizer not in ("bpe", "gpt2"):
             raise ValueError(f"data.tokenizer: expected bpe or gpt2, got {self.tokenizer!r}")
+        if self.domains is not None and (not self.domains or len(set(self.domains)) < len(self.domains)):
+            raise ValueError(f"data.domains: expected names, each once, or None for all, got {self.domains}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,8 @@ class TrainConfig:
     eval_every, checkpoint_every, watch_every: steps; 0 of the first two means only at the end.
     eval_batches: at most so many, spread evenly over the validation text. keep_checkpoints: the newest n.
     recover: apply the recovery policy when a router collapses; without it alerts are only raised.
+    interference_every: steps between measurements of balancing against task gradients; 0 means never.
+    specialisation: measure at the end how the routers divide the domains; needs at least two of them.
     """
 
     name: str
@@ -85,6 +91,8 @@ class TrainConfig:
     keep_checkpoints: int = 3
     watch_every: int = 10
     recover: bool = False
+    interference_every: int = 0
+    specialisation: bool = False
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "keep_checkpoints", "watch_every", "eval_batches"):
@@ -93,6 +101,8 @@ class TrainConfig:
         for name in ("eval_every", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 (only at the end) or more, got {getattr(self, name)}")
+        if self.interference_every < 0:
+            raise ValueError(f"interference_every: expected 0 (never) or more, got {self.interference_every}")
         micro = self.micro_batch_size
         if micro is not None and (micro < 1 or self.batch_size % micro):
             raise ValueError(
@@ -122,7 +132,8 @@ class TrainConfig:
             fields = json.loads(text)
             model = DecoderConfig.from_json(json.dumps(fields.pop("model")))
             data = fields.pop("data")
-            data = DataConfig(**data | {"cache_dir": Path(data["cache_dir"])})
+            domains = None if data.get("domains") is None else tuple(data["domains"])
+            data = DataConfig(**data | {"cache_dir": Path(data["cache_dir"]), "domains": domains})
             return TrainConfig(model=model, data=data, optim=OptimConfig(**fields.pop("optim")), **fields)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
@@ -141,6 +152,8 @@ class Overrides:
 
     corpus: str | None = None
     """embedded, wikitext-2, or the path of a .txt, .jsonl or .parquet file or of a folder of them."""
+    domains: tuple[str, ...] | None = None
+    """Which domains of the corpus to take; all of them if none is named."""
     tokenizer: str | None = None
     """bpe (trained on the corpus) or gpt2."""
     steps: int | None = None
@@ -163,10 +176,16 @@ class Overrides:
     """Steps between checkpoints; 0 writes one at the end only."""
     eval_every: int | None = None
     """Steps between validations; 0 validates at the end only."""
+    interference_every: int | None = None
+    """Steps between measurements of how balancing losses pull against the task; each costs about two steps."""
+    specialisation: bool | None = None
+    """Show at the end how the routers divide the domains of the text between the experts."""
 
     def apply(self, config: TrainConfig) -> TrainConfig:
-        """The recipe with the changes."""
+        """The recipe with the changes. The domains of a recipe are those of its own corpus, and go with it."""
         given = {name: value for name, value in asdict(self).items() if value is not None}
-        data = {name: given.pop(name) for name in ("corpus", "tokenizer") if name in given}
+        data = {name: given.pop(name) for name in ("corpus", "domains", "tokenizer") if name in given}
+        if "corpus" in data:
+            data.setdefault("domains", None)
         optim = {name: given.pop(name) for name in ("lr",) if name in given}
         return replace(config, data=replace(config.data, **data), optim=replace(config.optim, **optim), **given)

@@ -71,7 +71,7 @@ class Corpus:
         return sizes
 
 
-def corpus(spec: str | Path) -> Corpus:
+def corpus(spec: str | Path, domains: Sequence[str] | None = None) -> Corpus:
     """Open a corpus: "embedded", "wikitext-2", a .txt, .jsonl or .parquet file, or a folder of those.
 
     "embedded" needs no network and no download: see `embedded`. "wikitext-2" needs the extra `data` and a network.
@@ -80,10 +80,16 @@ def corpus(spec: str | Path) -> Corpus:
     .jsonl: one object per line with "text", and "domain" where it is not the file's name.
     .parquet: a column "text", and maybe "domain"; needs the extra `data`.
     A folder: each file is a domain, and each sub-folder with all files in it is one.
-    Raises DataError for what is missing, empty or malformed.
+    domains: which to take, in this order; None means all.
+    Raises DataError for what is missing, empty or malformed, and for a domain that is not there.
     """
     if spec == "embedded":
-        return embedded()
+        return embedded(domains)
+    whole = _open(spec)
+    return whole if domains is None else _only(whole, domains)
+
+
+def _open(spec: str | Path) -> Corpus:
     if spec == "wikitext-2":
         return _build("wikitext-2", {"wikitext-2": sources.wikitext2()})
     path = Path(spec).expanduser()
@@ -93,6 +99,18 @@ def corpus(spec: str | Path) -> Corpus:
             f"Pass one of the two names, or the path of a {', '.join(_SUFFIXES)} file or of a folder of them."
         )
     return _build(path.stem, _read_folder(path) if path.is_dir() else _read_file(path, path.stem))
+
+
+def _only(whole: Corpus, domains: Sequence[str]) -> Corpus:
+    if unknown := sorted(set(domains) - set(whole.domains)):
+        raise DataError(f"corpus '{whole.name}' has no domains {unknown}; choose from {', '.join(whole.domains)}.")
+    documents = (
+        Document(document.text, domains.index(name), document.source)
+        for name in domains
+        for document in whole.documents
+        if whole.domains[document.domain] == name
+    )
+    return Corpus(whole.name, tuple(domains), tuple(documents), whole.notes)
 
 
 def embedded(

@@ -17,7 +17,7 @@ from torch import Tensor
 from equipoise.train.sources import DataError
 from equipoise.train.tokens import TokenData, TokenStream, prepare
 
-__all__ = ["IGNORE", "Batch", "Loader", "TokenData", "TokenStream", "eval_batches", "prepare"]
+__all__ = ["IGNORE", "Batch", "Loader", "TokenData", "TokenStream", "eval_batches", "eval_windows", "prepare"]
 
 IGNORE = -100  # the target that `torch.nn.functional.cross_entropy` leaves out
 
@@ -123,12 +123,17 @@ def eval_batches(stream: TokenStream, batch_size: int, seq_len: int, max_batches
     max_batches: take only so many, from windows spread evenly over the stream, and so over its domains.
     Raises DataError, before the first batch, for a bad argument and for a stream without one full window.
     """
+    windows = eval_windows(stream, batch_size, seq_len, max_batches)
+    return (_gather(stream, windows[i : i + batch_size], seq_len) for i in range(0, len(windows), batch_size))
+
+
+def eval_windows(stream: TokenStream, batch_size: int, seq_len: int, max_batches: int | None = None) -> np.ndarray:
+    """int64 (W,): the windows that `eval_batches` takes, in its order; window w begins at token w * seq_len."""
     if max_batches is not None and max_batches < 1:
         raise DataError(f"max_batches is {max_batches}; expected 1 or more, or None for all.")
     total = _num_windows(stream, batch_size, seq_len, at_least=1)
     count = total if max_batches is None else min(total, max_batches * batch_size)
-    windows = np.arange(count, dtype=np.int64) * total // count
-    return (_gather(stream, windows[i : i + batch_size], seq_len) for i in range(0, count, batch_size))
+    return np.arange(count, dtype=np.int64) * total // count
 
 
 def _num_windows(stream: TokenStream, batch_size: int, seq_len: int, at_least: int) -> int:

@@ -33,7 +33,10 @@ from equipoise.train.config import TrainConfig
 from equipoise.train.data import Batch, Loader, TokenData, eval_batches
 from equipoise.train.diagnose import DivergenceError, first_non_finite, non_finite_parameter
 from equipoise.train.evaluate import Evaluation, evaluate
+from equipoise.train.hash_tables import fit_hash_tables
+from equipoise.train.interference import interference
 from equipoise.train.optim import build_optimizer, learning_rate
+from equipoise.train.specialisation import Specialisation, check_domains, route_text, specialisation
 from equipoise.train.state import restore_run, run_state
 from equipoise.train.step import gradients, split
 from equipoise.types import Alert
@@ -65,9 +68,12 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.device = pick_device(config.device)
         self.model = Decoder(config.model).to(self.device)
+        fit_hash_tables(self.model, data.train)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.loader = Loader(data.train, config.batch_size, config.data.seq_len, config.seed)
         eval_batches(data.val, config.batch_size, config.data.seq_len)  # too little text is an error now, not later
+        if config.specialisation:
+            check_domains(data.val, config.batch_size, config.data.seq_len, config.eval_batches)
         self.store = _open_store(config, out, resume)
         self.watch = Watch(self.model, every=config.watch_every, sinks=(self.store,))
         self.policy = QuantileOnCollapse() if config.recover else None
@@ -97,17 +103,19 @@ class Trainer:
         """One optimizer step, and whatever is due after it."""
         step, config = self.step_number + 1, self.config
         batch = self.loader.next_batch().to(self.device)
-        loss = gradients(self.model, split(batch, config.num_micro_batches), step, config.bf16, self.watch.recorder)
+        parts = split(batch, config.num_micro_batches)
+        measured = self._interference(parts, step)
+        loss = gradients(self.model, parts, step, config.bf16, self.watch.recorder)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise self._diverged(step, f"loss is {loss}, gradient norm is {grad_norm}", self._where(batch))
         rate = self._set_learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        reduce_and_update(self.model.moe_layers.values())
+        reduce_and_update(self.model.moe_layers.values(), step=step)
         self.step_number = step
         with self.store.transaction():
-            self._record({"loss": loss, "grad_norm": grad_norm, "learning_rate": rate})
+            self._record({"loss": loss, "grad_norm": grad_norm, "learning_rate": rate} | measured)
             changed = self.watch.step(step)
         for alert in changed:
             self._on_alert(alert)
@@ -131,6 +139,19 @@ class Trainer:
         )
         self._clock = (time.perf_counter(), self.step_number)
         return result
+
+    def specialisation(self) -> list[Specialisation]:
+        """How the routers divide the domains of the validation text now; keeps the result in the store."""
+        config = self.config
+        with self.watch.recorder.paused():
+            text = route_text(
+                self.model, self.data.val, config.batch_size, config.data.seq_len, config.eval_batches, config.bf16
+            )
+        layers = specialisation(text)
+        self.store.scalars(
+            self.step_number, {name: value for layer in layers for name, value in layer.scalars().items()}
+        )
+        return layers
 
     def save(self) -> Path:
         """Write a checkpoint of this moment, and drop the oldest beyond keep_checkpoints.
@@ -180,6 +201,15 @@ class Trainer:
             values = values | {"tokens_per_s": tokens / (now - since)}
             self._clock = (now, self.step_number)
         self.store.scalars(self.step_number, values)
+
+    def _interference(self, parts: list[Batch], step: int) -> dict[str, float]:
+        """Balancing against task gradients on this step's batch, where it is due. Training does not notice."""
+        every = self.config.interference_every
+        if every == 0 or step % every:
+            return {}
+        layers = interference(self.model, [parts], step, self.config.bf16, self.watch.recorder)
+        self._clock = (time.perf_counter(), self.step_number)  # not part of the speed
+        return {name: value for layer in layers for name, value in layer.scalars().items()}
 
     def _resume(self) -> None:
         clean_leftovers(self.out / "checkpoints")

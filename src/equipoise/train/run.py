@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -15,6 +15,7 @@ from equipoise.train.data import TokenData, prepare
 from equipoise.train.evaluate import Evaluation, sample_text
 from equipoise.train.loop import Trainer, load_config
 from equipoise.train.report import ConsoleReporter, Silent
+from equipoise.train.specialisation import Specialisation
 from equipoise.train.tokenizer import corpus_bpe, gpt2
 
 PROMPT = "In the beginning"
@@ -22,13 +23,22 @@ PROMPT = "In the beginning"
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended. signal: the number of the one that interrupted it, or None when it finished."""
+    """How a run ended. signal: the number of the one that interrupted it, or None when it finished.
+
+    specialisation: a record per layer when the configuration asks for it, else empty.
+    """
 
     out: Path
     step: int
     signal: int | None
     evaluation: Evaluation | None
     sample: str | None
+    specialisation: tuple[Specialisation, ...] = ()
+
+    def fields(self) -> dict[str, object]:
+        """For --json."""
+        layers = [layer.fields() for layer in self.specialisation]
+        return asdict(self) | {"out": str(self.out), "specialisation": layers}
 
 
 def open_data(config: TrainConfig) -> tuple[TrainConfig, TokenData]:
@@ -36,7 +46,7 @@ def open_data(config: TrainConfig) -> tuple[TrainConfig, TokenData]:
 
     Raises DataError for a corpus that is missing, empty or too small.
     """
-    text = corpus(config.data.corpus)
+    text = corpus(config.data.corpus, config.data.domains)
     cache = config.data.cache_dir.expanduser()
     tokenizer = gpt2() if config.data.tokenizer == "gpt2" else corpus_bpe(text, config.data.vocab_size, cache)
     data = prepare(text, tokenizer, cache, val_fraction=config.data.val_fraction, seed=config.seed)
@@ -62,7 +72,9 @@ def train(
             if not finished:
                 return RunResult(out, trainer.step_number, interrupted(), None, None)
             evaluation = trainer.evaluate()
-            return RunResult(out, trainer.step_number, None, evaluation, sample_text(trainer.model, data, PROMPT))
+            layers = trainer.specialisation() if config.specialisation else []
+            sample = sample_text(trainer.model, data, PROMPT)
+            return RunResult(out, trainer.step_number, None, evaluation, sample, tuple(layers))
     finally:
         trainer.close(status)
 
