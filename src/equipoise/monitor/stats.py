@@ -1,6 +1,7 @@
 """Statistics of routing as pure functions, written once for NumPy, torch and JAX arrays (array API standard).
 
-They judge nothing (detectors.py does) and collect nothing (recorder.py does). Definitions: H is Shannon's entropy in
+They judge nothing (detectors.py does) and collect nothing (recorder.py does). What tokens choose together, by domain,
+before and after: stats_selections.py. Margins, biases, drift: stats_drift.py. Definitions: H is Shannon's entropy in
 nats, 0 ln 0 = 0. Without any token there is nothing to say, and every function answers as for an even, undecided
 router: load shares 1/E, entropies ln E, mutual information 0, logit moments 0. So emptiness never looks like collapse.
 """
@@ -8,12 +9,12 @@ router: load shares 1/E, entropies ln E, mutual information 0, logit moments 0. 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, device
 
 from equipoise.types import RoutingStats
 
@@ -53,8 +54,81 @@ def max_violation(counts_E: Array) -> Array:
     return array_namespace(counts_E).max(load_share(counts_E), axis=-1) * counts_E.shape[-1] - 1.0
 
 
+def min_load(counts_E: Array) -> Array:
+    """Load of the least loaded expert relative to fair, (..., E) -> (...), in [0, 1]; 1 is even."""
+    return array_namespace(counts_E).min(load_share(counts_E), axis=-1) * counts_E.shape[-1]
+
+
+def straggler_factor(counts_E: Array) -> Array:
+    """Load of the busiest expert relative to fair, MaxVio + 1, (..., E) -> (...), in [1, E].
+
+    With one expert per device and time in proportion to rows, the step takes so many times as long as an even one.
+    """
+    return max_violation(counts_E) + 1.0
+
+
+def rank_straggler_factor(counts_E: Array, rank_of_expert_E: Sequence[int], num_ranks: int) -> Array:
+    """Load of the busiest rank relative to a fair rank's, (..., E) -> (...), in [1, R]; the ranks wait for it.
+
+    rank_of_expert_E: for each expert the rank that owns it, in [0, R). num_ranks: R; a rank may own no expert.
+    1 / this is what SGLang logs as balancedness (`sglang:srt/eplb/expert_distribution.py`).
+    Raises ValueError when rank_of_expert_E has another length or names a rank outside [0, R).
+    """
+    xp = array_namespace(counts_E)
+    ranks = np.asarray(rank_of_expert_E)
+    if ranks.shape != (counts_E.shape[-1],):
+        raise ValueError(
+            f"rank_of_expert_E: expected one rank for each of {counts_E.shape[-1]} experts, got shape {ranks.shape}"
+        )
+    if ranks.min() < 0 or ranks.max() >= num_ranks:
+        raise ValueError(
+            f"rank_of_expert_E: expected ranks in [0, {num_ranks}), got {ranks.min()} to {ranks.max()}; raise num_ranks"
+        )
+    share = load_share(counts_E)
+    member_ER = xp.asarray(ranks[:, None] == np.arange(num_ranks), dtype=share.dtype, device=device(share))
+    return xp.max(xp.matmul(share, member_ER), axis=-1) * num_ranks
+
+
+def token_share(counts_E: Array, num_tokens: int) -> Array:
+    """Utilisation: the share of all tokens that reach each expert, (..., E) -> (..., E), in [0, 1]; fair is K/E.
+
+    With K distinct experts per token it sums to K. `load_share` is the share of assignments, at most 1/K of them.
+    0 without tokens.
+    """
+    return _real(counts_E) / max(num_tokens, 1)
+
+
+def hot_experts(counts_E: Array, capacity_factor: float = 1.25) -> Array:
+    """Which experts are above the capacity ceil(factor * T K / E), at least 1: (..., E) -> bool (..., E).
+
+    counts_E: before drops, so that their sum is T K. The rule of `layer.capacity.Capacity.limit`: these are the experts
+    that lose assignments where a capacity is in force. Raises ValueError for a factor that is not above 0.
+    """
+    if not capacity_factor > 0:
+        raise ValueError(f"capacity_factor: expected more than 0, got {capacity_factor}")
+    xp = array_namespace(counts_E)
+    total = _real(xp.sum(counts_E, axis=-1, keepdims=True))
+    limit = total * (capacity_factor / _num_experts(counts_E, "counts_E"))
+    limit = xp.ceil(limit * (1.0 - 4.0 * xp.finfo(limit.dtype).eps))  # 1.1 * 20 / 2 is 11, not 11.000000000000002
+    return _real(counts_E) > xp.maximum(limit, xp.ones_like(limit))
+
+
+def cold_experts(counts_E: Array, load: float = DEAD_LOAD, min_expected: float = DEAD_MIN_EXPECTED) -> Array:
+    """Which experts are below `load` relative to fair: (..., E) -> bool (..., E).
+
+    None while the fair load, T K / E, is below min_expected: in a window of 32 tokens a perfectly fair router with
+    256 experts and K = 8 leaves 36 % of them below a tenth of the mean. min_expected=0 takes the gate away.
+    """
+    xp = array_namespace(counts_E)
+    expected = _real(xp.sum(counts_E, axis=-1, keepdims=True)) / _num_experts(counts_E, "counts_E")
+    return (_real(counts_E) < load * expected) & (expected >= min_expected)
+
+
 def coefficient_of_variation(counts_E: Array) -> Array:
-    """Biased standard deviation over mean of the counts, (..., E) -> (...), in [0, sqrt(E - 1)]."""
+    """CV, biased standard deviation over mean of the counts, (..., E) -> (...), in [0, sqrt(E - 1)].
+
+    CV^2 is the variance of the load relative to fair. E / (1 + CV^2) = 1 / sum f^2 also counts effective experts.
+    """
     return array_namespace(counts_E).std(load_share(counts_E), axis=-1) * counts_E.shape[-1]
 
 
@@ -203,15 +277,15 @@ def routing_stats(layer: str, step: int, sums: RoutingSums) -> RoutingStats:
         logit_std=math.sqrt(logit_var) if not logit_var < 0 else 0.0,  # rounding may go below 0; NaN must stay NaN
         logit_logsumexp=sums.logsumexp_sum / tokens,
         losses={name: value / tokens for name, value in sums.losses.items()},
+        load_cv=float(coefficient_of_variation(counts_E)),
+        gini=float(gini(counts_E)),
+        min_load=float(min_load(counts_E)),
     )
 
 
 def dead_experts(counts_E: np.ndarray) -> tuple[int, ...]:
     """Experts below a tenth of the fair load; none while fewer than 100 assignments each were to be expected."""
-    expected = float(counts_E.sum()) / len(counts_E)
-    if expected < DEAD_MIN_EXPECTED:
-        return ()
-    return tuple(int(expert) for expert in np.flatnonzero(counts_E < DEAD_LOAD * expected))
+    return tuple(int(expert) for expert in np.flatnonzero(cold_experts(counts_E)))
 
 
 # ------------------------------------------------------------------------------------------------------- helpers

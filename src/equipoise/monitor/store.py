@@ -311,7 +311,10 @@ def _dump_stats(stats: RoutingStats) -> str:
 
 def _load_stats(text: str, counts: bytes) -> RoutingStats:
     record = json.loads(text)
-    record.update({f.name: float(record[f.name]) for f in fields(RoutingStats) if f.type == "float"})
+    # a record written before a field existed keeps that field's default
+    record.update(
+        {f.name: float(record[f.name]) for f in fields(RoutingStats) if f.type == "float" and f.name in record}
+    )
     record["losses"] = _floats(record["losses"])
     record["dead_experts"] = tuple(record["dead_experts"])
     return RoutingStats(**record, counts_E=np.frombuffer(counts, dtype="<i8").astype(np.int64))

@@ -15,7 +15,7 @@ import numpy as np
 
 from equipoise.monitor.detectors import CollapseDetector, expected_per_expert
 from equipoise.monitor.evidence import Evidence
-from equipoise.monitor.rules import drop_rate, population_stability
+from equipoise.monitor.rules import drop_rate, load_moved
 from equipoise.types import Action, RoutingStats
 
 Verdict = Literal["ok", "trouble", "past", "unknown"]
@@ -188,10 +188,8 @@ def _others_moved(evidence: Evidence, layer: str, step: int) -> Check:
         if name == layer or before is None or after is None:
             continue
         compared += 1
-        noise = (
-            6 * before.num_experts * (1 / max(int(before.counts_E.sum()), 1) + 1 / max(int(after.counts_E.sum()), 1))
-        )
-        if population_stability(after.load_E.tolist(), before.load_E.tolist()) > MOVED_PSI + noise:
+        psi, floor = load_moved(after.counts_E, before.counts_E)
+        if psi > MOVED_PSI + floor:
             moved.append(name)
     if not compared:
         return Check(OTHERS, "unknown", "There is no other layer.")

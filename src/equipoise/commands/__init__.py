@@ -1,0 +1,1 @@
+"""What the command line's commands do, by theme; `equipoise.cli` has the one table of them."""
