@@ -35,13 +35,21 @@ class _Sums:
     floats: Tensor
     num_experts: int
     loss_names: tuple[str, ...]
+    # Sliced here, not in `add`: torch.compile mistakes the offset of a slice of a slice that an operator writes to.
+    counts_E: Tensor
+    reasons: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(integers: Tensor, floats: Tensor, num_experts: int, loss_names: tuple[str, ...]) -> _Sums:
+        reasons = tuple(integers[num_experts:].unbind())
+        return _Sums(integers, floats, num_experts, loss_names, integers[:num_experts], reasons)
 
     def add(self, routed: Routed) -> None:
-        decision, E = routed.decision, self.num_experts
-        accumulate_counts(self.integers[:E], decision.expert_ids_N)
-        for index, reason in enumerate(_REASONS):
+        decision, device = routed.decision, self.floats.device  # layers may be spread over devices
+        accumulate_counts(self.counts_E, decision.expert_ids_N.to(device))
+        for reason, total in zip(_REASONS, self.reasons, strict=True):
             if reason in routed.plan.drops:
-                accumulate(self.integers[E + index], routed.plan.drops[reason])
+                accumulate(total, routed.plan.drops[reason].to(device))
         logits_TE, probs_TE = decision.logits_TE.detach(), decision.probs_TE.detach()
         zero = logits_TE.new_zeros(())
         moments = [
@@ -52,7 +60,7 @@ class _Sums:
             logits_TE.logsumexp(-1).sum(),
         ]
         losses = [routed.losses.get(name, zero) * decision.num_tokens for name in self.loss_names]
-        accumulate(self.floats, torch.cat([probs_TE.sum(0), torch.stack(moments + losses)]))
+        accumulate(self.floats, torch.cat([probs_TE.sum(0), torch.stack(moments + losses)]).to(device))
 
     def sums(self) -> RoutingSums:
         E = self.num_experts
@@ -103,7 +111,7 @@ class _Buffers:
         for name, layer in self.layers.items():
             E, names = layer.num_experts, layer.loss_names
             num_integers, num_floats = E + len(_REASONS), E + _MOMENTS + len(names)
-            views[name] = _Sums(integers[:num_integers], floats[:num_floats], E, names)
+            views[name] = _Sums.of(integers[:num_integers], floats[:num_floats], E, names)
             integers, floats = integers[num_integers:], floats[num_floats:]
         return views
 
@@ -137,7 +145,8 @@ class Recorder:
         self._reduce = reduce
         self._paused = False
         layers = observable_layers(model)
-        self._buffers = _Buffers.allocate(layers, next(model.parameters()).device)
+        devices = [p.device for p in model.parameters() if p.device.type != "meta"]  # meta: weights kept elsewhere
+        self._buffers = _Buffers.allocate(layers, devices[0] if devices else torch.device("cpu"))
         self._sums = self._buffers.by_layer()
         self._handles: list[RemovableHandle] = [
             layer.tap.register_forward_hook(self._hook(self._sums[name])) for name, layer in layers.items()
