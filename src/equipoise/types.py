@@ -45,7 +45,7 @@ class Preferences:
         if self.rule == "softmax":
             weights_TK = weights_TK.softmax(-1)
         elif self.rule == "sum":
-            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-38)  # fp32's smallest
         return weights_TK if self.scale == 1.0 else self.scale * weights_TK
 
 

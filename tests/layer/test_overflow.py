@@ -9,7 +9,7 @@ from equipoise.layer import Capacity, MoE
 from equipoise.layer.overflow import fit
 from equipoise.ops import reference
 from equipoise.ops.next_choice import next_choice
-from equipoise.routing import DropRateCoef, SwitchLoss, TopK
+from equipoise.routing import DropRateCoef, Hash, LoadLoss, SimilarityLoss, SwitchLoss, Threshold, TopK
 from equipoise.types import Preferences, RoutingDecision
 
 
@@ -178,8 +178,15 @@ def test_the_adaptive_coefficient_follows_the_drops():
             r'"shared" needs a shared expert to spill to; set shared_experts=1',
         ),
         ({"balance": (SwitchLoss(DropRateCoef()),)}, r"DropRateCoef: .* needs a capacity"),
+        ({"balance": (SwitchLoss(-0.1),)}, r"SwitchLoss\.coef: expected 0 or more, got -0\.1"),
+        ({"balance": (LoadLoss(),), "router": Threshold()}, r"LoadLoss: needs a fixed number of experts per token"),
+        ({"balance": (SimilarityLoss(),), "router": Hash(vocab_size=9)}, r"SimilarityLoss: the router has no weight"),
+        (
+            {"balance": (SimilarityLoss(),), "num_experts": 9},
+            r"SimilarityLoss: expected at most dim = 8 experts, got 9",
+        ),
     ],
 )
 def test_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        MoE(8, 8, 4, **kwargs)
+        MoE(**({"dim": 8, "hidden_dim": 8, "num_experts": 4} | kwargs))

@@ -31,7 +31,7 @@ def test_select_keeps_to_the_best_groups(group_score, expected):
         (8, 2, 4, 1.0, 4),
         (8, 2, 4, 1.1, 5),  # 4.4
         (10, 2, 2, 1.1, 10),  # 11, but no more than the tokens there are
-        (20, 1, 2, 1.1, 11),  # exactly 11: in floats the product is 11.000000000000002
+        (100, 1, 10, 1.1, 11),  # exactly 11: in floats the product is 11.000000000000002
         (1, 1, 64, 1.0, 1),  # 1/64, but at least 1: decoding one token must not drop it
         (0, 2, 4, 1.0, 1),
     ],

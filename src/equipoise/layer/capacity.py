@@ -20,9 +20,9 @@ class Capacity:
 
     factor: of the fair load T K / E. A fair random router still overflows by about 0.4 / sqrt(T K / E) at factor 1
         (`equipoise.layer.drop_rate` has it exactly). None: no limit by factor, only max_tokens.
-    policy: who goes first. "position": earlier tokens, and a token's better choices first; causal as long as the
-        overflow is not "next_choice". "probability": the largest combine weights. "random": drawn from torch's
-        generator of the device. Ties go to the earlier assignment.
+    policy: who goes first. "position": earlier tokens, and a token's better choices first (with `ExpertChoice` each
+        expert's better tokens); causal as long as the overflow is not "next_choice". "probability": the largest
+        combine weights. "random": drawn from torch's generator of the device. Ties go to the earlier assignment.
     overflow: what becomes of the others. "drop": they are lost, the residual stream goes on without them.
         "next_choice": they go to the token's next best expert that has room, with the weights that the router would
         have given to the experts which the token ends up with; needs a router in which tokens rank all experts.
@@ -57,7 +57,7 @@ class Capacity:
         if self.factor is None:
             return max(num_tokens, 1)
         fair = self.factor * num_assignments / num_experts
-        rounded_up = math.ceil(fair * (1 - 1e-12))  # 1.1 * 20 / 2 is 11, not 11.000000000000002
+        rounded_up = math.ceil(fair * (1 - 1e-12))  # 1.1 * 100 / 10 is 11, not 11.000000000000002
         return min(max(num_tokens, 1), max(1, rounded_up))
 
     def active(self, training: bool) -> bool:

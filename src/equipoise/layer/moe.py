@@ -24,6 +24,7 @@ from equipoise.routing.coefficients import AdaptiveCoef, AdaptiveCoefConfig, Dro
 from equipoise.routing.losses import BalanceLoss, ImportanceLoss, LoadLoss, LossInputs
 from equipoise.routing.router import RouterConfig
 from equipoise.routing.schedules import value_at
+from equipoise.routing.similarity import SimilarityLoss, check_similarity
 from equipoise.routing.top_k import TopK
 from equipoise.types import BatchScope, Routed, RoutingDecision
 
@@ -72,6 +73,8 @@ class MoE(nn.Module):
         self.losses, balancer = _sort_balance(tuple(balance))
         check_fit(router, self.losses, balancer, capacity, shared_experts)
         self.router = router.build(dim, num_experts)
+        if any(isinstance(loss, SimilarityLoss) for loss in self.losses):
+            check_similarity(self.router.weight)
         self.balancer: Balancer | None = balancer.build(num_experts, router.k) if balancer else None
         self.coefs = nn.ModuleDict(
             {
@@ -180,6 +183,9 @@ def _sort_balance(
     losses = tuple(item for item in balance if not isinstance(item, BalancerConfig))
     if len(balancers) > 1:
         raise ValueError(f"balance: expected at most one balancer, got {balancers}; their biases would fight")
+    for loss in losses:
+        if isinstance(loss.coef, int | float) and not loss.coef >= 0:
+            raise ValueError(f"{type(loss).__name__}.coef: expected 0 or more, got {loss.coef}; it would unbalance")
     names = [loss.name for loss in losses]
     if len(set(names)) < len(names):
         raise ValueError(f"balance: expected each loss once, got {names}; add up their coefficients")
@@ -206,6 +212,13 @@ def check_fit(
         raise ValueError(
             f"balance: {type(balancer).__name__} moves a selection bias, which {name} does not use: remove the balancer"
         )
+    if balancer and balancer.needs_free_choice and not traits.free_choice:
+        raise ValueError(
+            f"balance: {type(balancer).__name__} sets the bias that would balance a free choice among all experts, and "
+            f"{name} chooses within groups: use BiasBalance"
+        )
+    if not traits.fixed_k and any(isinstance(loss, LoadLoss) for loss in losses):
+        raise ValueError(f"LoadLoss: needs a fixed number of experts per token, which {name} has not; use SwitchLoss")
     if traits.needs_loss and traits.needs_loss not in [loss.name for loss in losses]:
         raise ValueError(
             f'balance: {name} needs the loss "{traits.needs_loss}", or every expert stays active for every token; add '

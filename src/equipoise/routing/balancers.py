@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,7 +28,12 @@ class Balancer(Adaptive):
 
 @runtime_checkable
 class BalancerConfig(Protocol):
-    """A frozen dataclass that says which balancer, with which options."""
+    """A frozen dataclass that says which balancer, with which options.
+
+    needs_free_choice: it works for routers with `Traits.free_choice` only.
+    """
+
+    needs_free_choice: ClassVar[bool]
 
     def build(self, num_experts: int, top_k: int) -> Balancer:
         """The balancer module for one layer."""
@@ -94,6 +99,7 @@ class BiasBalance:
     rule: "sign", "proportional" or "smooth" (see `bias_step`, `smooth_step`).
     """
 
+    needs_free_choice: ClassVar[bool] = False
     rate: float | Schedule = 1e-3
     rule: Literal["sign", "proportional", "smooth"] = "sign"
 
@@ -153,6 +159,7 @@ class QuantileBalance:
     on_demand: wait, with a bias of zero, until `QuantileBalancer.activate` is called: a repair held ready.
     """
 
+    needs_free_choice: ClassVar[bool] = True
     ema: float = 0.0
     on_demand: bool = False
 

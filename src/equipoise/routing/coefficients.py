@@ -18,6 +18,8 @@ from equipoise.routing.adaptive import Adaptive
 from equipoise.routing.schedules import Schedule
 from equipoise.types import RoutingDecision
 
+SPARSITY_RANGE = (1e-12, 1e6)
+
 
 class AdaptiveCoef(Adaptive):
     """A coefficient that adapts: value, fp32 scalar; pending_2, float64 (2,), what it follows, and out of how much."""
@@ -104,7 +106,8 @@ class SparsityCoef:
 
     After each step it is multiplied with `factor` where tokens used more than k experts on average, else divided by
     it. initial: before the first step; far too small at first on purpose, so that training starts nearly dense.
-    Per layer; the reference implementation has one coefficient for all layers.
+    Per layer; the reference implementation has one coefficient for all layers. It stays between 1e-12 and 1e6, so that
+    it can turn around where its target is out of reach.
     """
 
     initial: float = 1e-8
@@ -143,4 +146,5 @@ class SparsityCoefState(AdaptiveCoef):
         """Up when too many experts are active, down when too few."""
         assignments, tokens = self.pending_2
         factor = torch.where(assignments > self.top_k * tokens, self.config.factor, 1 / self.config.factor)
-        self.value.copy_(torch.where(tokens > 0, self.value * factor, self.value))
+        moved = (self.value * factor).clamp(*SPARSITY_RANGE)
+        self.value.copy_(torch.where(tokens > 0, moved, self.value))

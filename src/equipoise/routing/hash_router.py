@@ -7,7 +7,7 @@ frequent id is one expert's load. Weights are equal, or learned scores as in the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ class Hash:
         check_k("Hash", self.k)
         if self.vocab_size < 1:
             raise ValueError(f"Hash.vocab_size: expected at least 1, got {self.vocab_size}")
+        if not self.scale > 0:
+            raise ValueError(f"Hash.scale: expected more than 0, got {self.scale}")
         for name, known in (("table", ("random", "balanced")), ("weights", ("equal", "learned"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"Hash.{name}: expected {known[0]} or {known[1]}, got {getattr(self, name)!r}")
@@ -112,7 +114,7 @@ class HashRouter(Router):
                 'training, or use table="random"'
             )
         config, k = self.config, self.config.k
-        ids_TK = self.table_VK[token_ids_T]
+        ids_TK = self.table_VK.index_select(0, token_ids_T)  # unlike [], it takes no negative id for one from the end
         if self.weight is None:
             dtype = torch.promote_types(x_TD.dtype, torch.float32)
             chosen_TE = torch.zeros(len(x_TD), self.num_experts, dtype=dtype, device=x_TD.device)
@@ -127,6 +129,6 @@ class HashRouter(Router):
         )
 
 
-def _mark_fitted(router: nn.Module, keys: object) -> None:
+def _mark_fitted(router: nn.Module, keys: Any) -> None:
     assert isinstance(router, HashRouter)
-    router.fitted = True
+    router.fitted = router.fitted or not any(key.endswith("table_VK") for key in keys.missing_keys)

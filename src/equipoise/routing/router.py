@@ -21,7 +21,8 @@ class Traits:
     """What a router promises; whatever is built on routers relies on these alone.
 
     causal: in training a token's experts never depend on later tokens. allow_future: the user has accepted it when not.
-    takes_bias: a balancer's bias moves its selection. ranks: each token ranks all experts (`Preferences`).
+    takes_bias: a balancer's bias moves its selection. free_choice: to the K best of all experts by what the bias is
+    added to, which is what quantile balancing sets its bias for. ranks: each token ranks all experts (`Preferences`).
     fixed_k: every token has exactly K experts. batch_invariant: in eval a token's experts depend on it alone.
     needs_token_ids: it reads token ids, in [0, num_token_ids). weights_sum_to: the sum of a token's weights where it is
     fixed. needs_loss: the name of a balancing loss that it can't do without.
@@ -30,6 +31,7 @@ class Traits:
     causal: bool = True
     allow_future: bool = False
     takes_bias: bool = True
+    free_choice: bool = True
     ranks: bool = True
     fixed_k: bool = True
     batch_invariant: bool = True

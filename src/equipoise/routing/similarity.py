@@ -22,6 +22,16 @@ def router_similarity(weight_ED: Tensor) -> Tensor:
     return (gram_EE - torch.eye(len(gram_EE), dtype=gram_EE.dtype, device=gram_EE.device)).abs().sum()
 
 
+def check_similarity(weight_ED: Tensor | None) -> Tensor:
+    """The weight, if its rows can be orthogonal. Raises ValueError."""
+    if weight_ED is None:
+        raise ValueError("SimilarityLoss: the router has no weight whose rows could be kept apart; remove the loss")
+    E, D = weight_ED.shape
+    if E > D:
+        raise ValueError(f"SimilarityLoss: expected at most dim = {D} experts, got {E}: no {E} rows are orthogonal")
+    return weight_ED
+
+
 @dataclass(frozen=True)
 class SimilarityLoss:
     """Keeps the router's rows orthonormal. Start from `TopK(init="orthogonal")`: from small rows the norm dominates.
@@ -39,11 +49,6 @@ class SimilarityLoss:
 
     def __call__(self, inputs: LossInputs) -> Tensor:
         """The loss, a scalar. Raises ValueError for a router without a weight, or with more experts than dims."""
-        weight_ED = inputs.router_weight_ED
-        if weight_ED is None:
-            raise ValueError("SimilarityLoss: the router has no weight whose rows could be kept apart; remove the loss")
-        E, D = weight_ED.shape
-        if E > D:
-            raise ValueError(f"SimilarityLoss: expected at most dim = {D} experts, got {E}: no {E} rows are orthogonal")
+        weight_ED = check_similarity(inputs.router_weight_ED)
         with torch.autocast(weight_ED.device.type, enabled=False):
             return router_similarity(weight_ED)

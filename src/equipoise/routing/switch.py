@@ -19,6 +19,12 @@ class Switch:
     jitter: float = 0.01
     init_scale: float = 0.1
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"Switch.jitter: expected a value in [0, 1), got {self.jitter}")
+        if not self.init_scale > 0:
+            raise ValueError(f"Switch.init_scale: expected more than 0, got {self.init_scale}")
+
     @property
     def k(self) -> int:
         """Experts per token: 1."""

@@ -50,7 +50,7 @@ class TopK:
         without groups, else "scores". Softmax scores of all but a few experts crowd near zero, below any step of a
         bias, and a saturated router's more so; among logits a bias keeps each token's order of the other experts.
     init_std: standard deviation of the weight's initial values; None takes the model's. init: "normal", "truncated" at
-        two standard deviations, or "orthogonal" rows of length 1.
+        two standard deviations, or "orthogonal" rows of length 1, whatever init_std.
     """
 
     k: int = 2
@@ -76,6 +76,9 @@ class TopK:
                 raise ValueError(f"TopK.{name}: expected one of {expected}, got {getattr(self, name)!r}")
         for name, value in (("temperature", self.temperature), ("eval_temperature", self.eval_temperature)):
             if value is not None and value <= 0:
+                raise ValueError(f"TopK.{name}: expected more than 0, got {value}")
+        for name, value in (("scale", self.scale), ("init_std", self.init_std)):
+            if value is not None and not value > 0:
                 raise ValueError(f"TopK.{name}: expected more than 0, got {value}")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"TopK.jitter: expected a value in [0, 1), got {self.jitter}")
@@ -187,7 +190,8 @@ class TopKRouter(Router):
         """Decide. bias_E (E,) fp32 is added for the selection only; token_ids_T is not used."""
         config = self.config
         if self.training and config.jitter:
-            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - config.jitter, 1 + config.jitter)
+            dtype = torch.promote_types(x_TD.dtype, torch.float32)  # in bf16 a jitter of 1 % is two or three steps
+            x_TD = x_TD * torch.empty_like(x_TD, dtype=dtype).uniform_(1 - config.jitter, 1 + config.jitter)
         logits_TE = router_linear(x_TD, self.weight)
         scores_TE = scores_of(logits_TE, config.score)
         selection_TE = logits_TE if config.bias_is_on_logits else scores_TE

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from equipoise.ops.router_linear import router_linear
 from equipoise.routing.hash_tables import random_table
-from equipoise.routing.router import Router, Traits, check_k, init_linear
+from equipoise.routing.router import Router, Traits, check_k, init_linear, refuse_bias
 from equipoise.types import Preferences, RoutingDecision
 
 
@@ -26,8 +26,8 @@ class TwoTier:
     k: experts per token, all in one group. first: "learned" is the group with the largest logit of a second linear
         router, and a token's weights are multiplied with the group's probability. "hash" is a random table over
         vocab_size token ids, drawn with `seed`; the weights of k >= 2 then sum to 1.
-    A balancer's bias moves the choice within the group, and of the group by the mean bias of its experts. With "hash"
-    the groups' loads are what the token ids make them.
+    A `BiasBalance` moves the choice within the group, and of the group by the mean bias of its experts. With "hash" the
+    groups' loads are what the token ids make them, and a bias is refused: it would chase them and not settle.
     """
 
     k: int = 2
@@ -50,6 +50,8 @@ class TwoTier:
         """Token choice; reads token ids when the first tier hashes them."""
         hashed = self.first == "hash"
         return Traits(
+            takes_bias=not hashed,
+            free_choice=False,
             needs_token_ids=hashed,
             num_token_ids=self.vocab_size if hashed else None,
             weights_sum_to=1.0 if hashed and self.k > 1 else None,
@@ -99,6 +101,8 @@ class TwoTierRouter(Router):
     def forward(self, x_TD: Tensor, bias_E: Tensor | None = None, token_ids_T: Tensor | None = None) -> RoutingDecision:
         """Decide. bias_E (E,) fp32 is added for the selection only. token_ids_T: int64, needed for a hash tier."""
         config = self.config
+        if self.group_weight is None:
+            refuse_bias("TwoTier", bias_E, "whose groups are hashed")
         logits_TE = router_linear(x_TD, self.weight)
         within_TGe = logits_TE.view(-1, config.num_groups, self.group_size).log_softmax(-1)
         if self.group_weight is None:
@@ -129,7 +133,7 @@ class TwoTierRouter(Router):
     def _hashed(self, token_ids_T: Tensor | None) -> Tensor:
         if token_ids_T is None:
             raise ValueError("TwoTier: a hashed first tier needs token ids; call the layer with token_ids=")
-        return self.groups_V[token_ids_T].unsqueeze(1)
+        return self.groups_V.index_select(0, token_ids_T).unsqueeze(1)
 
 
 def _best_group(group_log_TG: Tensor, bias_E: Tensor | None) -> Tensor:
