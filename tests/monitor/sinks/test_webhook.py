@@ -1,0 +1,84 @@
+"""The generic webhook sends what Alertmanager sends: version 4 of its payload, field by field.
+
+Schema: https://prometheus.io/docs/alerting/latest/configuration/#webhook_config. test_real_alertmanager.py compares it
+with what Alertmanager itself sends.
+"""
+
+from tests.monitor.sinks.cases import Clock, alert, deliver, quick, stats
+
+from equipoise.monitor.sinks.labels import Naming, fingerprint
+from equipoise.monitor.sinks.webhook import Webhook, WebhookSink
+from equipoise.types import Action
+
+NOW = 1_790_000_000.0
+STARTED, ENDED = "2026-09-21T14:13:20.000Z", "2026-09-21T14:14:50.000Z"  # NOW, and 90 s later
+
+
+def sink(server, clock, **changes):
+    config = Webhook(Naming("run 7"), url=f"{server.url}/in", effort=quick(), **changes)
+    return WebhookSink(config, deliver(config), clock=clock)
+
+
+def test_firing_and_resolved(server):
+    clock = Clock(NOW)
+    ours = sink(server, clock, receiver="pager", external_url="https://runs.example/7")
+    ours.routing([stats()])
+    ours.alert(alert())
+    clock.now += 90
+    ours.alert(alert("resolved", expert=1))
+    fired, resolved = (got.body for got in server.all())
+    labels = {
+        "alertname": "EquipoiseCollapse",
+        "rule": "collapse",
+        "layer": "blocks.3.moe",
+        "expert": "5",
+        "severity": "critical",
+        "run": "run 7",
+    }
+    annotations = fired["commonAnnotations"]
+    assert annotations["summary"] == "run 7: collapse in blocks.3.moe, expert 5"
+    assert fired == {
+        "version": "4",
+        "groupKey": '{}:{alertname="EquipoiseCollapse", layer="blocks.3.moe", run="run 7"}',
+        "truncatedAlerts": 0,
+        "status": "firing",
+        "receiver": "pager",
+        "groupLabels": {"alertname": "EquipoiseCollapse", "layer": "blocks.3.moe", "run": "run 7"},
+        "commonLabels": labels,
+        "commonAnnotations": annotations,
+        "externalURL": "https://runs.example/7",
+        "alerts": [
+            {
+                "status": "firing",
+                "labels": labels,
+                "annotations": annotations,
+                "startsAt": STARTED,
+                "endsAt": "0001-01-01T00:00:00Z",
+                "generatorURL": "https://runs.example/7",
+                "fingerprint": fingerprint(labels),
+            }
+        ],
+    }
+    assert resolved["status"] == "resolved"
+    assert resolved["groupKey"] == fired["groupKey"]
+    [over], [was] = resolved["alerts"], fired["alerts"]
+    assert (over["status"], over["startsAt"], over["endsAt"]) == ("resolved", STARTED, ENDED)
+    assert (over["labels"], over["fingerprint"]) == (was["labels"], was["fingerprint"])
+
+
+def test_a_repair_sends_its_alert_again(server):
+    ours = sink(server, Clock(NOW))
+    ours.alert(alert())
+    ours.action(Action("quantile_bias", "blocks.3.moe", 120, "blocks.3.moe:collapse"))
+    ours.action(Action("quantile_bias", "blocks.9.moe", 120, "blocks.9.moe:collapse"))  # no such alert
+    fired, repaired = (got.body for got in server.all())
+    assert repaired["alerts"][0]["fingerprint"] == fired["alerts"][0]["fingerprint"]
+    assert repaired["alerts"][0]["annotations"]["action"] == "quantile_bias at step 120"
+
+
+def test_hostile_names_stay_inside_their_quotes(server):
+    layer = 'a"} evil{x="\\'
+    sink(server, Clock(NOW)).alert(alert(layer=layer, expert=None))
+    body = server.next().body
+    assert body["groupLabels"]["layer"] == layer
+    assert body["groupKey"] == '{}:{alertname="EquipoiseCollapse", layer="a\\"} evil{x=\\"\\\\", run="run 7"}'
