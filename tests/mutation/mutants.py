@@ -143,7 +143,7 @@ MUTANTS = (
            "a balanced table ignores frequencies", "(load + frequency, expert)", "(load + 1, expert)"),
     Mutant("hash-weights-sum-to-k", "routing/hash_router.py", DECISION, "equal weights are 1, not 1/k",
            "config.scale / k", "config.scale"),
-    Mutant("two-tier-open", "routing/two_tier.py", BIAS, "experts of other groups stay in reach",
+    Mutant("two-tier-open", "routing/two_tier.py", HOLES, "experts of other groups stay in reach",
            'ranking_TE.masked_fill(~chosen_TG1.expand_as(within_TGe).flatten(1), float("-inf"))', "ranking_TE"),
     Mutant("two-tier-one-factor", "routing/two_tier.py", _oracle("TwoTier"), "the group's probability is left out",
            "joint_TGe = group_log_TG.unsqueeze(-1) + within_TGe", "joint_TGe = within_TGe"),

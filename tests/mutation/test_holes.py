@@ -5,7 +5,7 @@ import torch
 
 from equipoise.layer import Capacity
 from equipoise.ops.next_choice import next_choice
-from equipoise.routing import TopK
+from equipoise.routing import TopK, TwoTier
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,14 @@ def test_a_token_does_not_move_to_an_expert_that_it_has():
     moved, kept = next_choice(ranking, ids, keep, torch.arange(6).view(3, 2), 2)
     assert moved.tolist() == [[0, 2], [1, 2], [1, 3]]
     assert kept.all()
+
+
+@pytest.mark.parametrize("first", ["learned", "hash"])
+def test_two_tiers_never_leave_the_group(first):
+    # two-tier-open: the best expert of all is in the other group.
+    router = TwoTier(k=2, num_groups=2, first=first, vocab_size=64).build(8, 8)
+    torch.nn.init.normal_(router.weight, std=2.0)
+    x, ids = torch.randn(64, 8), torch.arange(64)
+    groups = router(x, token_ids_T=ids).expert_ids_N.view(64, 2) // 4
+    expected = router.groups_V if first == "hash" else (x @ router.group_weight.t()).argmax(1)
+    assert torch.equal(groups, expected[:, None].expand(-1, 2))
