@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from equipoise.commands import watching
+from equipoise.dashboard.command import dashboard
 from equipoise.train.config import Overrides
 from equipoise.train.grid import Grid
 
@@ -188,6 +189,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "watch": watching.watch,
     "triage": watching.triage,
     "diagnose": watching.diagnose,
+    "dashboard": dashboard,
     "bench": bench,
     "fetch-text": fetch_text,
 }

@@ -1,0 +1,275 @@
+"""Charts as ECharts options: pure functions from records and a palette to plain dicts.
+
+Names that come from a run are only ever values in them, never keys: NiceGUI runs the values of keys that begin with ":"
+as JavaScript, and those are constants here, or cells packed as base64. Tooltips are rich text on the canvas, not HTML.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from equipoise.dashboard.palette import DEAD_LOAD, DEAD_SIGN, HEAT_SPAN, LIGHT, Palette, heat_value, heat_values
+from equipoise.dashboard.records import Evenness, Frame, Incident, Series
+from equipoise.types import RoutingStats
+
+Options = dict[str, Any]
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"  # canvas: no inherit
+LABEL_PIXELS, MAP_PIXELS = 13, 400  # high: a label of a row, and the least that a map with many rows is
+NO_CELL = -32768  # as an int16: there is no such expert
+NUMBERED_EXPERTS = 16  # so many experts have room for the number in the cell
+DASHES = ("solid", "dashed", "dotted", [8, 3, 2, 3], "solid", "dashed")
+FORMATS = {"number": "eqp.number", "share": "eqp.share"}
+
+
+def heat_map(frame: Frame, palette: Palette) -> Options:
+    """Load of every expert (across) in every layer (down) at one flush, relative to fair."""
+    numbered = frame.num_experts <= NUMBERED_EXPERTS
+    load_LE = np.full((len(frame.layers), frame.num_experts), np.nan)  # NaN where a layer has fewer experts
+    for row, stats in enumerate(frame.layers):
+        load_LE[row, : stats.num_experts] = stats.load_E
+    names = short_names([stats.layer for stats in frame.layers])
+    data = {"data": _numbered(load_LE, palette)} if numbered else _packed(heat_values(load_LE), 100)
+    options = _map(list(map(str, range(frame.num_experts))), names, data, palette, "eqp.heatTip")
+    options["visualMap"] |= {"min": -HEAT_SPAN, "max": HEAT_SPAN, "inRange": {"color": list(palette.heat)}}
+    options["series"][0]["label"] = {"show": numbered, "fontSize": 12 if frame.num_experts <= 8 else 10}
+    options["xAxis"] |= {"name": "expert", "nameLocation": "middle", "nameGap": 24}
+    return options
+
+
+def expert_history(history: Sequence[RoutingStats], palette: Palette, marks: Sequence[Incident] = ()) -> Options:
+    """Load of every expert (down) of one layer over the steps (across), relative to fair."""
+    num_experts = max((stats.num_experts for stats in history), default=0)
+    load_ES = np.full((num_experts, len(history)), np.nan)
+    for column, stats in enumerate(history):
+        load_ES[: stats.num_experts, column] = stats.load_E
+    steps = [stats.step for stats in history]
+    data = _packed(heat_values(load_ES), 100)
+    options = _map(list(map(str, steps)), list(map(str, range(num_experts))), data, palette, "eqp.historyTip")
+    options["visualMap"] |= {"min": -HEAT_SPAN, "max": HEAT_SPAN, "inRange": {"color": list(palette.heat)}}
+    options["xAxis"] |= {"name": "step", "nameLocation": "middle", "nameGap": 24}
+    options["series"][0] |= _marks_on_steps(steps, marks, palette)
+    return options
+
+
+def evenness_map(even: Evenness, palette: Palette) -> Options:
+    """Effective experts relative to E, of every layer (down) over the steps (across)."""
+    data = _packed(even.share_LS, 1000)
+    options = _map(list(map(str, even.steps)), short_names(even.layers), data, palette, "eqp.evenTip")
+    options["visualMap"] |= {"min": 0, "max": 1, "inRange": {"color": list(palette.unevenness)}}
+    options["xAxis"] |= {"name": "step", "nameLocation": "middle", "nameGap": 24}
+    return options
+
+
+def lines(
+    curves: Sequence[Series],
+    palette: Palette,
+    *,
+    form: str = "number",
+    low: float | None = None,
+    high: float | None = None,
+    marks: Sequence[Incident] = (),
+) -> Options:
+    """Curves over the steps. form: of the numbers, "number" or "share". low, high: ends of the axis."""
+    series = [_line(curve, index, palette) for index, curve in enumerate(curves)]
+    if high is None and form == "share" and not any(value for curve in curves for _, value in curve.points):
+        high = 0.01  # an axis for zeros
+    if series and marks:
+        series[0] |= _marks_on_axis(marks, palette, _last_step(curves))
+    label = {"color": palette.muted, "fontSize": 11}
+    return {
+        "animation": False,
+        "textStyle": {"fontFamily": FONT},
+        "aria": {"enabled": False},  # the element has a label of its own, with the numbers
+        "grid": {"left": 8, "right": 16, "top": 30 if len(curves) > 1 else 12, "bottom": 6, "containLabel": True},
+        "legend": _legend(palette) | {"show": len(curves) > 1},
+        "tooltip": _tooltip(palette) | {"trigger": "axis", ":valueFormatter": FORMATS[form]},
+        "xAxis": {
+            "type": "value",
+            "min": "dataMin",
+            "max": "dataMax",
+            "axisLabel": label | {"hideOverlap": True, "showMinLabel": False, "showMaxLabel": False},
+            "axisLine": {"lineStyle": {"color": palette.line}},
+            "splitLine": {"show": False},
+            "minInterval": 1,
+        },
+        "yAxis": {
+            "type": "value",
+            "min": low,
+            "max": high,
+            "scale": low is None,
+            "splitNumber": 4,
+            "interval": high / 4 if high is not None and low == 0.0 else None,
+            "axisLabel": label | {":formatter": FORMATS[form]},
+            "splitLine": {"lineStyle": {"color": palette.line}},
+        },
+        "series": series,
+    }
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Short layer names, without what all share: model.blocks.0.moe, model.blocks.1.moe -> blocks.0, blocks.1.
+
+    Of the shared beginning the last part is kept, because a number alone says little.
+    """
+    parts = [name.split(".") for name in names]
+    while len(names) > 1 and len({part[-1] for part in parts}) == 1 and min(map(len, parts)) > 1:
+        parts = [part[:-1] for part in parts]
+    while len(names) > 1 and min(map(len, parts)) > 2 and len({tuple(part[:2]) for part in parts}) == 1:
+        parts = [part[1:] for part in parts]
+    whole = [".".join(part) for part in parts]
+    return [name if len(name) <= 18 else f"{name[:8]}…{name[-9:]}" for name in whole]
+
+
+def points(history: Sequence[RoutingStats], name: str, values: Sequence[float]) -> Series:
+    """A curve from the records of a layer and a number for each."""
+    pairs = zip(history, values, strict=True)
+    return Series(name, tuple((stats.step, value if math.isfinite(value) else None) for stats, value in pairs))
+
+
+# ------------------------------------------------------------------------------------------------------- pieces
+
+
+def _map(columns: list[str], rows: list[str], data: Options, palette: Palette, tip: str) -> Options:
+    """A map of cells. data: the series' key "data" or, packed, ":data"."""
+    label = {"color": palette.muted, "fontSize": 11}
+    axis = {"type": "category", "axisTick": {"show": False}, "axisLine": {"show": False}, "splitArea": {"show": False}}
+    interval = math.ceil(len(rows) * LABEL_PIXELS / MAP_PIXELS) - 1 if rows else 0
+    return {
+        "animation": False,
+        "textStyle": {"fontFamily": FONT},
+        "grid": {"left": 14 + 7 * max(map(len, rows), default=1), "right": 10, "top": 8, "bottom": 44},
+        "tooltip": _tooltip(palette) | {"trigger": "item", ":formatter": tip},
+        "visualMap": {"show": False, "dimension": 2, "type": "continuous"},
+        "xAxis": axis | {"data": columns, "axisLabel": label, "nameTextStyle": {"color": palette.muted}},
+        "yAxis": axis | {"data": rows, "inverse": True, "axisLabel": label | {"interval": interval}},
+        "series": [
+            {
+                "type": "heatmap",
+                **data,
+                "progressive": 0,
+                "itemStyle": {
+                    "borderColor": palette.surface,
+                    "borderWidth": 1 if len(columns) <= 64 and len(rows) <= 32 else 0,
+                },
+                "emphasis": {"itemStyle": {"borderColor": palette.ink, "borderWidth": 2}},
+            }
+        ],
+    }
+
+
+def _packed(values_RC: np.ndarray, scale: int) -> Options:
+    """The cells as base64 of int16, row by row, times `scale`: a tenth of the bytes, and quick to read in the browser.
+
+    The value of ":data" is code: a call of ours with letters, digits and three signs in it.
+    """
+    whole = np.where(np.isfinite(values_RC), np.round(np.nan_to_num(values_RC) * scale), NO_CELL).astype("<i2")
+    text = base64.b64encode(whole.tobytes()).decode()
+    return {":data": f'eqp.cells("{text}",{values_RC.shape[1]},{scale})'}
+
+
+def _numbered(load_LE: np.ndarray, palette: Palette) -> list[Options]:
+    """Cells with their number in them, and a cross for the dead."""
+    at_the_ends = "#ffffff" if palette is LIGHT else "#0d1015"  # the ends of its ramp are dark, of the other's bright
+    cells = []
+    for (row, expert), load in np.ndenumerate(load_LE):
+        if math.isnan(load):
+            continue
+        value = [expert, row, heat_value(load)]
+        colour = at_the_ends if abs(value[2]) > 0.6 * HEAT_SPAN else palette.ink
+        text = DEAD_SIGN if load < DEAD_LOAD else f"{load:.1f}" if load < 9.95 else f"{load:.0f}"
+        cells.append({"value": value, "label": {"color": colour, "formatter": text}})
+    return cells
+
+
+def _legend(palette: Palette) -> Options:
+    return {
+        "type": "scroll",
+        "left": 4,
+        "top": 0,
+        "itemWidth": 22,
+        "itemHeight": 8,
+        "textStyle": {"color": palette.ink, "fontSize": 12},
+        "inactiveColor": palette.line,
+        "pageTextStyle": {"color": palette.muted},
+        "pageIconColor": palette.ink,
+        "pageIconInactiveColor": palette.line,
+    }
+
+
+def _tooltip(palette: Palette) -> Options:
+    return {
+        "renderMode": "richText",
+        "confine": True,
+        "backgroundColor": palette.raised,
+        "borderColor": palette.line,
+        "textStyle": {"color": palette.ink, "fontSize": 12, "fontFamily": FONT},
+        "axisPointer": {"lineStyle": {"color": palette.muted}, "label": {"show": False}},
+    }
+
+
+def _line(curve: Series, index: int, palette: Palette) -> Options:
+    colour = palette.lines[index % len(palette.lines)]
+    return {
+        "type": "line",
+        "name": curve.name[:60],
+        "data": [[step, value] for step, value in curve.points],
+        "showSymbol": len(curve.points) <= 12,
+        "symbolSize": 6,
+        "lineStyle": {"width": 1.8, "type": DASHES[index % len(DASHES)]},
+        "itemStyle": {"color": colour},
+        "connectNulls": False,
+        "emphasis": {"disabled": True},
+    }
+
+
+def _last_step(curves: Sequence[Series]) -> int:
+    return max((curve.points[-1][0] for curve in curves if curve.points), default=0)
+
+
+def _marks_on_axis(marks: Sequence[Incident], palette: Palette, last: int) -> Options:
+    """A tint while an alert lasts, a line at each repair. The newest alerts only: more would cover the curves."""
+    newest = marks[:20]
+    colours = {"critical": palette.critical, "warning": palette.warning, "info": palette.muted}
+    areas = [
+        [
+            {"xAxis": incident.since, "itemStyle": {"color": colours[incident.finding.severity], "opacity": 0.14}},
+            {"xAxis": incident.lasted_until(last)},
+        ]
+        for incident in newest
+    ]
+    repairs = [{"xAxis": action.step} for incident in newest for action in incident.actions]
+    return {
+        "markArea": {"silent": True, "data": areas},
+        "markLine": _mark_line(palette.good, repairs),
+    }
+
+
+def _marks_on_steps(steps: Sequence[int], marks: Sequence[Incident], palette: Palette) -> Options:
+    if not steps:
+        return {}
+    fired = [(incident.fired, "alert", palette.critical) for incident in marks[:10]]
+    repaired = [(action.step, "repair", palette.good) for incident in marks[:10] for action in incident.actions]
+    data = [
+        {
+            "xAxis": int(np.searchsorted(steps, step).clip(0, len(steps) - 1)),
+            "lineStyle": {"color": colour, "width": 2, "type": "solid" if what == "alert" else [5, 3]},
+        }
+        for step, what, colour in fired + repaired
+    ]
+    return {"markLine": _mark_line(palette.critical, data)}
+
+
+def _mark_line(colour: str, data: Sequence[Options]) -> Options:
+    return {
+        "silent": True,
+        "symbol": "none",
+        "label": {"show": False},
+        "animation": False,
+        "lineStyle": {"color": colour, "width": 1.5, "type": [5, 3]},
+        "data": list(data),
+    }

@@ -1,0 +1,41 @@
+"""The command `equipoise dashboard`: its arguments, and what it prints. What it serves is in server.py."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+def dashboard(
+    runs: Annotated[list[Path], tyro.conf.Positional],
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8765,
+    token_file: Path | None = None,
+) -> int:
+    """Show runs in the browser: load of every expert, alerts, repairs, comparisons, while they train and after.
+
+    Args:
+        runs: Run folders, or folders of run folders. New runs in them appear by themselves.
+        host: Address to listen on. One that other machines can reach needs a token.
+        port: 0 takes any that is free.
+        token_file: A file whose first line is the token that browsers must bring, at least 8 characters.
+    """
+    from equipoise.dashboard.server import serve
+
+    token = None
+    if token_file is not None:
+        lines = token_file.read_text(encoding="utf-8").splitlines()
+        token = lines[0].strip() if lines else ""
+    with contextlib.suppress(KeyboardInterrupt):  # the usual way to end it
+        serve(list(runs), host, port, token, ready=announce)
+    return 0
+
+
+def announce(address: str) -> None:
+    """Print where the dashboard is."""
+    print(f"dashboard at {address}  (Ctrl-C ends it)", flush=True)

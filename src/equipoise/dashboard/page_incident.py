@@ -1,0 +1,192 @@
+"""The page of one incident: what was seen, the load before, at and after, the numbers, the repair, the timeline.
+
+Its address names the run, the alert and its first step, so it can be shared and stays good while the run goes on.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import dataclass
+from functools import partial
+
+from equipoise.dashboard import charts, reader
+from equipoise.dashboard.health import lasted, subject
+from equipoise.dashboard.page_run import map_height
+from equipoise.dashboard.palette import DEAD_NOTE
+from equipoise.dashboard.records import Frame, Incident, drop_share, incidents
+from equipoise.dashboard.runs import RunRef
+from equipoise.dashboard.widgets import Chart, View, button, el, heat_legend, link, page, percent
+from equipoise.monitor.store import StoreError
+from equipoise.types import RoutingStats
+
+TICK_SECONDS = 1.0
+MAX_WINDOWS = 60  # in the map of the experts
+
+
+@dataclass(frozen=True, eq=False)
+class IncidentData:
+    """frames: by name, "before", "when it fired", "after" or "now". history: the layer's records around it."""
+
+    incident: Incident
+    frames: dict[str, Frame]
+    history: tuple[RoutingStats, ...]
+    last_step: int
+
+
+async def incident_page(view: View, ref: RunRef, key: str, since: int) -> None:
+    """Show one incident; it is drawn again while it lasts and the run goes on."""
+    from nicegui import ui
+
+    with page(view, f"Incident · {ref.label}", ""):
+        body = el("div", "body")
+    shown_version = -1
+
+    async def refresh() -> None:
+        nonlocal shown_version
+        version = view.hub.version(ref.id)
+        if version == shown_version:
+            return
+        shown_version = version
+        data = await view.hub.read(ref, lambda db: read_incident(db, key, since))
+        view.charts.clear()
+        body.clear()
+        with body:
+            if isinstance(data, IncidentData):
+                _draw(view, ref, data)
+            else:
+                reason = f"This run cannot be read: {data}" if isinstance(data, StoreError) else ""
+                el(
+                    "p",
+                    "card error",
+                    reason or f"There is no alert {key} since step {since} in this run.",
+                    role="alert",
+                )
+                link(f"Back to {ref.label}", f"/run/{ref.id}")
+        if isinstance(data, StoreError):
+            shown_version = -1  # try again
+        if isinstance(data, IncidentData) and not data.incident.firing and _settled(data):
+            timer.deactivate()
+
+    await refresh()
+    timer = ui.timer(TICK_SECONDS, refresh, immediate=False)
+
+
+def read_incident(db: sqlite3.Connection, key: str, since: int) -> IncidentData | None:
+    """Read what the page shows; None when there is no such incident."""
+    found = incidents(reader.alerts(db), reader.actions(db))
+    incident = next((each for each in found if each.key == key and each.since == since), None)
+    newest = reader.newest_frame(db)
+    if incident is None or newest is None:
+        return None
+    end = newest.step if incident.resolved is None else incident.resolved
+    moments = {
+        "before": reader.frame(db, incident.since - 1),
+        "when it fired": reader.frame(db, incident.fired),
+        "now" if incident.firing else "after": reader.frame(db, end),
+    }
+    steps = reader.flush_steps(db, reader.MAX_POINTS, (incident.since, incident.fired, end))
+    span = max(1, end - incident.since)
+    near = [step for step in steps if incident.since - 2 * span <= step <= end + 2 * span]
+    stride = -(-len(near) // MAX_WINDOWS) if near else 1
+    history = reader.history(db, incident.finding.layer, near[::stride])
+    frames = {name: frame for name, frame in moments.items() if frame is not None}
+    return IncidentData(incident, frames, tuple(history), newest.step)
+
+
+def _settled(data: IncidentData) -> bool:
+    """Whether nothing on the page can change any more."""
+    end, begin = data.incident.lasted_until(data.last_step), data.incident.since
+    return data.last_step > end + 2 * max(1, end - begin)
+
+
+def _draw(view: View, ref: RunRef, data: IncidentData) -> None:
+    incident, finding = data.incident, data.incident.finding
+    link(f"← {ref.label}", f"/run/{ref.id}", "back")
+    with el("div", "title-row"):
+        el("h1", text=subject(incident).capitalize() if finding.rule == "collapse" else subject(incident))
+        el("span", f"pill {'critical' if finding.severity == 'critical' else 'warning'}", finding.severity)
+        el("span", f"pill {'critical' if incident.firing else 'good'}", "firing" if incident.firing else "resolved")
+        share = button("Copy link", lambda: None, "quiet")
+        share.on("click", js_handler="(e) => eqp.copyLink(e.target)")
+    el("p", "lead", finding.message)
+    el("p", "muted", f"{lasted(incident, data.last_step).capitalize()}. {finding.remedy}")
+    with el("div", "incident-grid"):
+        _story(data)
+        _numbers(data)
+    el("h2", text="Load of the experts, before and after")
+    with el("div", "charts three"):
+        for name, frame in data.frames.items():
+            chart = Chart(view, name.capitalize(), map_height(len(frame.layers), 30, 9))
+            chart.show(partial(charts.heat_map, frame), f"step {frame.step}")
+    heat_legend(DEAD_NOTE)
+    experts = Chart(view, f"Experts of {finding.layer} around it", 300)
+    experts.show(partial(charts.expert_history, data.history, marks=[incident]), empty=not data.history)
+    with experts.box:
+        heat_legend("— alert  - - repair")
+
+
+def _story(data: IncidentData) -> None:
+    """The moments, in order."""
+    incident = data.incident
+    moments = [(incident.since, "First symptom", "the finding is seen for the first time", "")]
+    fired = f"value {incident.finding.value:.4g}, limit {incident.finding.threshold:.4g}"
+    moments.append((incident.fired, "Alert fires", fired, "critical"))
+    for action in incident.actions:
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in action.detail.items())
+        moments.append((action.step, f"Repair: {action.kind} on {action.layer}", numbers, "good"))
+    if incident.resolved is None:
+        moments.append((data.last_step, "Still firing", "the newest flush", "critical"))
+    else:
+        moments.append((incident.resolved, "Resolved", f"after {incident.resolved - incident.since} steps", "good"))
+    with el("section", "card", aria_labelledby="story"):
+        el("h2", text="What happened", id="story")
+        if not incident.actions:
+            el("p", "muted small", "No repair was recorded for this alert.")
+        with el("ol", "story"):
+            for step, what, detail, kind in sorted(moments, key=lambda moment: moment[0]):
+                with el("li", kind):
+                    el("span", "story-step", f"step {step}")
+                    with el("div"):
+                        el("strong", text=what)
+                        if detail:
+                            el("div", "muted small", detail)
+
+
+def _numbers(data: IncidentData) -> None:
+    """The layer's statistics at the three moments."""
+    layer, num_experts = data.incident.finding.layer, 0
+    columns = {name: frame.find(layer) for name, frame in data.frames.items()}
+    num_experts = max((stats.num_experts for stats in columns.values() if stats), default=0)
+    expert = data.incident.finding.expert
+    with el("section", "card table-card", aria_labelledby="numbers"):
+        el("h2", text="The numbers", id="numbers")
+        with el("table"):
+            with el("thead"), el("tr"):
+                el("th", "", layer, scope="col")
+                for name, frame in data.frames.items():
+                    el("th", "number", f"{name}, {frame.step}", scope="col")
+            with el("tbody"):
+                _row(f"effective experts of {num_experts}", [_text(s, "effective_experts") for s in columns.values()])
+                _row("MaxVio", [_text(s, "max_violation") for s in columns.values()])
+                if expert is not None:
+                    _row(f"load of expert {expert}, of fair", [_load(s, expert) for s in columns.values()])
+                _row("dead experts", [str(len(s.dead_experts)) if s else "-" for s in columns.values()])
+                _row("load entropy", [_text(s, "load_entropy") for s in columns.values()])
+                _row("token entropy", [_text(s, "token_entropy") for s in columns.values()])
+                _row("std of the logits", [_text(s, "logit_std") for s in columns.values()])
+                _row("dropped", [percent(drop_share(s)) if s else "-" for s in columns.values()])
+
+
+def _row(name: str, texts: list[str]) -> None:
+    with el("tr"):
+        el("th", "", name, scope="row")
+        for text in texts:
+            el("td", "number", text)
+
+
+def _text(stats: RoutingStats | None, name: str) -> str:
+    return f"{getattr(stats, name):.2f}" if stats else "-"
+
+
+def _load(stats: RoutingStats | None, expert: int) -> str:
+    return f"{stats.load_E[expert]:.2f}" if stats and expert < stats.num_experts else "-"

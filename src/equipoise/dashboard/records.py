@@ -1,0 +1,135 @@
+"""What the pages show, as frozen records: plain numbers, read from a run store at one moment.
+
+They hold no connection and draw no page. Steps are optimizer steps, times are seconds since 1970.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from equipoise.types import Action, Alert, Finding, RoutingStats
+
+SEVERITIES = ("info", "warning", "critical")  # rising
+
+
+@dataclass(frozen=True)
+class Incident:
+    """One alert's life, with the repairs that it led to.
+
+    fired: the step at which the alert fired; since: the first step of the symptom. resolved: None while it lasts.
+    finding: as it was when the alert fired.
+    """
+
+    key: str
+    since: int
+    fired: int
+    resolved: int | None
+    finding: Finding
+    actions: tuple[Action, ...]
+
+    @property
+    def firing(self) -> bool:
+        """Whether it still lasts."""
+        return self.resolved is None
+
+    def lasted_until(self, now: int) -> int:
+        """The step of its end, or `now`."""
+        return now if self.resolved is None else self.resolved
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """A run at a glance. None for what it has not recorded.
+
+    spark: the loss, at most 60 points, with None where it was not finite. worst: the newest record of the layer with
+    the fewest effective experts relative to E. flush_time: of the newest flush, else of the file's last change.
+    num_repairs: how many repairs were applied.
+    """
+
+    name: str
+    status: str
+    step: int
+    total_steps: int | None
+    loss: float | None
+    val_perplexity: float | None
+    tokens_per_s: float | None
+    spark: tuple[float | None, ...]
+    worst: RoutingStats | None
+    num_layers: int
+    firing: tuple[Incident, ...]
+    num_repairs: int
+    flush_step: int | None
+    flush_time: float
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: (step, value) by step, None where the value was not finite. At most a few hundred points."""
+
+    name: str
+    points: tuple[tuple[int, float | None], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """Every layer at one flush, in the order of the model."""
+
+    step: int
+    layers: tuple[RoutingStats, ...]
+
+    @property
+    def num_experts(self) -> int:
+        """The most experts that a layer has."""
+        return max((stats.num_experts for stats in self.layers), default=0)
+
+    def find(self, layer: str) -> RoutingStats | None:
+        """The record of one layer."""
+        return next((stats for stats in self.layers if stats.layer == layer), None)
+
+
+@dataclass(frozen=True, eq=False)
+class Evenness:
+    """Effective experts relative to E, in (0, 1], of every layer over time. share_LS: NaN where there is no record."""
+
+    steps: tuple[int, ...]
+    layers: tuple[str, ...]
+    share_LS: np.ndarray
+
+
+def evenness_of(stats: RoutingStats) -> float:
+    """Effective experts relative to E, in (0, 1]: 1 is even, 1/E is one expert for all."""
+    return stats.effective_experts / max(stats.num_experts, 1)
+
+
+def drop_share(stats: RoutingStats) -> float:
+    """Assignments lost, as a share of all, in [0, 1]; what was moved or spilled is not lost."""
+    lost = sum(count for reason, count in stats.dropped.items() if reason != "tokens")
+    return lost / max(int(stats.counts_E.sum()), 1)
+
+
+def incidents(alerts: Sequence[Alert], actions: Sequence[Action]) -> list[Incident]:
+    """Alerts with the repairs made for them, the newest first; firing and resolved are paired by key and order."""
+    found: list[Incident] = []
+    open_by_key: dict[str, int] = {}
+    for alert in alerts:
+        index = open_by_key.get(alert.key)
+        if alert.state == "firing" and index is None:
+            open_by_key[alert.key] = len(found)
+            found.append(Incident(alert.key, alert.since_step, alert.step, None, alert.finding, ()))
+        elif alert.state == "resolved" and index is not None:
+            begun = found[index]
+            found[index] = Incident(begun.key, begun.since, begun.fired, alert.step, begun.finding, ())
+            del open_by_key[alert.key]
+    with_repairs = [
+        Incident(i.key, i.since, i.fired, i.resolved, i.finding, tuple(a for a in actions if _belongs(a, i)))
+        for i in found
+    ]
+    return sorted(with_repairs, key=lambda i: (i.fired, i.key), reverse=True)
+
+
+def _belongs(action: Action, incident: Incident) -> bool:
+    ended = incident.resolved is not None and action.step > incident.resolved
+    return action.reason == incident.key and action.step >= incident.since and not ended

@@ -1,0 +1,91 @@
+"""Everything the page of one run shows, read at one moment, so that its charts agree with each other."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from equipoise.dashboard import reader
+from equipoise.dashboard.records import Evenness, Frame, Head, Incident, Series, incidents
+from equipoise.dashboard.runs import RunRef
+from equipoise.types import Action, RoutingStats
+
+MAX_KEPT = 20  # newest alerts whose flush is in every map
+MAIN_SCALARS = ("loss", "val_perplexity", "grad_norm", "learning_rate", "tokens_per_s")
+
+
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """head: the run at a glance. steps: the flushes that the slider stops at. frame: the one that is shown.
+
+    layer: the chosen layer; history: its records, thinned; map_history: fewer of them, for the map of its experts.
+    scalars: curves by name. scalar_names: all there are.
+    """
+
+    head: Head
+    steps: tuple[int, ...]
+    layers: tuple[str, ...]
+    frame: Frame | None
+    layer: str
+    history: tuple[RoutingStats, ...]
+    map_history: tuple[RoutingStats, ...]
+    evenness: Evenness
+    scalars: dict[str, Series]
+    scalar_names: tuple[str, ...]
+    incidents: tuple[Incident, ...]
+    actions: tuple[Action, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the viewer has chosen. layer: "" for the worst. step: None for the newest. scalar: one more curve."""
+
+    layer: str = ""
+    step: int | None = None
+    scalar: str = ""
+
+
+def read_run(db: sqlite3.Connection, ref: RunRef, choice: Choice) -> RunData:
+    """Read the run for its page."""
+    head = reader.head(db, ref.path)
+    changes, actions = reader.alerts(db), reader.actions(db)
+    found = tuple(incidents(changes, actions))
+    events = [step for incident in found for step in (incident.since, incident.fired)] + [a.step for a in actions]
+    steps, layers = reader.flush_steps(db, keep=events), reader.layers(db)
+    layer = choice.layer if choice.layer in layers else _first_choice(head, found, layers)
+    history = reader.history(db, layer, steps)
+    num_experts = max((stats.num_experts for stats in history), default=1)
+    fired = [incident.fired for incident in found[:MAX_KEPT]]
+    columns = min(reader.MAX_COLUMNS, max(16, reader.MAX_CELLS // max(1, num_experts)))
+    map_columns = min(reader.MAX_COLUMNS, max(16, reader.MAX_CELLS // max(1, len(layers))))
+    near = set(thinned([stats.step for stats in history], columns, fired))
+    names = reader.scalar_names(db)
+    wanted = [name for name in dict.fromkeys((*MAIN_SCALARS, choice.scalar)) if name in names]
+    return RunData(
+        head=head,
+        steps=tuple(steps),
+        layers=tuple(layers),
+        frame=reader.newest_frame(db) if choice.step is None else reader.frame(db, choice.step),
+        layer=layer,
+        history=tuple(history),
+        map_history=tuple(stats for stats in history if stats.step in near),
+        evenness=reader.evenness(db, thinned(steps, map_columns, fired), layers),
+        scalars={name: reader.scalar(db, name) for name in wanted},
+        scalar_names=tuple(names),
+        incidents=found,
+        actions=tuple(actions),
+    )
+
+
+def thinned(steps: Sequence[int], at_most: int, keep: Sequence[int] = ()) -> list[int]:
+    """Every n-th step, the last, and those of `keep` among them: an alert must not fall between columns."""
+    stride = max(1, -(-len(steps) // max(1, at_most)))
+    return sorted({*steps[::stride], *steps[-1:], *(set(keep) & set(steps))})
+
+
+def _first_choice(head: Head, found: Sequence[Incident], layers: Sequence[str]) -> str:
+    """The layer to begin with: of a firing alert, else of the newest alert, else the most uneven."""
+    of_alerts = [incident.finding.layer for incident in sorted(found, key=lambda i: not i.firing)]
+    worst = [head.worst.layer] if head.worst else []
+    return next((name for name in (*of_alerts, *worst) if name in layers), layers[0] if layers else "")
