@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from equipoise.commands import watching
+from equipoise.commands import metrics, watching
 from equipoise.dashboard.command import dashboard
 from equipoise.train.config import Overrides
 from equipoise.train.grid import Grid
@@ -190,6 +190,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "triage": watching.triage,
     "diagnose": watching.diagnose,
     "dashboard": dashboard,
+    "exporter": metrics.exporter,
+    "export": metrics.export,
     "bench": bench,
     "fetch-text": fetch_text,
 }

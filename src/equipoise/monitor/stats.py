@@ -109,7 +109,7 @@ def hot_experts(counts_E: Array, capacity_factor: float = 1.25) -> Array:
     xp = array_namespace(counts_E)
     total = _real(xp.sum(counts_E, axis=-1, keepdims=True))
     limit = total * (capacity_factor / _num_experts(counts_E, "counts_E"))
-    limit = xp.ceil(limit * (1.0 - 4.0 * xp.finfo(limit.dtype).eps))  # 1.1 * 20 / 2 is 11, not 11.000000000000002
+    limit = xp.ceil(limit * (1.0 - 4.0 * xp.finfo(limit.dtype).eps))  # 1.1 * 100 / 10 is 11, not 11.000000000000002
     return _real(counts_E) > xp.maximum(limit, xp.ones_like(limit))
 
 

@@ -40,7 +40,7 @@ def select(scores_TE: Tensor, k: int, num_groups: int = 1, top_groups: int = 1, 
 
 def capacity(num_tokens: int, k: int, num_experts: int, factor: float) -> int:
     """Assignments an expert may take: ceil(factor * T * K / E), at least 1, at most T."""
-    exact = Fraction(str(factor)) * num_tokens * k / num_experts  # in floats 1.1 * 20 / 2 is more than 11
+    exact = Fraction(str(factor)) * num_tokens * k / num_experts  # in floats 1.1 * 100 / 10 is more than 11
     return min(max(num_tokens, 1), max(1, math.ceil(exact)))
 
 

@@ -1,0 +1,68 @@
+"""Inhibition rules for Alertmanager: one page for a collapsed layer, not one for each of its symptoms.
+
+What to put under `inhibit_rules:` in alertmanager.yml. Routes and receivers are the user's. Group by [run, layer].
+"""
+
+from __future__ import annotations
+
+from equipoise.monitor.prometheus.yaml_text import to_yaml
+
+_SAME_LAYER = ["run", "layer"]
+# the monitor's rule -> the alerts that say the same from Prometheus' side
+_TWINS = {
+    "drops": "EquipoiseDropRate",
+    "logits": "EquipoiseLogit(BlowUp|StdDrift|Std)",
+    "dead_experts": "EquipoiseDeadExperts",
+}
+
+
+def export_alertmanager() -> str:
+    """YAML text with the key inhibit_rules, for both profiles."""
+    return to_yaml({"inhibit_rules": inhibit_rules()})
+
+
+def inhibit_rules() -> list[dict[str, list[str]]]:
+    """Sources silence targets of the same run and layer; an inhibited source still silences."""
+    collapsed = 'alertname=~"EquipoiseLayerCollapse|EquipoiseUtilisationHigh"'
+    return [
+        # the monitor says that a layer has collapsed: all else about the layer is a symptom, or says the same later
+        _rule(
+            ['alertname="EquipoiseMonitorAlert"', 'rule="collapse"'],
+            ['alertname=~"Equipoise.*"', 'layer!=""', 'rule!="collapse"'],
+        ),
+        # so does Prometheus
+        _rule(
+            [collapsed],
+            [
+                'alertname=~"Equipoise.*"',
+                'alertname!~"EquipoiseLayerCollapse|EquipoiseUtilisationHigh"',
+                'layer!=""',
+                'rule!="collapse"',
+            ],
+        ),
+        *(
+            _rule(
+                ['alertname="EquipoiseMonitorAlert"', f'rule="{rule}"'],
+                [f'alertname=~"{twins}"'],
+                [*_SAME_LAYER, "severity"],
+            )
+            for rule, twins in _TWINS.items()
+        ),
+        # a layer's alert silences those about its experts
+        _rule(['alertname="EquipoiseDeadExperts"'], ['alertname="EquipoiseExpertCold"']),
+        _rule(['alertname="EquipoiseMonitorAlert"', 'rule="dead_experts"'], ['alertname="EquipoiseExpertCold"']),
+        _rule(['alertname="EquipoiseEntropyLow"'], ['alertname="EquipoiseEntropyBelowTarget"']),
+        # of one alert at several severities the highest counts
+        _rule(
+            ['severity="critical"'],
+            ['alertname="EquipoiseDropRate"', 'severity=~"warning|info"'],
+            [*_SAME_LAYER, "alertname"],
+        ),
+        _rule(
+            ['severity="warning"'], ['alertname="EquipoiseDropRate"', 'severity="info"'], [*_SAME_LAYER, "alertname"]
+        ),
+    ]
+
+
+def _rule(source: list[str], target: list[str], equal: list[str] | None = None) -> dict[str, list[str]]:
+    return {"source_matchers": source, "target_matchers": target, "equal": equal or _SAME_LAYER}
