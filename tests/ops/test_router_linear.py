@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from equipoise.ops.router_linear import router_linear
+from equipoise.ops.router_linear import ROWS_AT_ONCE, router_linear
 
 
 def test_gradcheck():
@@ -25,6 +25,17 @@ def test_is_fp32_whatever_the_dtype_or_autocast(dtype, autocast):
     grad = 2 * exact @ weight.detach().double()
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(x.grad.double(), grad, rtol=4 * eps, atol=100 * torch.finfo(torch.float32).eps)
+
+
+def test_many_rows_are_converted_in_parts():
+    x = torch.randn(2 * ROWS_AT_ONCE + 5, 8).bfloat16().requires_grad_()
+    weight = torch.randn(4, 8).bfloat16().requires_grad_()
+    logits = router_linear(x, weight)
+    logits.square().sum().backward()
+    exact = x.detach().double() @ weight.detach().double().t()
+    torch.testing.assert_close(logits.detach().double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight.grad.double(), 2 * exact.t() @ x.detach().double(), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(x.grad.double(), 2 * exact @ weight.detach().double(), rtol=1e-2, atol=1e-2)
 
 
 def test_keeps_no_fp32_copy_of_x():

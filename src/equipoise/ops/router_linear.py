@@ -1,7 +1,9 @@
 """The router's matrix product: fp32 whatever the model's dtype or autocast, without keeping an fp32 copy of x.
 
 Near-ties of the top-k flip in low precision, so the logits are fp32. Written the plain way, autograd would keep
-x.float() for the weight's gradient: 4 T D bytes, more than the experts' own input. Here x is kept as it is.
+x.float() for the weight's gradient: 4 T D bytes, more than the experts' own input. Here x is kept as it is, and on a
+CPU converted a few thousand rows at a time: a copy of all rows of a large batch is new memory from the system each
+time, and writing to it first costs a good part of the product (docs/log.md).
 """
 
 from __future__ import annotations
@@ -11,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+ROWS_AT_ONCE = 4096
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -27,16 +31,30 @@ class _RouterLinear(torch.autograd.Function):
         ctx.save_for_backward(x_TD, weight_ED)
         ctx.dtype = dtype
         with _no_autocast(x_TD.device):
-            return x_TD.to(dtype) @ weight_ED.to(dtype).t()
+            weight_DE, size = weight_ED.to(dtype).t(), _rows_at_once(x_TD, dtype)
+            return torch.cat([rows_tD.to(dtype) @ weight_DE for rows_tD in torch.split(x_TD, size)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x_TD, weight_ED = ctx.saved_tensors
         with _no_autocast(x_TD.device):
             grad_TE = grads[0].to(ctx.dtype)
-            grad_x = (grad_TE @ weight_ED.to(ctx.dtype)).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
-            grad_w = (grad_TE.t() @ x_TD.to(ctx.dtype)).to(weight_ED.dtype) if ctx.needs_input_grad[1] else None
+            weight, size = weight_ED.to(ctx.dtype), _rows_at_once(x_TD, ctx.dtype)
+            grad_x = grad_w = None
+            if ctx.needs_input_grad[0]:
+                grad_x = torch.cat([(rows_tE @ weight).to(x_TD.dtype) for rows_tE in torch.split(grad_TE, size)])
+            if ctx.needs_input_grad[1]:
+                pairs = zip(torch.split(grad_TE, size), torch.split(x_TD, size), strict=True)
+                parts = [rows_tE.t() @ rows_tD.to(ctx.dtype) for rows_tE, rows_tD in pairs]
+                grad_w = torch.stack(parts).sum(0).to(weight_ED.dtype)
         return grad_x, grad_w, None
+
+
+def _rows_at_once(x_TD: Tensor, dtype: torch.dtype) -> int:
+    """How many rows to convert together: all, but for large batches of another dtype on a CPU."""
+    if x_TD.device.type != "cpu" or torch.compiler.is_compiling() or x_TD.dtype == dtype:
+        return max(x_TD.shape[0], 1)
+    return ROWS_AT_ONCE
 
 
 def router_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
