@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from equipoise.ops.router_linear import router_linear
-from equipoise.routing.router import Router, Traits, check_k, init_linear, normalized, refuse_bias
+from equipoise.routing.router import LinearRouter, Traits, check_k, normalized, refuse_bias
 from equipoise.types import RoutingDecision
 
 
@@ -36,21 +35,8 @@ class ReLURouting:
         return ReLURouter(self, dim, num_experts)
 
 
-class ReLURouter(Router):
+class ReLURouter(LinearRouter):
     """The router of `ReLURouting`. Its only parameter is weight (E, D)."""
-
-    weight: Tensor
-
-    def __init__(self, config: ReLURouting, dim: int, num_experts: int) -> None:
-        super().__init__()
-        check_k("ReLURouting", config.k, num_experts)
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.init_weights(0.02)
-
-    def init_weights(self, std: float) -> None:
-        """Draw the weight."""
-        init_linear(self.weight, std)
 
     def forward(self, x_TD: Tensor, bias_E: Tensor | None = None, token_ids_T: Tensor | None = None) -> RoutingDecision:
         """Decide. A bias is refused; token_ids_T is not used. One host synchronisation on a GPU."""

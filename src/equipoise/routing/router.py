@@ -63,6 +63,23 @@ class Router(nn.Module, ABC):
         return repr(self.config)
 
 
+class LinearRouter(Router):
+    """A router whose only parameter is weight (E, D), drawn with the model's standard deviation."""
+
+    weight: Tensor
+
+    def __init__(self, config: RouterConfig, dim: int, num_experts: int) -> None:
+        super().__init__()
+        check_k(type(config).__name__, config.k, num_experts)
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.init_weights(0.02)
+
+    def init_weights(self, std: float) -> None:
+        """Draw the weight."""
+        init_linear(self.weight, std)
+
+
 class RouterConfig(Protocol):
     """A frozen dataclass that says which router, with which options."""
 

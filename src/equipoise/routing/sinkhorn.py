@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from equipoise.ops.router_linear import router_linear
 from equipoise.ops.sinkhorn import sinkhorn_log
-from equipoise.routing.router import Router, Traits, check_k, init_linear, refuse_bias
+from equipoise.routing.router import LinearRouter, Traits, check_k, refuse_bias
 from equipoise.types import Preferences, RoutingDecision
 
 
@@ -46,21 +45,8 @@ class Sinkhorn:
         return SinkhornRouter(self, dim, num_experts)
 
 
-class SinkhornRouter(Router):
+class SinkhornRouter(LinearRouter):
     """The router of `Sinkhorn`. Its only parameter is weight (E, D)."""
-
-    weight: Tensor
-
-    def __init__(self, config: Sinkhorn, dim: int, num_experts: int) -> None:
-        super().__init__()
-        check_k("Sinkhorn", config.k, num_experts)
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
-        self.init_weights(0.02)
-
-    def init_weights(self, std: float) -> None:
-        """Draw the weight."""
-        init_linear(self.weight, std)
 
     def forward(self, x_TD: Tensor, bias_E: Tensor | None = None, token_ids_T: Tensor | None = None) -> RoutingDecision:
         """Decide; in training over all T tokens together. A bias is refused; token_ids_T is not used."""

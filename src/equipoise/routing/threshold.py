@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from equipoise.ops.histogram import NUM_BINS, accumulate_values, upper_quantile
 from equipoise.ops.router_linear import router_linear
 from equipoise.routing.adaptive import Adaptive
-from equipoise.routing.router import Router, Traits, check_k, init_linear, normalized, refuse_bias
+from equipoise.routing.router import LinearRouter, Traits, check_k, normalized, refuse_bias
 from equipoise.types import RoutingDecision
 
 
@@ -98,22 +98,12 @@ class Thresholds(Adaptive):
         self.updates.add_(num_tokens > 0)
 
 
-class ThresholdRouter(Router):
+class ThresholdRouter(LinearRouter):
     """The router of `Threshold`. Its only parameter is weight (E, D)."""
 
-    weight: Tensor
-
     def __init__(self, config: Threshold, dim: int, num_experts: int) -> None:
-        super().__init__()
-        check_k("Threshold", config.k, num_experts)
-        self.config = config
-        self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        super().__init__(config, dim, num_experts)
         self.state = Thresholds(config, num_experts)
-        self.init_weights(0.02)
-
-    def init_weights(self, std: float) -> None:
-        """Draw the weight."""
-        init_linear(self.weight, std)
 
     def forward(self, x_TD: Tensor, bias_E: Tensor | None = None, token_ids_T: Tensor | None = None) -> RoutingDecision:
         """Decide. A bias is refused; token_ids_T is not used. One host synchronisation on a GPU."""
