@@ -30,6 +30,7 @@ from equipoise.monitor.window import TimeWindow
 from equipoise.routing import QuantileBalance
 
 DIM, DOMAINS, BOOK_WINDOWS = 32, 6, 3
+LOWEST = 0.3  # of the logarithmic axis
 PROFILES: tuple[Profile, ...] = ("relative", "absolute")
 SHAPES = ((8, 1), (8, 2), (16, 2), (64, 2), (64, 8), (128, 8), (256, 8))
 BATCHES = ("training", "decode")
@@ -233,13 +234,12 @@ def draw(results: dict[Setting, dict[Profile, Tally]], path: Path) -> None:
         false = sum(tallies[profile].false_alarms.total() for tallies in results.values())
         windows = sum(tallies[profile].healthy_windows for tallies in results.values())
         rate = 1e5 * false / max(windows, 1)
-        right.bar([profile], [max(rate, 0.1)], color=colour)
-        right.annotate(f"{false:,} in {windows:,.0f}", (profile, max(rate, 0.1)), ha="center", va="bottom")
+        right.bar([profile], [rate], color=colour)  # none where there was none: the axis is logarithmic
+        right.annotate(f"{false:,} in {windows:,.0f}", (profile, max(rate, LOWEST)), ha="center", va="bottom")
     left.axvline(BOOK_WINDOWS, color="#666666", linewidth=1, linestyle=":")
-    left.set(xlim=(0, 10), ylim=(0, 102), xlabel="windows since the router broke", ylabel="noticed, % of the faults")
+    left.set(xlim=(0, 5), ylim=(0, 102), xlabel="windows since the router broke", ylabel="noticed, % of the faults")
     left.legend(frameon=False, loc="lower right")
-    right.set(yscale="log", ylabel="false alarms per 100,000 healthy windows")
-    right.margins(y=0.2)
+    right.set(yscale="log", ylim=(LOWEST, 1e5), ylabel="false alarms per 100,000 healthy windows")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -68,6 +68,14 @@ def test_monitor_benchmark_reports_both_figures():
         assert row["watched / unwatched"]["median"] > 0
 
 
+def test_detection_benchmark_notices_every_fault():
+    relative, absolute = run_benchmark("detection")["tables"]
+    for table in (relative, absolute):
+        assert rows_by_name(table)["all"]["faults"] == 8  # 2 shapes, 2 kinds of batch, 2 seeds
+    assert rows_by_name(relative)["all"]["caught in 3 windows [%]"] == 100
+    assert rows_by_name(relative)["all"]["false alarms"] == 0
+
+
 def test_memory_benchmark_finds_that_recomputing_keeps_less():
     (table,) = run_benchmark("memory")["tables"]
     for row in table["rows"]:
