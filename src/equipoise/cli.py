@@ -6,6 +6,7 @@ A command imports what it needs inside, so that `equipoise --help` is instant.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -206,6 +207,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             prog="equipoise",
             description="Mixture-of-Experts models with the router kept in balance.",
         )
+    except BrokenPipeError:  # whoever read our output has gone, as `head` does: there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(_explain(error))
     except KeyboardInterrupt:

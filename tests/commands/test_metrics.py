@@ -1,6 +1,9 @@
 """The commands for Prometheus print what it reads."""
 
 import json
+import shlex
+import subprocess
+import sys
 
 import pytest
 
@@ -22,6 +25,12 @@ def test_export(capsys):
     assert all(rule["annotations"]["runbook_url"].startswith("https://example.org/runbooks#") for rule in alerts)
     assert json.loads(printed(capsys, "export", "grafana"))["panels"]
     assert "inhibit_rules" in yaml.safe_load(printed(capsys, "export", "alertmanager"))
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{shlex.quote(sys.executable)} -m equipoise export grafana | head -c 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("{", "")
 
 
 def test_exporter_of_no_run(tmp_path, capsys):
