@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from equipoise.demo import DemoResult
+from equipoise.disk.checkpoint import load_checkpoint
 from equipoise.monitor.store import RunStore
-from equipoise.train.checkpoint import load_checkpoint
 
 
 @pytest.fixture(scope="module")

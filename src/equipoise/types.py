@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 Severity = Literal["info", "warning", "critical"]
+ActionState = Literal["proposed", "applied", "kept", "undone", "failed"]
 
 
 # ---------------------------------------------------------------------------------------------- in the layer
@@ -167,8 +168,9 @@ class Routed:
 
 # Assignments lost: beyond the capacity, or beyond a hard cap that is tighter. "tokens": tokens that lost all of theirs.
 DROP_REASONS = ("capacity", "hard_cap", "tokens")
-# Assignments that found no room and were not lost: moved to another expert, or computed by the shared expert.
-REROUTE_REASONS = ("moved", "spilled")
+# Assignments that were not lost: without room, and moved to another expert or computed by the stand-in (the shared
+# expert, or a dense path); or diverted to the stand-in because a repair keeps them from their experts.
+REROUTE_REASONS = ("moved", "spilled", "diverted")
 
 
 @runtime_checkable
@@ -298,9 +300,12 @@ class Alert:
 
 @dataclass(frozen=True)
 class Action:
-    """One repair: what was done to which layer at which step, why, and the numbers before it.
+    """One repair, at one moment of its life: a record each time that its state changes.
 
-    kind: e.g. "quantile_bias". reason: the key of the alert that led to it. detail: plain numbers.
+    kind: e.g. "quantile_bias". layer: the layer's name, or "" for the whole model. step: of this record. reason: the
+    key of the alert that led to it. detail: plain numbers, before and after.
+    state: "proposed" (nothing was done), "applied" (in force, on trial), then "kept" or "undone"; "failed": nothing was
+    changed, or all of it was put back. note: a sentence, e.g. why it was undone.
     """
 
     kind: str
@@ -308,6 +313,8 @@ class Action:
     step: int
     reason: str
     detail: Mapping[str, float] = field(default_factory=dict)
+    state: ActionState = "applied"
+    note: str = ""
 
 
 class Detector(Protocol):

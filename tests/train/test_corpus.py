@@ -2,12 +2,10 @@
 
 import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
 from equipoise.train import sources
-from equipoise.train.atomic import atomic_write
 from equipoise.train.corpus import EMBEDDED_DOMAINS, corpus, embedded
 from equipoise.train.fetch_text import fetch_extra_text, plain_text
 from equipoise.train.sources import DataError, Text
@@ -248,28 +246,3 @@ def test_damaged_scripture_is_not_mistaken_for_text(tmp_path):
         sources.kjv_chapters(path)
     with pytest.raises(DataError, match=r"cannot read the text.*unable to open"):
         sources.kjv_chapters(tmp_path / "missing.db")
-
-
-def test_atomic_write_leaves_the_old_file_when_the_block_fails(tmp_path):
-    path = tmp_path / "deep" / "file"
-    with atomic_write(path) as file:
-        file.write(b"old")
-
-    def fail() -> None:
-        with atomic_write(path) as file:
-            file.write(b"new")
-            raise KeyError("stop")
-
-    with pytest.raises(KeyError):
-        fail()
-    assert path.read_bytes() == b"old"
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_atomic_write_says_why_it_could_not(tmp_path):
-    Path(tmp_path / "file").write_bytes(b"")
-    with (
-        pytest.raises(DataError, match=r"could not write .*inside: .*another disk"),
-        atomic_write(tmp_path / "file" / "inside") as file,
-    ):
-        file.write(b"x")

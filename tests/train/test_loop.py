@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from equipoise.disk.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint
 from equipoise.faults import Collapse, inject
 from equipoise.monitor.store import StoreError
 from equipoise.routing import QuantileBalance, SwitchLoss, TopK, ZLoss
-from equipoise.train.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint
 from equipoise.train.diagnose import DivergenceError
 from equipoise.train.loop import Trainer, load_config
 from equipoise.train.report import Silent

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from equipoise.disk.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from equipoise.monitor.store import RunStore
-from equipoise.train.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from equipoise.train.loop import Trainer
 from equipoise.train.report import Silent
 from equipoise.train.run import open_data, train

@@ -6,8 +6,8 @@ import signal
 import pytest
 from rich.console import Console
 
+from equipoise.disk.checkpoint import latest_checkpoint
 from equipoise.monitor.store import RunStore
-from equipoise.train.checkpoint import latest_checkpoint
 from equipoise.train.loop import load_config
 from equipoise.train.report import ConsoleReporter, Silent
 from equipoise.train.run import interruptible, open_data, train

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from equipoise.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from equipoise.disk.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from equipoise.train.snapshot import pack_optimizer, rng_state, set_rng_state, unpack_optimizer
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from equipoise.dashboard.records import Evenness, Frame, Head, Series, evenness_of, incidents
-from equipoise.monitor.store import APPLICATION_ID, SCHEMA_VERSION, StoreError, store_path
+from equipoise.monitor.store import APPLICATION_ID, SCHEMA_VERSION, StoreError, load_action, store_path
 from equipoise.types import Action, Alert, Finding, RoutingStats
 
 MAX_POINTS = 400  # of one curve
@@ -189,11 +189,7 @@ def alerts(db: sqlite3.Connection) -> list[Alert]:
 def actions(db: sqlite3.Connection) -> list[Action]:
     """The newest repairs, at most 1000, oldest first."""
     rows = db.execute("SELECT kind, layer, step, reason, detail FROM actions ORDER BY id DESC LIMIT ?", (MAX_EVENTS,))
-    found = [
-        Action(kind, layer, step, why, {key: float(value) for key, value in json.loads(text).items()})
-        for kind, layer, step, why, text in rows
-    ]
-    return found[::-1]
+    return [load_action(row) for row in rows][::-1]
 
 
 # ------------------------------------------------------------------------------------------------------- helpers

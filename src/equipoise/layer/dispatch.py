@@ -10,10 +10,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from equipoise.layer.capacity import Capacity
-from equipoise.layer.overflow import Fitted, fit
+from equipoise.layer.overflow import Fitted, fit, spilled
 from equipoise.ops.ragged import RaggedPlan, ragged_plan
 from equipoise.types import RoutingDecision
 
@@ -54,6 +55,34 @@ class CapacityDispatcher:
             return x_TD, plan_of(decision)
         fitted = fit(decision, self.capacity, training)
         return x_TD, plan_of(fitted.decision, fitted)
+
+    def combine(self, y: Tensor, plan: RaggedPlan) -> Tensor:
+        """Nothing left to do."""
+        return y
+
+
+class DivertDispatcher:
+    """Keeps some assignments from their experts; a stand-in computes them, with their weight. Without a capacity.
+
+    share: of the tokens, drawn at random from torch's generator of the device; all of their assignments are diverted.
+    shut_experts: their assignments are diverted.
+    """
+
+    def __init__(self, share: float, shut_experts: tuple[int, ...] = ()) -> None:
+        self.share, self.shut_experts = share, shut_experts
+
+    def dispatch(self, x_TD: Tensor, decision: RoutingDecision, training: bool) -> tuple[Tensor, RaggedPlan]:
+        """x as it is, and the plan of what is left to the experts."""
+        T, device = decision.num_tokens, x_TD.device
+        if self.share in (0.0, 1.0):
+            diverted_T = torch.full((T,), self.share == 1.0, device=device)
+        else:
+            diverted_T = torch.rand(T, device=device) < self.share
+        shut_E = torch.zeros(decision.num_experts, dtype=torch.bool, device=device)
+        shut_E[list(self.shut_experts)] = True
+        diverted_N = diverted_T[decision.token_ids_N] | shut_E[decision.expert_ids_N]
+        drops = {"diverted": diverted_N.sum()}
+        return x_TD, plan_of(decision, Fitted(decision, ~diverted_N, spilled(decision, ~diverted_N), drops))
 
     def combine(self, y: Tensor, plan: RaggedPlan) -> Tensor:
         """Nothing left to do."""

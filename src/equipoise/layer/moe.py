@@ -16,6 +16,7 @@ from equipoise.layer.capacity import Capacity
 from equipoise.layer.dispatch import CapacityDispatcher, Dispatcher, DroplessDispatcher
 from equipoise.layer.experts import BackendName, Experts
 from equipoise.layer.feed_forward import FeedForward
+from equipoise.layer.mode import InForce, Mode, in_force
 from equipoise.layer.tokens import TokenView, tokens_of
 from equipoise.ops.attach_loss import attach_loss
 from equipoise.routing.adaptive import Adaptive
@@ -25,7 +26,7 @@ from equipoise.routing.losses import BalanceLoss, ImportanceLoss, LoadLoss, Loss
 from equipoise.routing.router import RouterConfig
 from equipoise.routing.schedules import value_at
 from equipoise.routing.similarity import SimilarityLoss, check_similarity
-from equipoise.routing.top_k import TopK
+from equipoise.routing.top_k import TopK, TopKRouter
 from equipoise.types import BatchScope, Routed, RoutingDecision
 
 
@@ -88,6 +89,7 @@ class MoE(nn.Module):
         self.shared = FeedForward(dim, shared_experts * hidden_dim, activation) if shared_experts else None
         self.shared_gate = nn.Linear(dim, 1, bias=False) if shared_gate else None
         self.tap = Tap()
+        self._force = InForce()
         self._adaptive = self.adaptive  # found once: a forward has no time to look
 
     @property
@@ -126,26 +128,52 @@ class MoE(nn.Module):
         scope: see `BatchScope`; matters for balancing losses only.
         Raises ValueError for shapes that do not fit together.
         """
+        force = self._force  # read once: a repair may replace it while this forward runs
+        dispatcher = force.dispatcher or self.dispatcher
         view = tokens_of(x, padding_mask, token_ids)
-        decision = self.route(view)
-        rows, plan = self.dispatcher.dispatch(view.x_TD, decision, self.training)
-        y_TD = self.dispatcher.combine(self.experts(rows, plan), plan)
+        decision = self.route(view, force)
+        rows, plan = dispatcher.dispatch(view.x_TD, decision, self.training)
+        y_TD = dispatcher.combine(self.experts(rows, plan), plan)
         if self.shared is not None:
-            y_TD = y_TD + self._shared(view.x_TD, plan.spilled_T)
+            y_TD = y_TD + self._shared(view.x_TD, plan.spilled_T if force.dense is None else None)
+        if force.dense is not None and plan.spilled_T is not None:
+            y_TD = y_TD + plan.spilled_T.to(y_TD.dtype)[:, None] * force.dense(view.x_TD).to(y_TD.dtype)
         if self.training:  # also without gradients: reentrant checkpointing starts so
             for state in self._adaptive:
                 state.observe(decision, plan.drops)
         losses: Mapping[str, Tensor] = {}
         if self.training and torch.is_grad_enabled():
-            y_TD, losses = self._attach_losses(y_TD, decision, view, scope or BatchScope())
+            y_TD, losses = self._attach_losses(y_TD, decision, view, scope or BatchScope(), force.mode.boost)
         self.tap(Routed(decision, plan, losses))
         return view.restore(y_TD)
 
-    def route(self, view: TokenView) -> RoutingDecision:
-        """The router's decision, under the balancer's bias if there is one."""
+    def route(self, view: TokenView, force: InForce) -> RoutingDecision:
+        """The router's decision, under the biases of the balancer and of a repair, if there are any."""
         bias_E = None if self.balancer is None else self.balancer.bias_E
+        if force.bias_E is not None:
+            bias_E = force.bias_E.to(view.x_TD.device) + (0.0 if bias_E is None else bias_E)
+        if force.router is not None:
+            return force.router(view.x_TD, None, view.token_ids_T)  # type: ignore[no-any-return]  # nn.Module's
         decision: RoutingDecision = self.router(view.x_TD, bias_E, view.token_ids_T)
         return decision
+
+    @property
+    def mode(self) -> Mode:
+        """How the layer departs from its configuration at the moment, for a repair."""
+        return self._force.mode
+
+    def set_mode(self, mode: Mode, dense: FeedForward | None = None) -> None:
+        """Replace the mode, from the next forward on. `NORMAL` is the layer as configured. Not part of the state dict.
+
+        dense: what computes what is kept from the experts; without it the shared experts do. It is not trained.
+        Raises ValueError, and changes nothing, for a mode that this layer can't take.
+        """
+        force = in_force(mode, self.router, self.num_experts, dense, self.shared is not None)
+        if self.balancer is not None:
+            self.balancer.boost = mode.boost
+        if isinstance(self.router, TopKRouter):
+            self.router.temperature_in_force = mode.temperature
+        self._force = force
 
     def _shared(self, x_TD: Tensor, spilled_T: Tensor | None) -> Tensor:
         """The shared experts' part; spilled_T: weight that they take over from experts that were full."""
@@ -157,13 +185,14 @@ class MoE(nn.Module):
         return y_TD if own_T1 is None else y_TD * own_T1
 
     def _attach_losses(
-        self, y_TD: Tensor, decision: RoutingDecision, view: TokenView, scope: BatchScope
+        self, y_TD: Tensor, decision: RoutingDecision, view: TokenView, scope: BatchScope, boost: float
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """(output with the losses attached, losses for observers)."""
         inputs = LossInputs(decision, view.sequence_ids_T, view.num_sequences, self.k, self.router.weight, scope.counts)
         values = {loss.name: loss(inputs) for loss in self.losses}
         if values:
-            terms = [scope.share * self._coef(loss, scope.step) * values[loss.name] for loss in self.losses]
+            scale = scope.share * boost
+            terms = [scale * self._coef(loss, scope.step) * values[loss.name] for loss in self.losses]
             y_TD = attach_loss(y_TD, torch.stack(terms).sum())
         return y_TD, {name: value.detach() for name, value in values.items()}
 

@@ -41,14 +41,12 @@ def fit(decision: RoutingDecision, capacity: Capacity, training: bool) -> Fitted
     keep_N = rank_N < limit
     none = keep_N.new_zeros((), dtype=torch.int64)
     drops = {"moved": none, "spilled": none}
-    spilled_T = None
     if capacity.overflow == "next_choice":
         first_N = keep_N
         decision, keep_N = _moved(decision, keep_N, place_N, limit)
         drops["moved"] = (keep_N & ~first_N).sum()
     elif capacity.overflow == "shared":
-        weights_N = torch.where(keep_N, 0.0, decision.weights_N)
-        spilled_T = weights_N.new_zeros(T).index_add(0, decision.token_ids_N, weights_N)
+        spilled_T = spilled(decision, keep_N)
         drops["spilled"] = (~keep_N).sum()
         return Fitted(decision, keep_N, spilled_T, drops | {"capacity": none, "hard_cap": none, "tokens": none})
     kept_T = torch.zeros(T, dtype=torch.int64, device=keep_N.device)
@@ -57,7 +55,13 @@ def fit(decision: RoutingDecision, capacity: Capacity, training: bool) -> Fitted
     drops["capacity"] = (~keep_N & (rank_N >= by_factor)).sum()
     drops["hard_cap"] = (~keep_N & (rank_N < by_factor)).sum()
     drops["tokens"] = (kept_T == 0).sum()
-    return Fitted(decision, keep_N, spilled_T, drops)
+    return Fitted(decision, keep_N, None, drops)
+
+
+def spilled(decision: RoutingDecision, keep_N: Tensor) -> Tensor:
+    """fp32 (T,), with gradient: the weight of each token's assignments that are not kept."""
+    weights_N = torch.where(keep_N, 0.0, decision.weights_N)
+    return weights_N.new_zeros(decision.num_tokens).index_add(0, decision.token_ids_N, weights_N)
 
 
 def _places(decision: RoutingDecision, capacity: Capacity) -> Tensor | None:

@@ -127,8 +127,9 @@ class RunStore:
             self._db.execute("INSERT INTO alerts (step, key, state, since_step, finding) VALUES (?, ?, ?, ?, ?)", row)
 
     def action(self, action: Action) -> None:
-        """Keep one repair that was applied."""
-        row = (action.step, action.kind, action.layer, action.reason, _dump(dict(action.detail)))
+        """Keep one change of a repair."""
+        detail = dict(action.detail) | {"state": action.state, "note": action.note}
+        row = (action.step, action.kind, action.layer, action.reason, _dump(detail))
         with self.transaction():
             self._db.execute("INSERT INTO actions (step, kind, layer, reason, detail) VALUES (?, ?, ?, ?, ?)", row)
 
@@ -189,9 +190,9 @@ class RunStore:
         return [Alert(key, state, since, step, _load_finding(text)) for key, state, since, step, text in rows]
 
     def actions(self) -> list[Action]:
-        """Every repair, oldest first."""
+        """Every change of every repair, oldest first."""
         rows = self._rows("SELECT kind, layer, step, reason, detail FROM actions ORDER BY id")
-        return [Action(kind, layer, step, why, _floats(json.loads(text))) for kind, layer, step, why, text in rows]
+        return [load_action(row) for row in rows]
 
     def meta(self) -> dict[str, Any]:
         """The facts about the run that `set_meta` kept."""
@@ -318,6 +319,14 @@ def _load_stats(text: str, counts: bytes) -> RoutingStats:
     record["losses"] = _floats(record["losses"])
     record["dead_experts"] = tuple(record["dead_experts"])
     return RoutingStats(**record, counts_E=np.frombuffer(counts, dtype="<i8").astype(np.int64))
+
+
+def load_action(row: tuple[str, str, int, str, str]) -> Action:
+    """A row of the table: kind, layer, step, reason, detail. Rows from before repairs had states were applied."""
+    kind, layer, step, reason, text = row
+    detail = json.loads(text)
+    state, note = detail.pop("state", "applied"), detail.pop("note", "")
+    return Action(kind, layer, step, reason, _floats(detail), state, note)
 
 
 def _load_finding(text: str) -> Finding:

@@ -21,9 +21,10 @@ from equipoise.types import RoutingDecision
 
 
 class Balancer(Adaptive):
-    """A selection bias that adapts: bias_E, fp32 (E,), zero-centred."""
+    """A selection bias that adapts: bias_E, fp32 (E,), zero-centred. boost: steps count so many times, for a repair."""
 
     bias_E: Tensor
+    boost: float = 1.0
 
 
 @runtime_checkable
@@ -141,7 +142,7 @@ class BiasBalancer(Balancer):
 
     def advance(self, step: int) -> None:
         """Move the bias against the counted load."""
-        rate, rule = value_at(self.config.rate, step), self.config.rule
+        rate, rule = self.boost * value_at(self.config.rate, step), self.config.rule
         if rule == "smooth":
             step_E, momentum_E = smooth_step(self.pending_E, self.momentum_E, rate)
             self.momentum_E.copy_(momentum_E)

@@ -98,6 +98,15 @@ class RouterConfig(Protocol):
         ...
 
 
+def build_on(config: RouterConfig, weight_ED: Tensor) -> Router:
+    """Another router on the same linear weight, which it shares: (E, D)."""
+    E, D = weight_ED.shape
+    with torch.device("meta"):
+        router = config.build(D, E)
+    router.weight = weight_ED
+    return router
+
+
 Init = Literal["normal", "truncated", "orthogonal"]
 
 

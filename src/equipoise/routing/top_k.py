@@ -180,6 +180,7 @@ class TopKRouter(Router):
         config.check(num_experts)
         self.config = config
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.temperature_in_force: float | None = None  # a repair's, in place of the config's in every mode
         self.init_weights(0.02)
 
     def init_weights(self, std: float) -> None:
@@ -222,6 +223,8 @@ class TopKRouter(Router):
         temperature = config.temperature
         if not self.training and config.eval_temperature is not None:
             temperature = config.eval_temperature
+        if self.temperature_in_force is not None:
+            temperature = self.temperature_in_force
         if temperature != 1.0:
             logits_TE = logits_TE / temperature
         if config.score == "softmax" and (config.order == "post" or config.renormalizes):

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from equipoise.train.atomic import atomic_write
+from equipoise.disk.atomic import atomic_write
 from equipoise.train.corpus import default_text_folder
 from equipoise.train.sources import DataError, Text
 

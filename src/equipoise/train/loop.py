@@ -14,14 +14,8 @@ from typing import Protocol
 
 import torch
 
-from equipoise.layer import reduce_and_update
-from equipoise.models.decoder import Decoder
-from equipoise.monitor.store import RunStore
-from equipoise.monitor.watch import Watch
-from equipoise.recovery.actions import apply_action
-from equipoise.recovery.policy import QuantileOnCollapse
-from equipoise.train.atomic import atomic_write
-from equipoise.train.checkpoint import (
+from equipoise.disk.atomic import atomic_write
+from equipoise.disk.checkpoint import (
     clean_leftovers,
     latest_checkpoint,
     load_checkpoint,
@@ -29,6 +23,12 @@ from equipoise.train.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from equipoise.layer import reduce_and_update
+from equipoise.models.decoder import Decoder
+from equipoise.monitor.store import RunStore
+from equipoise.monitor.watch import Watch
+from equipoise.recovery.actions import apply_action
+from equipoise.recovery.policy import QuantileOnCollapse
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import Batch, Loader, TokenData, eval_batches
 from equipoise.train.diagnose import DivergenceError, first_non_finite, non_finite_parameter

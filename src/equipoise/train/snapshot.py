@@ -1,20 +1,19 @@
 """The state of an optimizer and of the random-number generators as tensors and plain JSON, and exactly back.
 
-No files here (checkpoint.py writes them) and no pickle: JSON holds the structure, tensors hold the numbers.
+No files here (disk/checkpoint.py writes them) and no pickle: JSON holds the structure, tensors hold the numbers.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-JSON: TypeAlias = Any  # None, bool, int, float, str, and lists and str-keyed dicts of them; checked when it is saved
-
+from equipoise.disk.checkpoint import JSON
 
 # ---------------------------------------------------------------------------------------------- optimizer
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equipoise.disk.checkpoint import JSON, Checkpoint, CheckpointError
 from equipoise.models.decoder import Decoder
 from equipoise.monitor.watch import Watch
-from equipoise.train.checkpoint import JSON, Checkpoint, CheckpointError
 from equipoise.train.data import Loader
 from equipoise.train.snapshot import pack_optimizer, rng_state, set_rng_state, unpack_optimizer
 

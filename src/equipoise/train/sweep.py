@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from equipoise.disk.atomic import atomic_write
 from equipoise.monitor.store import RunStore
-from equipoise.train.atomic import atomic_write
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import TokenData
 from equipoise.train.diagnose import DivergenceError

@@ -18,7 +18,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from equipoise.train.atomic import atomic_write
+from equipoise.disk.atomic import atomic_write
 from equipoise.train.sources import require
 from equipoise.train.sweep import CellResult, SweepResult
 

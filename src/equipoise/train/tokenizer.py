@@ -17,7 +17,7 @@ from typing import Any, final
 import numpy as np
 import tiktoken
 
-from equipoise.train.atomic import atomic_write
+from equipoise.disk.atomic import atomic_write
 from equipoise.train.corpus import Corpus
 from equipoise.train.sources import DataError, package_folder
 

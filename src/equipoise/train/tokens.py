@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from equipoise.train.atomic import atomic_write
+from equipoise.disk.atomic import atomic_write
 from equipoise.train.corpus import Corpus, Document
 from equipoise.train.sources import DataError
 from equipoise.train.tokenizer import Tokenizer

@@ -1,7 +1,7 @@
 """Checkpoints on disk: a folder that is either whole or ignored. Groups of tensors, plain JSON, and a manifest.
 
-It writes, verifies, lists and prunes such folders. It knows nothing about models or optimizers (snapshot.py turns
-their state into tensors and JSON), never pickles, and never changes a checkpoint once it has its name.
+It writes, verifies, lists and prunes such folders. It knows nothing about models or optimizers (train/snapshot.py
+turns their state into tensors and JSON), never pickles, and never changes a checkpoint once it has its name.
 
     step-000123/           step-000123-r1/ when step 123 was saved again with other content, after a rollback
       model.safetensors    one file per group of tensors
@@ -20,31 +20,14 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from equipoise.train.snapshot import JSON, pack_optimizer, rng_state, set_rng_state, unpack_optimizer
-
-__all__ = [
-    "JSON",
-    "Checkpoint",
-    "CheckpointError",
-    "clean_leftovers",
-    "latest_checkpoint",
-    "list_checkpoints",
-    "load_checkpoint",
-    "newest_folder",
-    "pack_optimizer",
-    "prune_checkpoints",
-    "rng_state",
-    "save_checkpoint",
-    "set_rng_state",
-    "unpack_optimizer",
-]
+JSON: TypeAlias = Any  # None, bool, int, float, str, and lists and str-keyed dicts of them; checked when it is saved
 
 FORMAT = 1
 _MANIFEST = "manifest.json"

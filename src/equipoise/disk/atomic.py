@@ -12,14 +12,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from equipoise.train.sources import DataError
+
+class DiskError(ValueError):
+    """The system refused to write. The message says what to do about it."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file that appears at `path` when the block ends well, and leaves nothing behind when not.
 
-    The folder is created when missing. Raises DataError in place of an OSError of the operating system (disk full,
+    The folder is created when missing. Raises DiskError in place of an OSError of the operating system (disk full,
     quota, no permission).
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -31,7 +33,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        raise DataError(
+        raise DiskError(
             f"could not write {path}: {error.strerror or error}. Nothing was left behind. "
             "Free some space or pass a folder on another disk."
         ) from error

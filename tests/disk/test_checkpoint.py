@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.train import checkpoint as cp
+from equipoise.disk import checkpoint as cp
 
 TENSORS = {"model": {"w": torch.arange(6.0).reshape(2, 3)}, "optimizer": {"m": torch.ones(4)}}
 STATE = {"loader": {"position": 17}, "note": "ä"}
@@ -263,7 +263,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from equipoise.train.checkpoint import save_checkpoint
+from equipoise.disk.checkpoint import save_checkpoint
 
 torch.set_num_threads(1)
 base = Path(sys.argv[1])
@@ -351,7 +351,7 @@ FULL_DISK = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from equipoise.train.checkpoint import CheckpointError, save_checkpoint
+from equipoise.disk.checkpoint import CheckpointError, save_checkpoint
 
 root, tensors, text = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 save_checkpoint(root, 1, {"model": {"w": torch.ones(100)}}, {})
