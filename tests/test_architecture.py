@@ -31,7 +31,7 @@ ALLOWED = {
     "disk": set(),
     "recovery": {"types", "ops", "routing", "layer", "monitor", "disk"},
     "plan": {"types"},
-    "dashboard": {"types", "plan", "monitor.store"},
+    "dashboard": {"types", "plan", "monitor.store", "monitor.incidents"},
     "faults": {"types", "layer", "monitor.adapters"},
     "train": {"types", "ops", "routing"} | RINGS,
     "serve": {"types"} | RINGS,

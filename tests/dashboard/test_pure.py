@@ -20,10 +20,11 @@ from equipoise.dashboard.page_compare import worst_over_time
 from equipoise.dashboard.page_run import even_reading
 from equipoise.dashboard.page_runs import spark_path
 from equipoise.dashboard.palette import DARK, LIGHT, THEMES, css, heat_value
-from equipoise.dashboard.records import Evenness, Frame, Incident, Series, drop_share, incidents
+from equipoise.dashboard.records import Evenness, Frame, Series, drop_share
 from equipoise.dashboard.runs import check_paths, find_runs, run_ref
 from equipoise.dashboard.timeline import incident_address
 from equipoise.dashboard.widgets import age, number, percent
+from equipoise.monitor.incidents import Incident, incidents
 from equipoise.monitor.store import RunStore, StoreError
 from equipoise.types import Action
 

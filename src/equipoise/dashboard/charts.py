@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from equipoise.dashboard.palette import DEAD_LOAD, DEAD_SIGN, HEAT_SPAN, LIGHT, Palette, heat_value, heat_values
-from equipoise.dashboard.records import Evenness, Frame, Incident, Series
+from equipoise.dashboard.records import Evenness, Frame, Series
+from equipoise.monitor.incidents import Incident
 from equipoise.types import RoutingStats
 
 Options = dict[str, Any]

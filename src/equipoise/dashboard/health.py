@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from equipoise.dashboard.records import SEVERITIES, Head, Incident
+from equipoise.dashboard.records import SEVERITIES, Head
+from equipoise.monitor.incidents import Incident
 from equipoise.monitor.store import StoreError
 
 SILENT_SECONDS = 300.0  # a run that says it is running, and has written nothing for so long

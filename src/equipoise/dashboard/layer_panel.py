@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from equipoise.dashboard import charts
-from equipoise.dashboard.records import Frame, Incident, Series, drop_share, evenness_of
+from equipoise.dashboard.records import Frame, Series, drop_share, evenness_of
 from equipoise.dashboard.run_data import RunData
 from equipoise.dashboard.widgets import (
     Chart,
@@ -22,6 +22,7 @@ from equipoise.dashboard.widgets import (
     set_prop,
     set_text,
 )
+from equipoise.monitor.incidents import Incident
 from equipoise.types import RoutingStats
 
 if TYPE_CHECKING:

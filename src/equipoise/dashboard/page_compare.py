@@ -16,10 +16,11 @@ from equipoise.dashboard import charts, reader
 from equipoise.dashboard.hub import RETRY_SECONDS
 from equipoise.dashboard.page_run import REST, map_height
 from equipoise.dashboard.palette import DEAD_NOTE, Palette
-from equipoise.dashboard.records import Evenness, Frame, Head, Series, drop_share, incidents
+from equipoise.dashboard.records import Evenness, Frame, Head, Series, drop_share
 from equipoise.dashboard.runs import RunRef
 from equipoise.dashboard.slider import Slider
 from equipoise.dashboard.widgets import Chart, View, chooser, el, fill_chooser, heat_legend, link, number, page, percent
+from equipoise.monitor.incidents import incidents
 from equipoise.monitor.store import StoreError
 from equipoise.types import RoutingStats
 

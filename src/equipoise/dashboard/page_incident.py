@@ -13,9 +13,10 @@ from equipoise.dashboard import charts, reader
 from equipoise.dashboard.health import lasted, subject
 from equipoise.dashboard.page_run import map_height
 from equipoise.dashboard.palette import DEAD_NOTE
-from equipoise.dashboard.records import Frame, Incident, drop_share, incidents
+from equipoise.dashboard.records import Frame, drop_share
 from equipoise.dashboard.runs import RunRef
 from equipoise.dashboard.widgets import Chart, View, button, el, heat_legend, link, page, percent
+from equipoise.monitor.incidents import Incident, incidents
 from equipoise.monitor.store import StoreError
 from equipoise.types import RoutingStats
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.dashboard.records import Evenness, Frame, Head, Series, evenness_of, incidents
+from equipoise.dashboard.records import Evenness, Frame, Head, Series, evenness_of
+from equipoise.monitor.incidents import incidents
 from equipoise.monitor.store import APPLICATION_ID, SCHEMA_VERSION, StoreError, load_action, store_path
 from equipoise.types import Action, Alert, Finding, RoutingStats
 

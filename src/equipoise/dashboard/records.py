@@ -5,39 +5,14 @@ They hold no connection and draw no page. Steps are optimizer steps, times are s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from equipoise.types import Action, Alert, Finding, RoutingStats
+from equipoise.monitor.incidents import Incident
+from equipoise.types import RoutingStats
 
 SEVERITIES = ("info", "warning", "critical")  # rising
-
-
-@dataclass(frozen=True)
-class Incident:
-    """One alert's life, with the repairs that it led to.
-
-    fired: the step at which the alert fired; since: the first step of the symptom. resolved: None while it lasts.
-    finding: as it was when the alert fired.
-    """
-
-    key: str
-    since: int
-    fired: int
-    resolved: int | None
-    finding: Finding
-    actions: tuple[Action, ...]
-
-    @property
-    def firing(self) -> bool:
-        """Whether it still lasts."""
-        return self.resolved is None
-
-    def lasted_until(self, now: int) -> int:
-        """The step of its end, or `now`."""
-        return now if self.resolved is None else self.resolved
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,28 +83,3 @@ def drop_share(stats: RoutingStats) -> float:
     """Assignments lost, as a share of all, in [0, 1]; what was moved or spilled is not lost."""
     lost = sum(count for reason, count in stats.dropped.items() if reason != "tokens")
     return lost / max(int(stats.counts_E.sum()), 1)
-
-
-def incidents(alerts: Sequence[Alert], actions: Sequence[Action]) -> list[Incident]:
-    """Alerts with the repairs made for them, the newest first; firing and resolved are paired by key and order."""
-    found: list[Incident] = []
-    open_by_key: dict[str, int] = {}
-    for alert in alerts:
-        index = open_by_key.get(alert.key)
-        if alert.state == "firing" and index is None:
-            open_by_key[alert.key] = len(found)
-            found.append(Incident(alert.key, alert.since_step, alert.step, None, alert.finding, ()))
-        elif alert.state == "resolved" and index is not None:
-            begun = found[index]
-            found[index] = Incident(begun.key, begun.since, begun.fired, alert.step, begun.finding, ())
-            del open_by_key[alert.key]
-    with_repairs = [
-        Incident(i.key, i.since, i.fired, i.resolved, i.finding, tuple(a for a in actions if _belongs(a, i)))
-        for i in found
-    ]
-    return sorted(with_repairs, key=lambda i: (i.fired, i.key), reverse=True)
-
-
-def _belongs(action: Action, incident: Incident) -> bool:
-    ended = incident.resolved is not None and action.step > incident.resolved
-    return action.reason == incident.key and action.step >= incident.since and not ended

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from equipoise.dashboard import reader
-from equipoise.dashboard.records import Evenness, Frame, Head, Incident, Series, incidents
+from equipoise.dashboard.records import Evenness, Frame, Head, Series
 from equipoise.dashboard.runs import RunRef
+from equipoise.monitor.incidents import Incident, incidents
 from equipoise.types import Action, RoutingStats
 
 MAX_KEPT = 20  # newest alerts whose flush is in every map

@@ -10,8 +10,8 @@ import bisect
 import json
 from collections.abc import Awaitable, Callable, Sequence
 
-from equipoise.dashboard.records import Incident
 from equipoise.dashboard.widgets import button, el, set_class, set_prop, set_text
+from equipoise.monitor.incidents import Incident
 
 THROTTLE_SECONDS = 0.06
 MAX_MARKS = 40

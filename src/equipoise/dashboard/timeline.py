@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from urllib.parse import urlencode
 
 from equipoise.dashboard.health import lasted, subject
-from equipoise.dashboard.records import Incident
 from equipoise.dashboard.runs import RunRef
 from equipoise.dashboard.widgets import el, link, plural, set_text
+from equipoise.monitor.incidents import Incident
 from equipoise.types import Action
 
 MAX_ROWS = 60
