@@ -162,6 +162,11 @@ class MoE(nn.Module):
         """How the layer departs from its configuration at the moment, for a repair."""
         return self._force.mode
 
+    @property
+    def dense(self) -> FeedForward | None:
+        """What stands in for the experts in this mode, if it is not the shared experts."""
+        return self._force.dense
+
     def set_mode(self, mode: Mode, dense: FeedForward | None = None) -> None:
         """Replace the mode, from the next forward on. `NORMAL` is the layer as configured. Not part of the state dict.
 
