@@ -10,6 +10,7 @@ import pytest
 
 from equipoise.demo import DemoResult
 from equipoise.disk.checkpoint import load_checkpoint
+from equipoise.monitor.incidents import repairs
 from equipoise.monitor.store import RunStore
 
 
@@ -43,12 +44,23 @@ def test_it_is_detected_within_a_few_flushes_of_five_steps(result):
 def test_the_repair_brings_the_load_of_that_layer_back(result):
     with RunStore.open_readonly(Path(result["out"])) as store:
         history = store.routing_history(result["layer"])
-        actions = store.actions()
+        made = [action for action in repairs(store.actions()) if action.step > result["injected_at"]]
     before = [s for s in history if s.step <= result["injected_at"]][-1]
     broken = next(s for s in history if s.step == result["detected_at"])
     assert broken.max_token_share > 0.9 > before.max_token_share
     assert history[-1].max_violation < 1.0
-    assert [(a.kind, a.layer) for a in actions] == [("quantile_bias", result["layer"])]
+    assert [(a.kind, a.layer, a.state) for a in made] == [("quantile_bias", result["layer"], "kept")]
+    assert result["repair"] == "quantile_bias"
+
+
+def test_every_rung_of_the_ladder_is_tried(result):
+    ladder = {rung["repair"]: rung for rung in result["ladder"]}
+    rungs = ["as it is", "quantile_bias", "next_choice", "spill", "router_rollback", "full_rollback", "round_robin"]
+    assert list(ladder) == rungs
+    assert ladder["as it is"]["straggler"] > 3.9  # one of 8 experts takes all tokens at top-2: 4 fair loads
+    assert all(ladder[rung]["straggler"] < 2.5 for rung in rungs[1:])
+    assert ladder["next_choice"]["straggler"] == ladder["spill"]["straggler"] == 1.25
+    assert ladder["full_rollback"]["perplexity"] == pytest.approx(ladder["router_rollback"]["perplexity"], rel=0.02)
 
 
 def test_perplexity_suffers_and_recovers(result):

@@ -11,6 +11,7 @@ import torch
 
 from equipoise.disk.checkpoint import CheckpointError, latest_checkpoint, list_checkpoints, load_checkpoint
 from equipoise.faults import Collapse, inject
+from equipoise.monitor.incidents import repairs
 from equipoise.monitor.store import StoreError
 from equipoise.routing import QuantileBalance, SwitchLoss, TopK, ZLoss
 from equipoise.train.diagnose import DivergenceError
@@ -323,6 +324,11 @@ def alerts_of(trainer):
     return [a for a in trainer.store.alerts() if a.step > 100 and a.finding.layer == "layers.1.mlp"]
 
 
+def repairs_of(trainer):
+    """Of this layer, since the fault."""
+    return [a for a in repairs(trainer.store.actions()) if a.step > 100 and a.layer == "layers.1.mlp"]
+
+
 def test_collapse_is_found_within_three_windows_and_repaired(collapsed):
     trainer, listener = collapsed(recover=True)
     trainer.run(until=100 + 3 * 4)
@@ -331,12 +337,14 @@ def test_collapse_is_found_within_three_windows_and_repaired(collapsed):
     assert (fired.finding.layer, fired.finding.expert) == ("layers.1.mlp", 5)
     assert trainer.model.moe_layers["layers.1.mlp"].balancer.active
     assert not trainer.model.moe_layers["layers.0.mlp"].balancer.active  # the healthy layer is left alone
-    [action] = trainer.store.actions()
+    [action] = repairs_of(trainer)
     assert (action.kind, action.layer, action.reason) == ("quantile_bias", "layers.1.mlp", fired.key)
-    assert action.step == fired.step
-    assert [step for step, _, _ in trainer.store.scalar_history("val_perplexity")] == [action.step]  # the damage
+    assert (action.step, action.state) == (fired.step, "applied")
+    assert action.detail.keys() >= {"loss_before", "loss_after", "straggler_before", "straggler_after"}
 
     trainer.run(until=action.step + 4 * 4)
+    [action] = repairs_of(trainer)
+    assert (action.step, action.state) == (fired.step, "kept")
     violation = {stats.step: stats.max_violation for stats in trainer.store.routing_history("layers.1.mlp")}
     assert violation[action.step] > 2.0
     assert violation[action.step + 8] < 1.0
@@ -345,7 +353,7 @@ def test_collapse_is_found_within_three_windows_and_repaired(collapsed):
     assert not trainer.watch.alerts
     said = "\n".join(listener.lines)
     assert f"step {fired.step}: firing: layers.1.mlp has collapsed: expert 5" in said
-    assert f"step {action.step}: repair quantile_bias on layers.1.mlp" in said
+    assert f"step {action.step}: repair quantile_bias on layers.1.mlp at step {action.step}, applied" in said
     assert "resolved" in said
 
 
@@ -353,7 +361,8 @@ def test_without_recover_nothing_is_changed(collapsed):
     trainer, _ = collapsed(recover=False)
     trainer.run(until=100 + 3 * 4)
     assert [alert.state for alert in alerts_of(trainer)] == ["firing"]
-    assert trainer.store.actions() == []
+    [proposed] = repairs_of(trainer)
+    assert (proposed.kind, proposed.state) == ("quantile_bias", "proposed")
     for layer in trainer.model.moe_layers.values():
         assert not layer.balancer.active
         assert not layer.balancer.bias_E.any()

@@ -65,7 +65,7 @@ def test_what_is_compared_is_all_there(make_config, history, tmp_path):
     trainer.close("finished")
     checkpoint = load_checkpoint(latest_checkpoint(tmp_path / "checkpoints"))
     assert checkpoint.tensors.keys() == {"model", "optimizer", "recorder"}
-    assert checkpoint.state.keys() == {"optimizer", "loader", "watch", "rng"}
+    assert checkpoint.state.keys() == {"optimizer", "loader", "watch", "repairs", "rng"}
     assert checkpoint.tensors["model"]["layers.0.mlp.balancer.bias_E"].abs().sum() > 0  # the balancer works
     window = checkpoint.tensors["recorder"]
     assert window["layers.1.mlp.integers"][:8].sum() == 1 * 8 * 32 * 2  # step 5 alone: the window of 1 to 4 is closed

@@ -67,7 +67,8 @@ class LogitRule:
     """Router logits blow up, or are not finite.
 
     max_logsumexp: of the mean log-sum-exp; the logits of healthy routers stay in the tens. std_ratio: how many times
-    the baseline's standard deviation is too much, and its inverse too little; needs baselines.
+    the baseline's standard deviation is too much, and its inverse too little; needs baselines. So does the finding
+    "not_finite": logits that are NaN are either not known, as of some other libraries' routers, or broken.
     """
 
     max_logsumexp: float = 100.0
@@ -84,6 +85,12 @@ class LogitRule:
         if math.isinf(lse) or lse > self.max_logsumexp:
             message = f"{stats.layer}: the router's logits have a mean log-sum-exp of {lse:.4g}"
             return Finding("logits", stats.layer, None, "critical", lse, self.max_logsumexp, message, remedy)
+        if math.isnan(lse) and baseline is not None and math.isfinite(baseline.logit_logsumexp):
+            message = (
+                f"{stats.layer}: the router's logits are not numbers: it, or something before it, is broken"
+            )
+            remedy = "Find the first weight that is not finite, and go back to a checkpoint or copy another expert."
+            return Finding("not_finite", stats.layer, None, "critical", lse, self.max_logsumexp, message, remedy)
         ratio = stats.logit_std / baseline.logit_std if baseline and baseline.logit_std > 0 else 1.0
         if not 1 / self.std_ratio <= ratio <= self.std_ratio and not math.isnan(ratio):
             assert baseline is not None
@@ -134,6 +141,48 @@ def load_moved(counts_E: np.ndarray, baseline_E: np.ndarray, quantile: float = 1
     """(PSI of the two loads, what chance alone stays below with that probability; infinite without assignments)."""
     floor = drift_floor(len(counts_E), float(counts_E.sum()), float(baseline_E.sum()), quantile)
     return float(population_stability_index(counts_E.astype(np.float64), baseline_E.astype(np.float64))), floor
+
+
+WHOLE_MODEL = "model"  # the layer of a finding that is about no single one
+
+
+@dataclass(frozen=True)
+class CountRule:
+    """The monitor itself is broken: its counters stand still, were reset, or count twice.
+
+    tokens_per_flush: what every layer counts between two flushes where each batch has the same number of real tokens.
+    A window of several flushes has a multiple of it.
+    """
+
+    tokens_per_flush: int
+
+    def __post_init__(self) -> None:
+        if self.tokens_per_flush < 1:
+            raise ValueError(f"CountRule.tokens_per_flush: expected at least 1, got {self.tokens_per_flush}")
+
+    def __call__(self, window: Sequence[RoutingStats]) -> list[Finding]:
+        """One finding for the model, with the first layer that is off."""
+        for stats in window:
+            if stats.num_tokens == 0 or stats.num_tokens % self.tokens_per_flush:
+                text = (
+                    f"{stats.layer} counted {stats.num_tokens:,} tokens, expected {self.tokens_per_flush:,} per flush"
+                )
+                remedy = (
+                    "Trust no other alert now: attach the monitor again, and see who else resets or feeds it."
+                )
+                return [
+                    Finding(
+                        rule="counters",
+                        layer=WHOLE_MODEL,
+                        expert=None,
+                        severity="critical",
+                        value=float(stats.num_tokens),
+                        threshold=float(self.tokens_per_flush),
+                        message=f"the monitor's counters are wrong: {text}",
+                        remedy=remedy,
+                    )
+                ]
+        return []
 
 
 @dataclass(frozen=True)

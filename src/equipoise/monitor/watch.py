@@ -56,7 +56,11 @@ class Watch:
 
     def step(self, step: int) -> list[Alert]:
         """Call after each optimizer step, numbered from 1. Returns the alerts that fired or were resolved now."""
-        return self.flush(step) if step % self._every == 0 else []
+        return self.flush(step) if self.is_due(step) else []
+
+    def is_due(self, step: int) -> bool:
+        """Whether `step` flushes after this step."""
+        return step % self._every == 0
 
     def flush(self, step: int) -> list[Alert]:
         """Flush now, whatever has been seen since the last time."""

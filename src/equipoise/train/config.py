@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from equipoise.models.config import DecoderConfig
+from equipoise.recovery.policy import PolicyName, policy_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,10 @@ class TrainConfig:
     bf16: autocast to bfloat16, the router stays fp32. seed: of weights, data order and noise.
     eval_every, checkpoint_every, watch_every: steps; 0 of the first two means only at the end.
     eval_batches: at most so many, spread evenly over the validation text. keep_checkpoints: the newest n.
-    recover: apply the recovery policy when a router collapses; without it alerts are only raised.
+    recover: apply what the policy proposes when a router is in trouble; without it repairs are only proposed.
+    policy: "ladder" (the gentlest repair first) or "round_robin_then_reload". canary_batches: of the validation text,
+    by which a repair is judged. keep_known_good: the newest n known-good records, and the best.
+    accept_faults: obey `equipoise inject`, for trying all this out.
     interference_every: steps between measurements of balancing against task gradients; 0 means never.
     specialisation: measure at the end how the routers divide the domains; needs at least two of them.
     """
@@ -91,16 +95,29 @@ class TrainConfig:
     keep_checkpoints: int = 3
     watch_every: int = 10
     recover: bool = False
+    policy: PolicyName = "ladder"
+    canary_batches: int = 2
+    keep_known_good: int = 5
+    accept_faults: bool = False
     interference_every: int = 0
     specialisation: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "keep_checkpoints", "watch_every", "eval_batches"):
+        for name in (
+            "steps",
+            "batch_size",
+            "keep_checkpoints",
+            "watch_every",
+            "eval_batches",
+            "canary_batches",
+            "keep_known_good",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("eval_every", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 (only at the end) or more, got {getattr(self, name)}")
+        policy_of(self.policy)
         if self.interference_every < 0:
             raise ValueError(f"interference_every: expected 0 (never) or more, got {self.interference_every}")
         micro = self.micro_batch_size
@@ -171,7 +188,11 @@ class Overrides:
     bf16: bool | None = None
     """Compute in bfloat16 where it is safe; the router always stays fp32."""
     recover: bool | None = None
-    """Repair a collapsed router, not only raise the alert."""
+    """Repair a router in trouble, not only propose to."""
+    policy: PolicyName | None = None
+    """Which repairs, in which order: ladder (the gentlest first) or round_robin_then_reload."""
+    accept_faults: bool | None = None
+    """Obey `equipoise inject OUT ...` while it runs, for trying out monitor and repairs."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; 0 writes one at the end only."""
     eval_every: int | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,10 +25,9 @@ from equipoise.disk.checkpoint import (
 )
 from equipoise.layer import reduce_and_update
 from equipoise.models.decoder import Decoder
+from equipoise.monitor.rules import CountRule
 from equipoise.monitor.store import RunStore
 from equipoise.monitor.watch import Watch
-from equipoise.recovery.actions import apply_action
-from equipoise.recovery.policy import QuantileOnCollapse
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import Batch, Loader, TokenData, eval_batches
 from equipoise.train.diagnose import DivergenceError, first_non_finite, non_finite_parameter
@@ -36,10 +35,12 @@ from equipoise.train.evaluate import Evaluation, evaluate
 from equipoise.train.hash_tables import fit_hash_tables
 from equipoise.train.interference import interference
 from equipoise.train.optim import build_optimizer, learning_rate
+from equipoise.train.repair import Repairs
+from equipoise.train.report import sentence
 from equipoise.train.specialisation import Specialisation, check_domains, route_text, specialisation
 from equipoise.train.state import restore_run, run_state
 from equipoise.train.step import gradients, split
-from equipoise.types import Alert
+from equipoise.types import Action, Alert
 
 
 class Reporter(Protocol):
@@ -75,8 +76,9 @@ class Trainer:
         if config.specialisation:
             check_domains(data.val, config.batch_size, config.data.seq_len, config.eval_batches)
         self.store = _open_store(config, out, resume)
-        self.watch = Watch(self.model, every=config.watch_every, sinks=(self.store,))
-        self.policy = QuantileOnCollapse() if config.recover else None
+        per_flush = config.watch_every * config.batch_size * config.data.seq_len
+        self.watch = Watch(self.model, every=config.watch_every, rules=(CountRule(per_flush),), sinks=(self.store,))
+        self.repairs = Repairs(config, self.model, self.optimizer, data, out, self.watch, (self.store,))
         self.step_number = 0
         self._clock = (time.perf_counter(), 0)  # when the speed was last taken, and at which step
         if resume:
@@ -108,7 +110,7 @@ class Trainer:
         loss = gradients(self.model, parts, step, config.bf16, self.watch.recorder)
         grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise self._diverged(step, f"loss is {loss}, gradient norm is {grad_norm}", self._where(batch))
+            self._rescue(step, f"loss is {loss}, gradient norm is {grad_norm}", lambda: self._where(batch))
         rate = self._set_learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -117,8 +119,9 @@ class Trainer:
         with self.store.transaction():
             self._record({"loss": loss, "grad_norm": grad_norm, "learning_rate": rate} | measured)
             changed = self.watch.step(step)
-        for alert in changed:
-            self._on_alert(alert)
+        self._tell(changed)
+        if self.watch.is_due(step):
+            self._tell(self.repairs.after_flush(step, changed))
         self.reporter.update()
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:  # the end is the caller's
             self.evaluate()
@@ -156,39 +159,47 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this moment, and drop the oldest beyond keep_checkpoints.
 
-        Raises DivergenceError, and writes none, when a weight is not finite: the loss will show it a step later.
+        Raises DivergenceError, and writes none, when a weight is not finite and no repair helps: the loss will show it
+        a step later.
         """
         if where := non_finite_parameter(self.model):
-            raise self._diverged(self.step_number, "the weights are not finite after the update", where)
-        tensors, state = run_state(self.model, self.optimizer, self.loader, self.watch)
+            self._rescue(self.step_number, "the weights are not finite after the update", lambda: str(where))
+        tensors, state = run_state(self.model, self.optimizer, self.loader, self.watch, self.repairs)
         path = save_checkpoint(self.out / "checkpoints", self.step_number, tensors, state)
-        prune_checkpoints(self.out / "checkpoints", self.config.keep_checkpoints)
+        if refused := self.repairs.remember(self.step_number, path):
+            self.reporter.say(refused)
+        protect = [self.out / "checkpoints" / name for name in self.repairs.protected()]
+        prune_checkpoints(self.out / "checkpoints", self.config.keep_checkpoints, protect)
         self._clock = (time.perf_counter(), self.step_number)
         return path
 
     def close(self, status: str) -> None:
-        """Detach the monitor and close the store. status: "finished", "interrupted" or "failed"."""
+        """Detach what observes the model and close the store. status: "finished", "interrupted" or "failed"."""
         self.watch.detach()
+        self.repairs.detach()
         try:
             self.store.set_meta(status=status)
             self.reporter.update()
         finally:
             self.store.close()
 
-    def _on_alert(self, alert: Alert) -> None:
-        """Tell; and where the config allows it, measure the damage and repair."""
-        what = alert.finding.message if alert.state == "firing" else f"{alert.key}, since step {alert.since_step}"
-        self.reporter.say(f"step {alert.step}: {alert.state}: {what}")
-        action = self.policy(alert) if self.policy else None
-        if action is None:
-            return
-        self.evaluate()
-        apply_action(action, self.model.moe_layers)
-        self.store.action(action)
-        self.reporter.say(f"step {action.step}: repair {action.kind} on {action.layer}")
+    def _tell(self, changes: Sequence[Alert | Action]) -> None:
+        for change in changes:
+            self.reporter.say(f"step {change.step}: {sentence(change)}")
+
+    def _rescue(self, step: int, what: str, where: Callable[[], str]) -> None:
+        """A number is no longer one: repair the model and go on without this gradient, or raise DivergenceError."""
+        done = self.repairs.rescue(step)
+        self._tell(done)
+        if not done or done[-1].state != "kept":
+            raise self._diverged(step, what, where())
+        self.optimizer.zero_grad(set_to_none=True)  # the optimizer passes over parameters without a gradient
+        for layer in self.model.moe_layers.values():
+            for state in layer.adaptive:
+                state.pending.zero_()
 
     def _set_learning_rate(self, step: int) -> float:
-        rate = learning_rate(self.config.optim, step, self.config.steps)
+        rate = self.repairs.rate_scale * learning_rate(self.config.optim, step, self.config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         return rate
@@ -219,7 +230,7 @@ class Trainer:
             self.store.truncate_after(0)
             return
         checkpoint = load_checkpoint(path)
-        restore_run(checkpoint, self.model, self.optimizer, self.loader, self.watch)
+        restore_run(checkpoint, self.model, self.optimizer, self.loader, self.watch, self.repairs)
         self.step_number = checkpoint.step
         self.store.truncate_after(checkpoint.step)
         self._clock = (time.perf_counter(), self.step_number)

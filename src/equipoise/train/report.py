@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from types import TracebackType
 from typing import Self
@@ -9,8 +10,10 @@ from typing import Self
 from rich.console import Console
 from rich.live import Live
 
+from equipoise.monitor.incidents import told
 from equipoise.monitor.store import RunStore
 from equipoise.monitor.terminal import RunView, render, view_of
+from equipoise.types import Action, Alert
 
 
 class ConsoleReporter:
@@ -90,3 +93,17 @@ def progress_line(view: RunView) -> str:
         worst = max(view.routing, key=lambda stats: stats.max_violation)
         parts.append(f"MaxVio {worst.max_violation:.2f} in {worst.layer}")
     return ", ".join(parts)
+
+
+def sentence(change: Alert | Action) -> str:
+    """An alert's or a repair's change, in one line."""
+    if isinstance(change, Alert):
+        if change.state == "firing":
+            return f"firing: {change.finding.message}"
+        return f"resolved: {change.key}, since step {change.since_step}"
+    return f"repair {told(change)}"
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), for a loss in nats per token; infinite where it can't be held."""
+    return math.exp(loss) if loss < 700 else math.inf

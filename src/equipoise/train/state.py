@@ -12,11 +12,12 @@ from equipoise.disk.checkpoint import JSON, Checkpoint, CheckpointError
 from equipoise.models.decoder import Decoder
 from equipoise.monitor.watch import Watch
 from equipoise.train.data import Loader
+from equipoise.train.repair import Repairs
 from equipoise.train.snapshot import pack_optimizer, rng_state, set_rng_state, unpack_optimizer
 
 
 def run_state(
-    model: Decoder, optimizer: torch.optim.Optimizer, loader: Loader, watch: Watch
+    model: Decoder, optimizer: torch.optim.Optimizer, loader: Loader, watch: Watch, repairs: Repairs
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, JSON]]:
     """(tensors by group, plain state) for `save_checkpoint`."""
     optimizer_tensors, optimizer_json = pack_optimizer(optimizer)
@@ -29,13 +30,19 @@ def run_state(
         "optimizer": optimizer_json,
         "loader": dict(loader.state_dict()),
         "watch": watch.state_dict(),
+        "repairs": repairs.state_dict(),
         "rng": rng_state(),
     }
     return tensors, state
 
 
 def restore_run(
-    checkpoint: Checkpoint, model: Decoder, optimizer: torch.optim.Optimizer, loader: Loader, watch: Watch
+    checkpoint: Checkpoint,
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+    watch: Watch,
+    repairs: Repairs,
 ) -> None:
     """Take everything over from a verified checkpoint.
 
@@ -48,6 +55,7 @@ def restore_run(
         loader.load_state_dict(state["loader"])
         watch.recorder.load_state_dict(checkpoint.tensors["recorder"])
         watch.load_state_dict(state["watch"])
+        repairs.load_state_dict(state["repairs"])
         set_rng_state(state["rng"])
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(

@@ -1,0 +1,96 @@
+"""What a recovery remembers: the case of each alert, and the repair that is on trial. JSON-able for checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from equipoise.layer.mode import Mode
+from equipoise.recovery.actions import Change
+from equipoise.recovery.canary import Health
+from equipoise.types import Action, Finding
+
+
+@dataclass
+class Case:
+    """One alert's repairs, in this incident and shortly before.
+
+    actions: one per repair of this incident, with its last state. kept: (kind, step) of what was kept for earlier ones.
+    waited: flushes that it has been firing for. done: nothing more is to be tried. closed: the alert is resolved.
+    paged: a human was called.
+    """
+
+    fired: int
+    finding: Finding
+    actions: list[Action] = field(default_factory=list)
+    kept: list[tuple[str, int]] = field(default_factory=list)
+    waited: int = 0
+    done: bool = False
+    closed: bool = False
+    paged: bool = False
+
+    def note(self, action: Action) -> None:
+        """Add a record; a repair's later one takes the place of its earlier one."""
+        same = (action.kind, "applied")
+        self.actions = [each for each in self.actions if (each.kind, each.state) != same]
+        self.actions.append(action)
+
+    def reopen(self, step: int, finding: Finding, relapse_steps: int) -> None:
+        """The alert fires: a new incident, unless the last one's repairs are recent and did not hold."""
+        self.finding = finding
+        last = max((action.step for action in self.actions), default=self.fired)
+        if self.closed or step - last > relapse_steps:
+            self.fired, self.actions, self.waited = step, [], 0
+            self.done = self.closed = self.paged = False
+            self.kept = [(kind, at) for kind, at in self.kept if step - at <= relapse_steps]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"kept": [list(each) for each in self.kept]}
+
+    @staticmethod
+    def from_json(record: Mapping[str, Any]) -> Case:
+        """What `to_json` made."""
+        fields = dict(record)
+        fields["finding"] = Finding(**fields["finding"])
+        fields["actions"] = [Action(**action) for action in fields["actions"]]
+        fields["kept"] = [(str(kind), int(step)) for kind, step in fields["kept"]]
+        return Case(**fields)
+
+
+@dataclass
+class Trial:
+    """The repair that is on trial.
+
+    change: what undoes it; None after a restart, when only mode_before can be put back. loss_before: of held-out text,
+    None without a canary.
+    """
+
+    action: Action
+    change: Change | None
+    loss_before: float | None
+    mode_before: Mode | None
+    flushes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, without the change."""
+        mode = None if self.mode_before is None else self.mode_before.to_json()
+        return {
+            "action": asdict(self.action),
+            "loss_before": self.loss_before,
+            "mode_before": mode,
+            "flushes": self.flushes,
+        }
+
+    @staticmethod
+    def from_json(record: Mapping[str, Any]) -> Trial:
+        """What `to_json` made."""
+        mode = record["mode_before"]
+        before = None if mode is None else Mode.from_json(mode)
+        return Trial(Action(**record["action"]), None, record["loss_before"], before, int(record["flushes"]))
+
+
+def loss_of(health: Health | None) -> float | None:
+    """The loss on held-out text, where it was measured."""
+    return None if health is None else health.loss

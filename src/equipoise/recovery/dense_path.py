@@ -1,0 +1,210 @@
+"""A dense stand-in for a layer's experts: built beforehand, used when the experts can't be.
+
+Merged from the experts, weighted by their load; or distilled on a little traffic, in closed form. It has the active
+size of the layer, k experts. It approximates the experts' mean, not what the router knows about a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from equipoise.layer import FeedForward, MoE
+from equipoise.layer.mode import Mode
+from equipoise.ops.activation import activate
+from equipoise.ops.ragged import RaggedPlan
+
+NAME = "dense"  # in names of tensors: "layers.1.mlp.dense.down_proj.weight"
+
+
+@torch.no_grad()
+def merged(layer: MoE, counts_E: np.ndarray) -> FeedForward:
+    """The experts' weights averaged by load, in k groups of like total load; one group is one slot of size F.
+
+    counts_E: int64 (E,), the load to weigh by. The output of the slots is weighted by the groups' shares of the load.
+    Raises ValueError for counts of another length.
+    """
+    share_E = _shares(layer, counts_E)
+    up_eHD, down_eDF = layer.experts.up.detach(), layer.experts.down_proj.detach()
+    finite_E = torch.isfinite(up_eHD).flatten(1).all(1) & torch.isfinite(down_eDF).flatten(1).all(1)
+    if wrong := [e for e, finite in enumerate(finite_E.tolist()) if not finite and share_E[e] > 0]:
+        raise ValueError(
+            f"merged: weights of expert {wrong[0]} are not finite; build stand-ins while experts are healthy"
+        )
+    groups = _even_groups(share_E, layer.k)
+    ups, downs = [], []  # below, nan_to_num is for experts without load: 0 times what is not finite is not 0
+    for group in groups:
+        ids = torch.tensor(group, device=up_eHD.device)
+        weights = torch.tensor(share_E[group], dtype=torch.float32, device=up_eHD.device)
+        part = weights / weights.sum().clamp_min(1e-12)
+        ups.append(torch.einsum("e,ehd->hd", part, up_eHD[ids].float().nan_to_num()))
+        downs.append(torch.einsum("e,edf->df", weights, down_eDF[ids].float().nan_to_num()))
+    return _built(layer, torch.stack(ups), torch.cat(downs, dim=1))
+
+
+@torch.no_grad()
+def distilled(
+    layers: Mapping[str, MoE], counts: Mapping[str, np.ndarray], run: Callable[[], object], *, ridge: float = 1e-3
+) -> dict[str, FeedForward]:
+    """Inner units taken from the experts in proportion to their load, and an output projection fitted to traffic.
+
+    counts: the load of each layer, which says how many units each expert gives. run: takes the model through tokens in
+    eval, once; what the layers' experts read and return is the traffic. The fit is ridge regression in fp64, with ridge
+    relative to the mean square of the features: exact, and no steps to tune.
+    Raises ValueError when run does not reach a layer.
+    """
+    chosen = {name: _chosen_units(layer, counts[name]) for name, layer in layers.items()}
+    sums = _moments(layers, chosen, run)
+    paths = {}
+    for name, layer in layers.items():
+        gram, cross = sums[name]
+        gram = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        paths[name] = _from_parts(layer, chosen[name], torch.linalg.solve(gram, cross).t().float())
+    return paths
+
+
+def build_dense_paths(
+    layers: Mapping[str, MoE], counts: Mapping[str, np.ndarray], run: Callable[[], object] | None = None
+) -> dict[str, FeedForward]:
+    """A dense path for each layer that has no shared experts to stand in. counts: the load of each layer.
+
+    run: distil on this traffic; None merges.
+    """
+    bare = {name: layer for name, layer in layers.items() if layer.shared is None}
+    if run is None or not bare:
+        return {name: merged(layer, counts[name]) for name, layer in bare.items()}
+    return distilled(bare, counts, run)
+
+
+def dense_state(dense: Mapping[str, FeedForward]) -> dict[str, Tensor]:
+    """Their weights by full name, to be kept beside the router's."""
+    return {
+        f"{layer}.{NAME}.{name}": tensor.clone()
+        for layer, path in dense.items()
+        for name, tensor in path.state_dict().items()
+    }
+
+
+def dense_from_state(layers: Mapping[str, MoE], state: Mapping[str, Tensor]) -> dict[str, FeedForward]:
+    """The dense paths of which `dense_state` kept the weights. Raises ValueError for weights that do not fit."""
+    found = {}
+    for name, layer in layers.items():
+        prefix = f"{name}.{NAME}."
+        weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if not weights:
+            continue
+        down_DH = weights.get("down_proj.weight")
+        if down_DH is None or down_DH.shape[0] != layer.experts.down_proj.shape[1]:
+            raise ValueError(f"{prefix}: expected weights of a dense path of this layer, got {sorted(weights)}")
+        path = _empty(layer, down_DH.shape[1])
+        path.load_state_dict(weights)
+        found[name] = path
+    return found
+
+
+@contextmanager
+def diverted(layers: Mapping[str, MoE], dense: Mapping[str, FeedForward]) -> Iterator[None]:
+    """Inside, the layers' experts are bypassed for every token: to measure what that costs."""
+    before = {name: layer.mode for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.set_mode(Mode(dense_share=1.0), dense.get(name))
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.set_mode(before[name], dense.get(name))
+
+
+# ------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def _shares(layer: MoE, counts_E: np.ndarray) -> np.ndarray:
+    """float64 (E,), the load shares; even where nothing was counted."""
+    counts_E = np.asarray(counts_E, dtype=np.float64)
+    if counts_E.shape != (layer.num_experts,):
+        raise ValueError(f"counts_E: expected {layer.num_experts} numbers, got shape {counts_E.shape}")
+    total = counts_E.sum()
+    return counts_E / total if total > 0 else np.full(layer.num_experts, 1 / layer.num_experts)
+
+
+def _even_groups(share_E: np.ndarray, num_groups: int) -> list[list[int]]:
+    """The experts in groups of like total load: the busiest first, each into the lightest group. None is empty."""
+    groups: list[list[int]] = [[] for _ in range(num_groups)]
+    for expert in np.argsort(-share_E, kind="stable").tolist():
+        lightest = min(groups, key=lambda group: (float(share_E[group].sum()) if group else -1.0, len(group)))
+        lightest.append(expert)
+    return groups
+
+
+def _units(share_E: np.ndarray, num_units: int, per_expert: int) -> tuple[list[int], list[int]]:
+    """(expert, unit) of num_units inner units: each expert's share of them by its load, its first ones, at most all."""
+    wanted_E = np.minimum(np.floor(share_E * num_units).astype(int), per_expert)
+    for expert in np.argsort(-share_E, kind="stable"):
+        wanted_E[expert] += min(per_expert - wanted_E[expert], num_units - wanted_E.sum())
+    chosen = [(expert, unit) for expert, count in enumerate(wanted_E.tolist()) for unit in range(count)]
+    return [expert for expert, _ in chosen], [unit for _, unit in chosen]
+
+
+def _chosen_units(layer: MoE, counts_E: np.ndarray) -> Tensor:
+    """fp32 (H, D), k F inner units of the experts, gates first where there are any."""
+    F, up_eHD = layer.experts.down_proj.shape[2], layer.experts.up.detach().float()
+    units = _units(_shares(layer, counts_E), layer.k * F, F)
+    experts, rows = (torch.tensor(part, device=up_eHD.device) for part in units)
+    gates = [up_eHD[experts, rows]]
+    return torch.cat([*gates, up_eHD[experts, rows + F]] if layer.experts.activation == "swiglu" else gates)
+
+
+def _moments(
+    layers: Mapping[str, MoE], chosen: Mapping[str, Tensor], run: Callable[[], object]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """By layer, fp64: features by features and features by targets, over all tokens of run."""
+    sums: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def adder(name: str, layer: MoE) -> Callable[[nn.Module, tuple[Tensor, RaggedPlan], Tensor], None]:
+        def add(module: nn.Module, args: tuple[Tensor, RaggedPlan], y_TD: Tensor) -> None:
+            x_TD, plan = args
+            rows = int(plan.counts_e.sum())
+            weight_T = torch.zeros(len(x_TD), device=x_TD.device)
+            weight_T.index_add_(0, plan.token_ids_R[:rows], plan.weights_R[:rows].float())
+            a_TH = activate(x_TD.float() @ chosen[name].t(), layer.experts.activation) * weight_T[:, None]
+            new = (a_TH.t() @ a_TH).double(), (a_TH.t() @ y_TD.float()).double()
+            old = sums.get(name)
+            sums[name] = new if old is None else (old[0] + new[0], old[1] + new[1])
+
+        return add
+
+    handles = [layer.experts.register_forward_hook(adder(name, layer)) for name, layer in layers.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if missing := sorted(set(layers) - set(sums)):
+        raise ValueError(f"distilled: run() did not reach {', '.join(missing)}; let it call the model on some tokens")
+    return sums
+
+
+def _empty(layer: MoE, hidden_dim: int) -> FeedForward:
+    dim, like = layer.experts.down_proj.shape[1], layer.experts.down_proj
+    path = FeedForward(dim, hidden_dim, layer.experts.activation).to(device=like.device, dtype=like.dtype)
+    return path.requires_grad_(False).eval()
+
+
+def _built(layer: MoE, up_gHD: Tensor, down_DH: Tensor) -> FeedForward:
+    """From k slots of (H, D), each with its gates first, to one block, which has all gates first."""
+    groups, H, D = up_gHD.shape
+    halves = 2 if layer.experts.activation == "swiglu" else 1
+    up_HD = up_gHD.view(groups, halves, H // halves, D).transpose(0, 1).reshape(-1, D)
+    return _from_parts(layer, up_HD, down_DH)
+
+
+def _from_parts(layer: MoE, up_HD: Tensor, down_DH: Tensor) -> FeedForward:
+    path = _empty(layer, down_DH.shape[1])
+    up = path.gate_up_proj if layer.experts.activation == "swiglu" else path.up_proj
+    up.weight.copy_(up_HD)
+    path.down_proj.weight.copy_(down_DH)
+    return path

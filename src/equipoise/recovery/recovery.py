@@ -1,0 +1,373 @@
+"""Detect, repair, verify, keep or undo, page: one object that a loop calls after each flush of the monitor.
+
+One repair at a time is on trial. Held-out text says at once whether it made things worse, and the alert says after a
+few flushes whether it helped. Proposes by default; acts only where it is told to.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+from equipoise.layer.mode import Mode
+from equipoise.monitor.baseline import Baseline
+from equipoise.monitor.incidents import EXHAUSTED, PAGE, Incident
+from equipoise.recovery.actions import Patient
+from equipoise.recovery.canary import Canary, Health
+from equipoise.recovery.case import Case, Trial, loss_of
+from equipoise.recovery.catalogue import REPAIRS
+from equipoise.recovery.gate import Gate
+from equipoise.recovery.policy import LOOK_AT_INPUT, Ladder, Policy, Situation
+from equipoise.types import Action, ActionState, Alert, Finding, RoutingStats, Sink
+
+STATE_VERSION = 1
+CONTAINED_FLUSHES, CONTAINED_LOAD = 2, 1.3  # a capacity of 1.25 is rounded up
+_URGENT = {"critical": 0, "warning": 1, "info": 2}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to give up, and when to try again.
+
+    patience: flushes that a repair may take until its alert is resolved. relapse_steps: an alert that comes back within
+    so many steps goes on from the rung that did not last. warning_flushes: a warning is only repaired when it has been
+    firing for so many flushes, as it may go away by itself; what is critical is repaired at once. tolerance: how much
+    the held-out loss may rise, in nats per token; None takes each repair's own.
+    """
+
+    patience: int = 6
+    relapse_steps: int = 200
+    warning_flushes: int = 10
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.patience < 1 or self.relapse_steps < 0 or self.warning_flushes < 1:
+            raise ValueError(f"Limits: expected patience, warning_flushes >= 1 and relapse_steps >= 0, got {self}")
+
+
+class Recovery:
+    """Repairs a model while it is trained or served.
+
+    patient: the model and what repairs may use. policy: which repair is next. act: False only proposes.
+    canary: measures held-out text; without it a repair is judged by the alert alone, and an unusual input is not told
+    from damage. sinks: get each change of a repair, and the page. gate: actions wait for running forwards, for servers
+    that run them in other threads. quiet: makes a context in which other observers do not count the canary's text.
+    Its methods are called by one thread.
+    """
+
+    def __init__(
+        self,
+        patient: Patient,
+        *,
+        policy: Policy | None = None,
+        act: bool = False,
+        canary: Canary | None = None,
+        limits: Limits = Limits(),
+        sinks: Sequence[Sink] = (),
+        gate: Gate | None = None,
+        quiet: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
+        self.patient, self.policy, self.act = patient, policy or Ladder(), act
+        self._canary, self._limits, self._sinks, self._quiet = canary, limits, tuple(sinks), quiet
+        self._gate = gate or Gate()
+        self._cases: dict[str, Case] = {}
+        self._trial: Trial | None = None
+        self._said: list[Action] = []
+
+    @property
+    def on_trial(self) -> Action | None:
+        """The repair that is on trial, if one is."""
+        return None if self._trial is None else self._trial.action
+
+    # ------------------------------------------------------------------------------------------------- the loop
+
+    def after_flush(
+        self, step: int, firing: Sequence[Alert], stats: Sequence[RoutingStats], resolved: Sequence[Alert] = ()
+    ) -> list[Action]:
+        """Judge the repair on trial, and begin the next one if an alert calls for it. What was done, in order.
+
+        firing: the alerts that are firing after this flush. stats: its records. resolved: alerts that it resolved.
+        """
+        self._said = []
+        by_key = {alert.key: alert for alert in firing}
+        if self._trial is not None:
+            self._judge(step, by_key, stats)
+        for alert in resolved:
+            self._close(step, alert)
+        for alert in sorted(firing, key=lambda each: (_URGENT[each.finding.severity], each.since_step)):
+            if self._ripe(step, alert):
+                while self._trial is None and self._begin(step, alert, stats):
+                    pass  # what could not be done, or made things worse at once, makes room for the next
+        return self._said
+
+    def rescue(self, step: int, finding: Finding) -> list[Action]:
+        """An output is not finite, and the loop can't go on: try the policy's repairs until held-out text is finite.
+
+        Returns what was done; the last action is "kept" if that helped. Nothing without a canary or without `act`.
+        """
+        self._said = []
+        if self._canary is None or not self.act:
+            return self._said
+        if self._trial is not None:
+            self._end("undone", step, "the model broke while it was on trial")
+        alert = Alert(f"{finding.layer}:{finding.rule}", "firing", step, step, finding)
+        self._ripe(step, alert)
+        self._emit(alert)
+        while self._begin(step, alert, ()):
+            if self._trial is None:
+                continue  # it could not be done; the next one
+            if self._measure(step).finite:
+                self._end("kept", step, "every output is a number again")
+                self._emit(replace(alert, state="resolved"))
+                self._cases[alert.key].closed = True
+                break
+            self._end("undone", step, "outputs are still not finite")
+        return self._said
+
+    # ------------------------------------------------------------------------------------------------- one repair
+
+    def _ripe(self, step: int, alert: Alert) -> bool:
+        """Whether it is time to act on the alert. Called once per flush in which it fires."""
+        case = self._cases.setdefault(alert.key, Case(step, alert.finding))
+        case.reopen(step, alert.finding, self._limits.relapse_steps)
+        case.waited += 1
+        return alert.finding.severity == "critical" or case.waited >= self._limits.warning_flushes
+
+    def _begin(self, step: int, alert: Alert, stats: Sequence[RoutingStats]) -> bool:
+        """Begin the next repair for the alert, if there is one. Whether anything was done or said."""
+        case = self._cases.setdefault(alert.key, Case(step, alert.finding))
+        if case.done:
+            return False
+        before = None if self._canary is None else self._measure(step)
+        kind = self.policy(self._situation(alert, case, before))
+        if kind is None:
+            case.done = True
+        elif kind in (PAGE, LOOK_AT_INPUT):
+            self._tell_human(kind, step, alert, case)
+        elif not self.act:
+            case.done = True
+            self._say(Action(kind, alert.finding.layer, step, alert.key, {}, "proposed", REPAIRS[kind].summary))
+        else:
+            self._apply(Action(kind, alert.finding.layer, step, alert.key), alert.finding, before, stats)
+        return kind is not None
+
+    def _apply(self, action: Action, finding: Finding, before: Health | None, stats: Sequence[RoutingStats]) -> None:
+        """Carry it out, whole or not at all; undo it at once if held-out text says that it made things worse."""
+        kind, layer, step = action.kind, action.layer, action.step
+        action = replace(action, detail=_violation("before", layer, stats) | _effect("before", layer, before))
+        patient = replace(self.patient, health=before, seed=step)
+        mode = patient.layers[layer].mode if layer in patient.layers else None
+        try:
+            with self._gate.changing():
+                change = REPAIRS[kind].apply(patient, finding)
+        except ValueError as error:
+            self._say(replace(action, state="failed", note=str(error)))
+            return
+        self._trial = Trial(action, change, loss_of(before), mode)
+        after = None if self._canary is None else self._measure(step)
+        detail = {**action.detail, **change.detail, **_effect("after", layer, after)}
+        self._trial.action = replace(action, detail=detail, note=change.note)
+        self._say(self._trial.action)
+        if worse := self._worse(after):
+            self._end("undone", step, worse)
+
+    def _judge(self, step: int, firing: Mapping[str, Alert], stats: Sequence[RoutingStats]) -> None:
+        """One flush later: keep it, undo it, or wait."""
+        trial = self._trial
+        assert trial is not None
+        trial.flushes += 1
+        kind, key = trial.action.kind, trial.action.reason
+        if kind in self.policy.interim:
+            self._end("undone", step, "the next step takes its place", stats)
+            alert = firing.get(key) or Alert(key, "firing", step, step, self._cases[key].finding)
+            self._begin(step, alert, stats)
+        elif key not in firing:
+            after = None if self._canary is None else self._measure(step)
+            worse = self._worse(after)
+            self._end("undone" if worse else "kept", step, worse or "the alert is resolved", stats, after)
+            if not worse:
+                self._cases[key].kept.append((kind, step))
+                self._cases[key].closed = True
+        elif REPAIRS[kind].contains and trial.flushes >= CONTAINED_FLUSHES:
+            self._judge_contained(step, stats)
+        elif trial.flushes >= self._limits.patience:
+            self._end("undone", step, f"the alert still fires {trial.flushes} flushes later", stats)
+
+    def _judge_contained(self, step: int, stats: Sequence[RoutingStats]) -> None:
+        """The router is as it was; what counts is the load that is left, on held-out text."""
+        trial = self._trial
+        assert trial is not None
+        layer, key = trial.action.layer, trial.action.reason
+        after = None if self._canary is None else self._measure(step)
+        load = 1.0 if after is None else after.straggler.get(layer, 1.0)
+        worse = self._worse(after) or (
+            "" if load <= CONTAINED_LOAD else f"the busiest expert still has {load:.2f} loads"
+        )
+        note = worse or f"contained: no expert has more than {load:.2f} fair loads; the router is as it was"
+        self._end("undone" if worse else "kept", step, note, stats, after)
+        self._cases[key].done = not worse
+
+    def _end(
+        self,
+        state: ActionState,
+        step: int,
+        note: str,
+        stats: Sequence[RoutingStats] = (),
+        after: Health | None = None,
+    ) -> None:
+        """The trial is over."""
+        trial = self._trial
+        assert trial is not None
+        self._trial = None
+        if state == "undone":
+            note += self._undo(trial)
+        detail = {"steps": float(step - trial.action.step)} | _effect("after", trial.action.layer, after)
+        detail |= _violation("after", trial.action.layer, stats)
+        self._say(replace(trial.action, step=step, state=state, note=note, detail={**trial.action.detail, **detail}))
+        if state == "kept" and REPAIRS[trial.action.kind].last_resort:
+            layer = trial.action.layer
+            self._page(step, trial.action.reason, f"{trial.action.kind} holds {layer} together, at a price in quality")
+
+    def _undo(self, trial: Trial) -> str:
+        """Put back what was before; what could not be, as the end of a sentence."""
+        layer = self.patient.layers.get(trial.action.layer)
+        with self._gate.changing():
+            if trial.change is not None:
+                trial.change.undo()
+                return ""
+            if trial.mode_before is not None and layer is not None:
+                layer.set_mode(trial.mode_before, self.patient.dense.get(trial.action.layer))
+        return "; the process was restarted meanwhile: what it changed in weights stays"
+
+    # ------------------------------------------------------------------------------------------------- judgement
+
+    def _measure(self, step: int) -> Health:
+        assert self._canary is not None
+        recent = self.patient.recent
+        with self._quiet(), recent.paused() if recent is not None else nullcontext():
+            return self._canary.measure(step)
+
+    def _worse(self, after: Health | None) -> str:
+        """Why the repair on trial has made things worse; empty when it has not."""
+        trial = self._trial
+        assert trial is not None
+        before = trial.loss_before
+        if after is None or before is None or not math.isfinite(before):
+            return ""
+        if not after.finite:
+            return "outputs on held-out text are no longer finite"
+        own = REPAIRS[trial.action.kind].tolerance
+        tolerance = own if self._limits.tolerance is None else self._limits.tolerance
+        if after.loss > before + tolerance:
+            return f"held-out loss rose from {before:.3f} to {after.loss:.3f} nats, more than {tolerance:g}"
+        return ""
+
+    def _situation(self, alert: Alert, case: Case, health: Health | None) -> Situation:
+        damaged = None if health is None else self._damaged(alert.finding, health)
+        incident = Incident(alert.key, alert.since_step, case.fired, None, alert.finding, tuple(case.actions))
+        kept = tuple(kind for kind, _ in case.kept)
+        return Situation(incident, self.patient.training is not None, damaged, kept)
+
+    def _damaged(self, finding: Finding, health: Health) -> bool | None:
+        """Whether held-out text shows the finding too; None where it can't."""
+        if not health.finite:
+            return True
+        baselines = self._baselines()
+        if finding.rule == "drops" or (finding.rule == "load_drift" and not baselines):
+            return None
+        found = health.findings(baselines)
+        return any(each.layer == finding.layer and each.rule == finding.rule for each in found)
+
+    def _baselines(self) -> Mapping[str, Baseline]:
+        known_good = self.patient.known_good
+        return known_good.latest().baselines if known_good is not None and known_good.records else {}
+
+    # ------------------------------------------------------------------------------------------------- telling
+
+    def _tell_human(self, word: str, step: int, alert: Alert, case: Case) -> None:
+        """A word of the policy's that is no repair: said once, and nothing more is tried."""
+        case.done = True
+        layer = alert.finding.layer
+        if word == LOOK_AT_INPUT:
+            note = "held-out text does not show it, the model is as it was: look at what is sent"
+            self._say(Action(word, layer, step, alert.key, {}, "proposed", note))
+            return
+        tried = ", ".join(f"{action.kind} {action.state}" for action in case.actions) or "nothing could be"
+        self._say(Action(PAGE, layer, step, alert.key, {}, "applied", f"tried: {tried}"))
+        self._page(step, alert.key, f"{layer}: no repair is left for {alert.finding.rule}; tried: {tried}")
+
+    def _page(self, step: int, key: str, message: str) -> None:
+        case = self._cases[key]
+        case.paged = True
+        remedy = (
+            f"Look at the incident {key}: go back to a checkpoint from before it, or take the model out of service."
+        )
+        finding = Finding(EXHAUSTED, case.finding.layer, None, "critical", 1.0, 0.0, message, remedy)
+        self._emit(Alert(f"{case.finding.layer}:{EXHAUSTED}", "firing", case.fired, step, finding))
+
+    def _close(self, step: int, alert: Alert) -> None:
+        """An alert was resolved, by a repair or by itself; so is the page for it."""
+        case = self._cases.get(alert.key)
+        if case is None:
+            return
+        if self._trial is None or self._trial.action.reason != alert.key:
+            case.closed = True
+        if case.paged:
+            case.paged = False
+            finding = Finding(EXHAUSTED, alert.finding.layer, None, "critical", 0.0, 0.0, f"{alert.key} is over", "")
+            key = f"{alert.finding.layer}:{EXHAUSTED}"
+            self._emit(Alert(key, "resolved", case.fired, step, finding))
+
+    def _say(self, action: Action) -> None:
+        """Remember it, and tell the sinks and the caller."""
+        self._cases[action.reason].note(action)
+        self._said.append(action)
+        for sink in self._sinks:
+            sink.action(action)
+
+    def _emit(self, alert: Alert) -> None:
+        for sink in self._sinks:
+            sink.alert(alert)
+
+    # ------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Modes in force, open cases and the trial, JSON-able, for a checkpoint."""
+        return {
+            "version": STATE_VERSION,
+            "modes": {
+                name: layer.mode.to_json() for name, layer in self.patient.layers.items() if layer.mode != Mode()
+            },
+            "cases": {key: case.to_json() for key, case in self._cases.items()},
+            "trial": None if self._trial is None else self._trial.to_json(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned. Raises ValueError for something else, and changes nothing."""
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(
+                f"recovery state: expected version {STATE_VERSION}, got {state.get('version')!r}; go on without it"
+            )
+        try:
+            modes = {name: Mode.from_json(mode) for name, mode in state["modes"].items()}
+            cases = {key: Case.from_json(case) for key, case in state["cases"].items()}
+            trial = None if state["trial"] is None else Trial.from_json(state["trial"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"recovery state: expected what state_dict() returned, got {error!r}") from error
+        for name, layer in self.patient.layers.items():
+            layer.set_mode(modes.get(name, Mode()), self.patient.dense.get(name))
+        self._cases, self._trial = cases, trial
+
+
+def _effect(when: str, layer: str, health: Health | None) -> dict[str, float]:
+    if health is None:
+        return {}
+    straggler = {f"straggler_{when}": health.straggler[layer]} if layer in health.straggler else {}
+    return {f"loss_{when}": health.loss} | straggler
+
+
+def _violation(when: str, layer: str, stats: Sequence[RoutingStats]) -> dict[str, float]:
+    return {f"max_violation_{when}": each.max_violation for each in stats if each.layer == layer}

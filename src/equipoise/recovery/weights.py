@@ -1,0 +1,155 @@
+"""Repairs that change weights: a router, an expert, everything, or how fast they learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.disk.checkpoint import load_checkpoint
+from equipoise.layer import MoE
+from equipoise.layer.mode import NORMAL
+from equipoise.recovery.actions import Change, Patient
+from equipoise.recovery.known_good import KnownGood
+from equipoise.recovery.router_state import of_layer
+from equipoise.recovery.swap import swap
+from equipoise.types import Finding
+
+EXPERT_NOISE, ROUTER_NOISE = 0.02, 0.1  # relative to the standard deviation of what is copied
+RATE_CUT = 0.5
+
+
+def _known_good(patient: Patient, kind: str) -> KnownGood:
+    if patient.known_good is None or not patient.known_good.records:
+        raise ValueError(f"{kind}: there is no known-good record to go back to yet")
+    return patient.known_good
+
+
+def _clear_modes(layers: Mapping[str, MoE]) -> Callable[[], None]:
+    """Every layer as configured; returns what puts the modes back."""
+    before = {name: (layer.mode, layer.dense) for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.set_mode(NORMAL)
+
+    def undo() -> None:
+        for name, (mode, dense) in before.items():
+            layers[name].set_mode(mode, dense)
+
+    return undo
+
+
+def apply_router_rollback(patient: Patient, finding: Finding) -> Change:
+    """The layer's router and balancer go back to the newest known-good record, exactly; experts stay as they are."""
+    known_good = _known_good(patient, "router_rollback")
+    record = known_good.latest()
+    state = of_layer(known_good.load(record), finding.layer)
+    if not state:
+        raise ValueError(f"router_rollback: the record of step {record.step} has no router of {finding.layer}")
+    done = swap(patient.model, state)
+    undo_modes = _clear_modes({name: each for name, each in patient.layers.items() if name == finding.layer})
+
+    def undo() -> None:
+        done.undo()
+        undo_modes()
+
+    return Change(undo, {"record_step": float(record.step)}, f"router of step {record.step}, {record.id[:12]}")
+
+
+def apply_full_rollback(patient: Patient, finding: Finding) -> Change:
+    """Every weight goes back to the newest known-good checkpoint that is whole; modes are cleared."""
+    known_good = _known_good(patient, "full_rollback")
+    if patient.reload is None:
+        raise ValueError("full_rollback: nothing can load a checkpoint here; pass reload=")
+    problems = []
+    for record in reversed(known_good.records):
+        if record.checkpoint is None:
+            continue
+        try:
+            undo_weights = patient.reload(record.checkpoint)
+        except ValueError as error:  # damaged or gone: an older one will do
+            problems.append(str(error))
+            continue
+        undo_modes = _clear_modes(patient.layers)
+
+        def undo(weights: Callable[[], None] = undo_weights, modes: Callable[[], None] = undo_modes) -> None:
+            weights()
+            modes()
+
+        note = f"checkpoint {record.checkpoint}" + (f"; passed over: {'; '.join(problems)}" if problems else "")
+        return Change(undo, {"record_step": float(record.step)}, note)
+    raise ValueError(f"full_rollback: no known-good checkpoint can be loaded. {'; '.join(problems)}".rstrip())
+
+
+def reload_weights(model: nn.Module, checkpoints: Path) -> Callable[[str], Callable[[], None]]:
+    """`Patient.reload` for a model that is served: the weights of a checkpoint, verified before any is used."""
+
+    def reload(name: str) -> Callable[[], None]:
+        return swap(model, load_checkpoint(checkpoints / name).tensors["model"], whole=True).undo
+
+    return reload
+
+
+@torch.no_grad()
+def apply_reseed(patient: Patient, finding: Finding) -> Change:
+    """Dead experts, or the one that is not finite, become noisy copies of the busiest one; so do their router rows.
+
+    Their moments in the optimizer start anew. For training: a copy has to become different again.
+    """
+    if patient.training is None:
+        raise ValueError("reseed: a copy of an expert only helps where it is trained further")
+    layer = patient.layer(finding.layer)
+    hot, dead = _hot_and_dead(patient, layer, finding)
+    generator = torch.Generator().manual_seed(patient.seed)
+    names = {id(tensor): name for name, tensor in patient.model.named_parameters()}
+    new: dict[str, Tensor] = {}
+    for parameter, noise in (
+        (layer.experts.up, EXPERT_NOISE),
+        (layer.experts.down_proj, EXPERT_NOISE),
+        (layer.router.weight, ROUTER_NOISE),
+    ):
+        if parameter is None:
+            continue
+        values, source = parameter.detach().clone(), parameter.detach()[hot]
+        for expert in dead:
+            drawn = torch.randn(source.shape, generator=generator).to(source)
+            values[expert] = source + noise * source.float().std().to(source) * drawn
+        new[names[id(parameter)]] = values
+    done = swap(patient.model, new)
+    for name, parameter in patient.model.named_parameters():
+        if name in new:
+            _forget_moments(patient.training.optimizer, parameter, dead)
+    return Change(done.undo, {"num_experts": float(len(dead)), "source": float(hot)}, f"experts {dead} from {hot}")
+
+
+def _hot_and_dead(patient: Patient, layer: MoE, finding: Finding) -> tuple[int, list[int]]:
+    finite_E = torch.ones(layer.num_experts, dtype=torch.bool)
+    for tensor in (layer.experts.up, layer.experts.down_proj):
+        finite_E &= torch.isfinite(tensor.detach()).flatten(1).all(1).cpu()
+    dead = (~finite_E).nonzero()[:, 0].tolist()
+    stats = patient.health.stats.get(finding.layer) if patient.health else None
+    if stats is not None:
+        dead = sorted({*dead, *stats.dead_experts})
+    if not dead:
+        raise ValueError(f"reseed: {finding.layer} has no dead expert on held-out text, and none that is not finite")
+    if len(dead) == layer.num_experts:
+        raise ValueError(f"reseed: no expert of {finding.layer} is left to copy; go back to a checkpoint")
+    counts = stats.counts_E.tolist() if stats is not None else [0] * layer.num_experts
+    return max(set(range(layer.num_experts)) - set(dead), key=lambda expert: counts[expert]), dead
+
+
+def _forget_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, experts: list[int]) -> None:
+    for value in optimizer.state.get(parameter, {}).values():
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            value[experts] = 0.0
+
+
+def apply_lr_cut(patient: Patient, finding: Finding) -> Change:
+    """Every learning rate is halved from now on."""
+    training = patient.training
+    if training is None:
+        raise ValueError("lr_cut: nothing is being trained")
+    before = training.rate_scale()
+    training.set_rate_scale(before * RATE_CUT)
+    return Change(lambda: training.set_rate_scale(before), {"rate_scale": before * RATE_CUT})

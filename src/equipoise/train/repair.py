@@ -1,0 +1,203 @@
+"""What lets a training run repair itself: what is known to be good, a canary, stand-ins for experts, the recovery.
+
+The loop calls it after each flush, after each checkpoint, and when the loss is no longer a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equipoise.disk.checkpoint import load_checkpoint
+from equipoise.layer import FeedForward
+from equipoise.models.decoder import Decoder
+from equipoise.monitor.baseline import baselines_of
+from equipoise.monitor.watch import Watch
+from equipoise.recovery.actions import Patient, Training
+from equipoise.recovery.canary import Canary, Health
+from equipoise.recovery.dense_path import build_dense_paths, dense_from_state, dense_state, diverted
+from equipoise.recovery.known_good import KnownGood, Record, RefusedError
+from equipoise.recovery.policy import TRAINING_RUNGS, policy_of
+from equipoise.recovery.recent import RecentScores
+from equipoise.recovery.recovery import Recovery
+from equipoise.recovery.rehearsal import Rehearsal, rehearse
+from equipoise.recovery.router_state import router_state
+from equipoise.recovery.swap import swap
+from equipoise.train.config import TrainConfig
+from equipoise.train.data import TokenData
+from equipoise.train.evaluate import evaluate
+from equipoise.train.snapshot import pack_optimizer, unpack_optimizer
+from equipoise.types import Action, Alert, Finding, Sink
+
+RECENT_TOKENS = 4096
+
+
+class Repairs:
+    """Of one run. rate_scale: multiplies the learning rate; a repair may lower it."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Decoder,
+        optimizer: torch.optim.Optimizer,
+        data: TokenData,
+        out: Path,
+        watch: Watch,
+        sinks: Sequence[Sink],
+    ) -> None:
+        self._config, self._model, self._data, self._watch, self._out = config, model, data, watch, out
+        self._optimizer = optimizer
+        self.rate_scale = 1.0
+        self.known_good = KnownGood(out, keep=config.keep_known_good)
+        self._dense: dict[str, FeedForward] = {}
+        layers = model.moe_layers
+        # No more than a step's tokens: what a repair sees is then the same in a run that was resumed.
+        tokens_per_step = config.batch_size * config.data.seq_len
+        self._recent = RecentScores(layers, min(RECENT_TOKENS, tokens_per_step))
+        self._canary = Canary(model, self.held_out_loss)
+        patient = Patient(
+            model,
+            layers,
+            recent=self._recent,
+            known_good=self.known_good,
+            dense=self._dense,
+            reload=self._reload,
+            training=Training(optimizer, self._set_rate_scale, lambda: self.rate_scale),
+        )
+        self.recovery = Recovery(
+            patient,
+            policy=policy_of(config.policy),
+            act=config.recover,
+            canary=self._canary,
+            sinks=sinks,
+            quiet=watch.recorder.paused,
+        )
+
+    def held_out_loss(self) -> float:
+        """Mean nats per token on a few batches of the validation text."""
+        config = self._config
+        return evaluate(
+            self._model, self._data.val, config.batch_size, config.data.seq_len, config.canary_batches, config.bf16
+        ).loss
+
+    # ------------------------------------------------------------------------------------------------- the loop
+
+    def after_flush(self, step: int, changed: Sequence[Alert]) -> list[Action]:
+        """Repair, or propose to, if an alert calls for it."""
+        resolved = [alert for alert in changed if alert.state == "resolved"]
+        return self.recovery.after_flush(step, self._watch.alerts, self._watch.stats(), resolved)
+
+    def rescue(self, step: int) -> list[Action]:
+        """The loss or the gradient is not finite: repair what can be; the last action is "kept" if it could."""
+        return self.recovery.rescue(step, broken(self._model))
+
+    def rehearse(self, finding: Finding) -> tuple[Health, list[Rehearsal]]:
+        """(as it is, under each rung of the ladder), on held-out text; the model is left as it is."""
+        with self._watch.recorder.paused(), self._recent.paused():
+            now = self._canary.measure(0)
+        patient, rungs = self.recovery.patient, TRAINING_RUNGS[finding.rule]
+        return now, rehearse(patient, self._canary, finding, rungs, quiet=self._watch.recorder.paused)
+
+    def remember(self, step: int, checkpoint: Path) -> str | None:
+        """Keep this moment as known-good, if held-out text shows that it is; a sentence when it is refused."""
+        with self._watch.recorder.paused(), self._recent.paused():
+            health = self._canary.measure(step)
+            note = self._build_dense_paths(health) if health.finite and self._config.recover else ""
+        firing = [alert.finding for alert in self._watch.alerts]
+        try:
+            self.known_good.put(
+                step=step,
+                tensors=router_state(self._model) | dense_state(self._dense),
+                baselines=baselines_of(health.stats.values()),
+                loss=health.loss,
+                checkpoint=checkpoint.name,
+                findings=[*firing, *health.findings()],
+                note=note,
+            )
+        except RefusedError as refused:
+            return f"step {step}: not kept as known-good: {refused}"
+        return None
+
+    def protected(self) -> list[str]:
+        """The names of checkpoints that must not be pruned: the newest that is known to be good."""
+        named = [record.checkpoint for record in self.known_good.records if record.checkpoint is not None]
+        return named[-1:]
+
+    def _build_dense_paths(self, health: Health) -> str:
+        """Distil a stand-in for each layer's experts now, while they are healthy; says what it costs."""
+        layers = self._model.moe_layers
+        if all(layer.shared is not None for layer in layers.values()):
+            return ""
+        counts = {name: stats.counts_E for name, stats in health.stats.items()}
+        self._dense.clear()
+        self._dense.update(build_dense_paths(layers, counts, self.held_out_loss))
+        with diverted(layers, self._dense):
+            cost = self.held_out_loss() - health.loss
+        return f"dense paths in place of all experts cost {cost:.3f} nats per token"
+
+    # ------------------------------------------------------------------------------------------------- handles
+
+    def _set_rate_scale(self, scale: float) -> None:
+        self.rate_scale = scale
+
+    def _reload(self, name: str) -> Callable[[], None]:
+        """Weights, balancers and optimizer of a checkpoint; step, data and history go on. Returns what undoes it."""
+        checkpoint = load_checkpoint(self._out / "checkpoints" / name)
+        tensors, described = pack_optimizer(self._optimizer)
+        before = {key: tensor.clone() for key, tensor in tensors.items()}
+        done = swap(self._model, checkpoint.tensors["model"], whole=True)
+        try:
+            unpack_optimizer(self._optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+        except BaseException:
+            done.undo()
+            raise
+
+        def undo() -> None:
+            done.undo()
+            unpack_optimizer(self._optimizer, before, described)
+
+        return undo
+
+    def detach(self) -> None:
+        """Leave the model as it was, but for modes in force."""
+        self._recent.detach()
+
+    # ------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint, JSON-able."""
+        return {"recovery": self.recovery.state_dict(), "rate_scale": self.rate_scale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned. Stand-ins come from the newest known-good record."""
+        records: Sequence[Record] = self.known_good.records
+        if records:
+            kept: Mapping[str, Tensor] = self.known_good.load(records[-1])
+            self._dense.update(dense_from_state(self._model.moe_layers, kept))
+        self.recovery.load_state_dict(state["recovery"])
+        self.rate_scale = float(state["rate_scale"])
+
+
+@torch.no_grad()
+def broken(model: Decoder) -> Finding:
+    """Where the model is not finite: the first expert or router of a layer, or the model as a whole."""
+    for name, layer in model.moe_layers.items():
+        experts = (layer.experts.up, layer.experts.down_proj)
+        finite_E = torch.stack([torch.isfinite(weight).flatten(1).all(1) for weight in experts]).all(0)
+        if not bool(finite_E.all()):
+            expert = int((~finite_E).nonzero()[0, 0])
+            message = f"{name}: weights of expert {expert} are not finite"
+            remedy = "Copy another expert over it, or go back to a checkpoint."
+            return Finding("not_finite", name, expert, "critical", nan, 0.0, message, remedy)
+        if layer.router.weight is not None and not bool(torch.isfinite(layer.router.weight).all()):
+            remedy = "Go back to a good router."
+            message = f"{name}: weights of the router are not finite"
+            return Finding("not_finite", name, None, "critical", nan, 0.0, message, remedy)
+    message = "the loss or its gradient is not finite, with finite expert weights"
+    remedy = "Lower the learning rate, or go back to a checkpoint."
+    return Finding("diverged", "model", None, "critical", nan, 0.0, message, remedy)
