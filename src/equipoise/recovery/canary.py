@@ -70,7 +70,7 @@ class Canary:
             for handle in handles:
                 handle.remove()
         stats = {each.layer: replace(each, step=step) for each in recorder.flush(step)}
-        fair = {name: stats[name].counts_E.sum() / stats[name].num_experts for name in computed}
+        fair = {name: float(stats[name].counts_E.mean()) for name in computed}
         straggler = {name: float(counts_E.max()) / max(fair[name], 1) for name, counts_E in computed.items()}
         return Health(loss, stats, straggler)
 
