@@ -32,7 +32,7 @@ ALLOWED = {
     "recovery": {"types", "ops", "routing", "layer", "monitor", "disk"},
     "plan": {"types"},
     "dashboard": {"types", "plan", "monitor.store", "monitor.incidents"},
-    "faults": {"types", "layer", "monitor.adapters"},
+    "faults": {"types", "layer", "monitor", "disk"},
     "train": {"types", "ops", "routing"} | RINGS,
     "serve": {"types"} | RINGS,
 }

@@ -4,6 +4,9 @@ from equipoise.layer import Capacity, MoE
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.models.decoder import Decoder
 from equipoise.monitor.watch import Watch, watch
+from equipoise.recovery.known_good import KnownGood
+from equipoise.recovery.policy import Ladder, RoundRobinThenReload
+from equipoise.recovery.recover import recover
 from equipoise.routing import (
     BiasBalance,
     ExpertChoice,
@@ -37,6 +40,8 @@ __all__ = [
     "ExpertChoice",
     "Hash",
     "ImportanceLoss",
+    "KnownGood",
+    "Ladder",
     "LoadLoss",
     "MoE",
     "MoEConfig",
@@ -44,6 +49,7 @@ __all__ = [
     "QuantileBalance",
     "ReLURouting",
     "RoundRobin",
+    "RoundRobinThenReload",
     "RoutingDecision",
     "RoutingStats",
     "SimilarityLoss",
@@ -56,5 +62,6 @@ __all__ = [
     "TwoTier",
     "Watch",
     "ZLoss",
+    "recover",
     "watch",
 ]

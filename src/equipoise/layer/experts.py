@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from equipoise.layer.probed_experts import ExpertProbe, probed_experts
 from equipoise.ops import reference
 from equipoise.ops.activation import check_activation, pre_activation_dim
 from equipoise.ops.grouped_experts import grouped_experts, grouped_mm_supports
@@ -57,7 +58,12 @@ def backend_for(name: BackendName, x_TD: Tensor, up_eHD: Tensor, down_eDF: Tenso
 
 
 class Experts(nn.Module):
-    """E feed-forward networks, stacked. Computes each row's weighted sum over its experts."""
+    """E feed-forward networks, stacked. Computes each row's weighted sum over its experts.
+
+    probes: observers of single experts; with any, experts are computed one by one, for these observers to time.
+    """
+
+    probes: tuple[ExpertProbe, ...] = ()
 
     def __init__(
         self, num_experts: int, dim: int, hidden_dim: int, activation: str = "swiglu", backend: BackendName = "auto"
@@ -93,6 +99,8 @@ class Experts(nn.Module):
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # the meta device has none
             compute_dtype = torch.get_autocast_dtype(device)
         x, up_c, down_c = x.to(compute_dtype), up.to(compute_dtype), down.to(compute_dtype)
+        if self.probes:
+            return probed_experts(x, plan, up_c, down_c, self.activation, self.probes).to(out_dtype)
         name, _ = backend_for(self.backend, x, up_c, down_c)
         return BACKENDS[name](x, plan, up_c, down_c, self.activation).to(out_dtype)
 

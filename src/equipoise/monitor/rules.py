@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 
@@ -86,9 +87,7 @@ class LogitRule:
             message = f"{stats.layer}: the router's logits have a mean log-sum-exp of {lse:.4g}"
             return Finding("logits", stats.layer, None, "critical", lse, self.max_logsumexp, message, remedy)
         if math.isnan(lse) and baseline is not None and math.isfinite(baseline.logit_logsumexp):
-            message = (
-                f"{stats.layer}: the router's logits are not numbers: it, or something before it, is broken"
-            )
+            message = f"{stats.layer}: the router's logits are not numbers: it, or something before it, is broken"
             remedy = "Find the first weight that is not finite, and go back to a checkpoint or copy another expert."
             return Finding("not_finite", stats.layer, None, "critical", lse, self.max_logsumexp, message, remedy)
         ratio = stats.logit_std / baseline.logit_std if baseline and baseline.logit_std > 0 else 1.0
@@ -151,9 +150,10 @@ class CountRule:
     """The monitor itself is broken: its counters stand still, were reset, or count twice.
 
     tokens_per_flush: what every layer counts between two flushes where each batch has the same number of real tokens.
-    A window of several flushes has a multiple of it.
+    per_flush: `Watch` shows it the flush itself, not a window that reaches back to where there were tokens.
     """
 
+    per_flush: ClassVar[bool] = True
     tokens_per_flush: int
 
     def __post_init__(self) -> None:
@@ -163,13 +163,11 @@ class CountRule:
     def __call__(self, window: Sequence[RoutingStats]) -> list[Finding]:
         """One finding for the model, with the first layer that is off."""
         for stats in window:
-            if stats.num_tokens == 0 or stats.num_tokens % self.tokens_per_flush:
+            if stats.num_tokens != self.tokens_per_flush:
                 text = (
                     f"{stats.layer} counted {stats.num_tokens:,} tokens, expected {self.tokens_per_flush:,} per flush"
                 )
-                remedy = (
-                    "Trust no other alert now: attach the monitor again, and see who else resets or feeds it."
-                )
+                remedy = "Trust no other alert now: attach the monitor again, and see who else resets or feeds it."
                 return [
                     Finding(
                         rule="counters",

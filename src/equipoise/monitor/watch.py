@@ -67,7 +67,11 @@ class Watch:
         sums = self.recorder.flush_sums()
         self._window = [routing_stats(layer, step, each) for layer, each in sums.items()]
         judged = self._judged(step, sums)
-        findings = [finding for detector in self._detectors for finding in detector(judged)]
+        findings = [
+            finding
+            for detector in self._detectors
+            for finding in detector(self._window if getattr(detector, "per_flush", False) else judged)
+        ]
         unjudged = set() if self._literal else layers_without_opinion(judged)
         changed = self._book.observe(step, findings, unjudged=unjudged)
         for sink in self._sinks:

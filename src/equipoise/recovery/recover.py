@@ -18,6 +18,7 @@ from equipoise.recovery.policy import Policy
 from equipoise.recovery.recent import RecentScores
 from equipoise.recovery.recovery import Recovery
 from equipoise.recovery.router_state import router_state
+from equipoise.recovery.weights import reload_weights
 from equipoise.types import Action, Alert, Sink
 
 
@@ -71,16 +72,15 @@ def recover(
     policy: Policy | None = None,
     act: bool = False,
     training: Training | None = None,
-    reload: Callable[[str], Callable[[], None]] | None = None,
     sinks: Sequence[Sink] = (),
 ) -> Keeper:
     """Repair the model by the policy, `Ladder()` if none is named, when an alert of the watch calls for it.
 
     held_out_loss: takes the model in eval through the same held-out text each time and returns nats per token; by it a
     repair is kept or undone. act: False only proposes. run_folder: where known-good records are kept, see
-    `Keeper.remember`. training: the optimizer, for repairs of a model in training. reload: loads a checkpoint by name
-    and returns what undoes that, such as `reload_weights(model, run_folder / "checkpoints")`. sinks: get each change of
-    a repair, and the alert that calls a human; those of the watch do not by themselves.
+    `Keeper.remember`, and checkpoints, in its folder "checkpoints". training: the optimizer, for repairs of a model in
+    training. sinks: get each change of a repair, and the alert that calls a human; those of the watch do not by
+    themselves.
     For layers of other libraries than equipoise, router_rollback and full_rollback are what can be done.
     """
     layers: Mapping[str, MoE] = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
@@ -92,7 +92,7 @@ def recover(
         recent=RecentScores(layers),
         known_good=None if run_folder is None else KnownGood(run_folder),
         dense=dense,
-        reload=reload,
+        reload=None if run_folder is None else reload_weights(model, run_folder / "checkpoints"),
         training=training,
     )
     recovery = Recovery(patient, policy=policy, act=act, canary=canary, sinks=sinks, quiet=watch.recorder.paused)

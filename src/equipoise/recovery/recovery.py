@@ -191,22 +191,26 @@ class Recovery:
             if not worse:
                 self._cases[key].kept.append((kind, step))
                 self._cases[key].closed = True
-        elif REPAIRS[kind].contains and trial.flushes >= CONTAINED_FLUSHES:
-            self._judge_contained(step, stats)
+        elif REPAIRS[kind].judged_by != "alert" and self._canary is not None and trial.flushes >= CONTAINED_FLUSHES:
+            self._judge_effect(step, stats)
         elif trial.flushes >= self._limits.patience:
             self._end("undone", step, f"the alert still fires {trial.flushes} flushes later", stats)
 
-    def _judge_contained(self, step: int, stats: Sequence[RoutingStats]) -> None:
-        """The router is as it was; what counts is the load that is left, on held-out text."""
+    def _judge_effect(self, step: int, stats: Sequence[RoutingStats]) -> None:
+        """The repair leaves the router as it is, and the alert with it: held-out text says whether it helped."""
         trial = self._trial
         assert trial is not None
-        layer, key = trial.action.layer, trial.action.reason
-        after = None if self._canary is None else self._measure(step)
-        load = 1.0 if after is None else after.straggler.get(layer, 1.0)
-        worse = self._worse(after) or (
-            "" if load <= CONTAINED_LOAD else f"the busiest expert still has {load:.2f} loads"
-        )
-        note = worse or f"contained: no expert has more than {load:.2f} fair loads; the router is as it was"
+        layer, key, after = trial.action.layer, trial.action.reason, self._measure(step)
+        worse = self._worse(after)
+        if REPAIRS[trial.action.kind].judged_by == "load":
+            load = after.straggler.get(layer, 1.0)
+            worse = worse or ("" if load <= CONTAINED_LOAD else f"the busiest expert still has {load:.2f} loads")
+            effect = f"no expert has more than {load:.2f} fair loads"
+        else:
+            before = trial.loss_before if trial.loss_before is not None else math.inf
+            worse = worse or ("" if after.loss < before else f"the held-out loss is {after.loss:.3f}, as before")
+            effect = "the held-out loss is lower"
+        note = worse or f"{effect}; the router is as it was, and its alert goes on"
         self._end("undone" if worse else "kept", step, note, stats, after)
         self._cases[key].done = not worse
 

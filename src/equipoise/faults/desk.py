@@ -1,0 +1,146 @@
+"""Where a run takes requests for faults: it puts them in, takes them out, and answers. The loop calls it once per step.
+
+It does what a request says and nothing else: layers are looked up in the model, checkpoints among the run's own by
+name; no request names code or a path. Whatever goes wrong is told to the sender, never to the loop.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from equipoise.faults.catalogue import Fault, sentence
+from equipoise.faults.counters import StaleCounters, inject_counters
+from equipoise.faults.data import SkewedInput, skewed_rows
+from equipoise.faults.files import CheckpointDamage, checkpoint_of, damage, put_all_back
+from equipoise.faults.injection import Change, Injection, inject
+from equipoise.faults.requests import Inject, Remove, Request, answer, listen, take
+from equipoise.monitor.recorder import Recorder
+
+MOST_TOLD = 500  # characters of an error
+
+
+class FaultDesk:
+    """Takes a run's requests for faults, from now until `close`.
+
+    run_folder: where the requests are; the folder is made. model: what faults are put into. run: takes the model
+    through a batch of tokens, with the recorder paused, to see a layer's inputs. recorder: for StaleCounters.
+    Raises ValueError where another process takes this run's requests.
+    """
+
+    def __init__(
+        self, run_folder: Path, model: nn.Module, run: Callable[[], object], recorder: Recorder | None = None
+    ) -> None:
+        self._folder, self._model, self._run, self._recorder = Path(run_folder), model, run, recorder
+        self._lock: int | None = listen(self._folder)
+        self._in_place: list[Injection] = []
+        self._asked_for_rows = False
+        self._trouble = ""
+
+    @property
+    def in_place(self) -> list[Any]:
+        """The faults that are in place, the oldest first."""
+        return [injection.fault for injection in self._in_place]
+
+    def step(self) -> list[str]:
+        """Call once per step, between two steps, not inside `recorder.paused()`.
+
+        Obeys what was posted, lets drifts go on, and returns a sentence for the log about each thing that was done or
+        refused. Raises nothing.
+        """
+        said = []
+        try:
+            requests = take(self._folder)
+            self._trouble = ""
+        except (ValueError, OSError) as error:  # the folder is gone, or out of reach
+            requests = []
+            if self._trouble != str(error):  # once, not at every step
+                said.append(f"faults can't be taken: {_told(error)}")
+            self._trouble = str(error)
+        for id, request in requests:
+            text, ok = self._obey(request)
+            said.append(text)
+            try:
+                answer(self._folder, id, text, ok)
+            except (ValueError, OSError) as error:
+                said.append(f"the sender could not be told: {_told(error)}")
+        for injection in list(self._in_place):
+            try:
+                injection.advance()
+            except Exception as error:
+                self._in_place.remove(injection)
+                said.append(f"{sentence(injection.fault)} stands still: {_told(error)}")
+        return said
+
+    def rows(self, domains: Tensor) -> Tensor | None:
+        """Which sequence of a batch to put in which place while a SkewedInput is in place: int64 (B,).
+
+        domains: int64 (B,) or (B, S). None to leave the batch as it is: no such fault, or nothing to copy in this
+        batch. Call it for each batch; a run that does not can't be asked for this fault.
+        """
+        self._asked_for_rows = True
+        skewed = [fault for fault in self.in_place if isinstance(fault, SkewedInput)]
+        if not skewed:
+            return None
+        try:
+            return skewed_rows(skewed[-1], domains)
+        except ValueError:
+            return None  # no sequence of that domain in this batch
+
+    def close(self) -> None:
+        """Take no more requests. Faults stay in place. Twice is once."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _obey(self, request: Request) -> tuple[str, bool]:
+        """(a sentence, whether it was done). Nothing that a request leads to may end the run."""
+        try:
+            if isinstance(request, Inject):
+                self._in_place.append(self._put_in(request.fault))
+                return f"fault put in: {sentence(request.fault)}", True
+            return self._take_out(request), True
+        except Exception as error:
+            return f"refused: {_told(error)}", False
+
+    def _put_in(self, fault: Fault) -> Injection:
+        if isinstance(fault, CheckpointDamage):
+            return damage(checkpoint_of(self._folder, fault.checkpoint), fault)
+        if isinstance(fault, StaleCounters):
+            if self._recorder is None:
+                raise ValueError("stale-counters: this run has no recorder that could stop counting")
+            return inject_counters(self._recorder, fault)
+        if isinstance(fault, SkewedInput):
+            if not self._asked_for_rows:
+                raise ValueError("skewed-input: this run does not let its batches be changed")
+            return Injection(fault, Change())
+        return inject(self._model, fault, self._run)
+
+    def _take_out(self, request: Remove) -> str:
+        """The last one first: a blow-up and what was added to the same weight do not commute."""
+        doomed = [
+            each
+            for each in reversed(self._in_place)
+            if request.layer is None or getattr(each.fault, "layer", None) == request.layer
+        ]
+        told = []
+        for injection in doomed:
+            injection.remove()
+            self._in_place.remove(injection)
+            told.append(sentence(injection.fault))
+        if request.layer is None:  # also what an earlier process has damaged
+            told += [f"damage to {name}" for name in put_all_back(self._folder)]
+        if not told:
+            where = "" if request.layer is None else f" in {request.layer!a}"
+            raise ValueError(f"expected a fault in place{where}, there is none")
+        return f"taken out: {'; '.join(told)}"
+
+
+def _told(error: Exception) -> str:
+    """An error for a sender or a log: with its kind where it was not foreseen."""
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return text if len(text) <= MOST_TOLD else f"{text[: MOST_TOLD - 3]}..."

@@ -1,0 +1,50 @@
+"""The experts' products one expert at a time, with observers around each: to time single experts.
+
+The slow twin of the lean backend in its order of work; its forward has the same bits on a CPU. Only used while there
+are probes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from equipoise.ops.activation import activate, check_activation
+from equipoise.ops.ragged import RaggedPlan, sum_rows
+
+
+class ExpertProbe(Protocol):
+    """Is told when an expert's computation begins and ends. Between the two only that expert is computed."""
+
+    def begin(self, expert: int, num_rows: int) -> None:
+        """Before the products of one expert that has rows."""
+        ...
+
+    def end(self, expert: int) -> None:
+        """After them."""
+        ...
+
+
+def probed_experts(
+    x_TD: Tensor, plan: RaggedPlan, up_eHD: Tensor, down_eDF: Tensor, activation: str, probes: Sequence[ExpertProbe]
+) -> Tensor:
+    """y (T, D), differentiable. Probes begin in their order and end in the reverse."""
+    kind, start, parts = check_activation(activation), 0, []
+    for expert, count in enumerate(plan.counts_e.tolist()):
+        if not count:
+            continue
+        rows = slice(start, start + count)
+        for probe in probes:
+            probe.begin(expert, count)
+        x_n = x_TD.index_select(0, plan.token_ids_R[rows])
+        a_n = activate(x_n @ up_eHD[expert].t(), kind) * plan.weights_R[rows].to(x_TD.dtype)[:, None]
+        parts.append(a_n @ down_eDF[expert].t())
+        for probe in reversed(probes):
+            probe.end(expert)
+        start += count
+    dropped = x_TD.new_zeros(len(plan.token_ids_R) - start, x_TD.shape[1])
+    zero = 0.0 * (up_eHD.sum() + down_eDF.sum()) if torch.is_grad_enabled() else 0.0  # idle experts get zeros, not None
+    return sum_rows(torch.cat([*parts, dropped]), plan.token_ids_R, plan.rows_TK, x_TD.shape[0]) + zero

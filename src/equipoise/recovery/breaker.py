@@ -1,0 +1,243 @@
+"""A circuit breaker for many groups at once (layers, experts, ranks): closed, open, half-open, by slow calls.
+
+Pure arithmetic on arrays; it measures no time and changes no model. The semantics are resilience4j's: a sliding window
+of calls, a minimum of calls before there is an opinion, a wait while open, a few probes while half-open.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+State = Literal["closed", "open", "half_open"]
+Granularity = Literal["expert", "layer", "rank"]
+STATES: tuple[State, ...] = ("closed", "open", "half_open")
+CLOSED, OPEN, HALF_OPEN = range(3)
+SIZE_BUCKETS = 24  # powers of two of a call's size
+LEARN, KEEP = 8, 0.98  # first calls of a bucket set its baseline by their median, later ones move it slowly
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BreakerConfig:
+    """When a group is too slow, and what happens then.
+
+    A call is slow when it takes more than slow_s seconds (a widely read checklist says 500 ms), or more than slow_ratio
+    times the baseline of calls of its size and more than floor_s. A group opens when at least slow_share of its last
+    `window` calls were slow, of at least min_calls. It stays open for open_s seconds, then lets probe_share of the
+    traffic through; probe_calls calls later it closes, or opens again.
+    """
+
+    slow_s: float = 0.5
+    slow_ratio: float = 3.0
+    floor_s: float = 1e-3
+    slow_share: float = 0.5
+    window: int = 100
+    min_calls: int = 20
+    open_s: float = 30.0
+    probe_share: float = 0.05
+    probe_calls: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("slow_s", "open_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"BreakerConfig.{name}: expected seconds, more than 0, got {getattr(self, name)}")
+        if not self.slow_ratio > 1:
+            raise ValueError(f"BreakerConfig.slow_ratio: expected more than 1, got {self.slow_ratio}")
+        if not self.floor_s >= 0:
+            raise ValueError(f"BreakerConfig.floor_s: expected 0 or more seconds, got {self.floor_s}")
+        for name in ("slow_share", "probe_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"BreakerConfig.{name}: expected a share in (0, 1], got {getattr(self, name)}")
+        for name in ("window", "min_calls", "probe_calls"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"BreakerConfig.{name}: expected at least 1 call, got {getattr(self, name)}")
+        if self.min_calls > self.window:
+            raise ValueError(
+                f"BreakerConfig.min_calls: expected at most window = {self.window}, got {self.min_calls}; it would "
+                "never have an opinion"
+            )
+
+
+@dataclass(frozen=True)
+class Transition:
+    """One group's change of state. slow_share: of its calls in the window, or of its probes. p99_s: in seconds.
+
+    at: by the breaker's clock.
+    """
+
+    name: str
+    before: State
+    after: State
+    slow_share: float
+    num_calls: int
+    p99_s: float
+    at: float
+
+
+class Breaker:
+    """G groups by name. granularity: what a group is, for whoever reads the numbers. clock: seconds."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        config: BreakerConfig = BreakerConfig(),
+        *,
+        granularity: Granularity = "layer",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        G = len(names)
+        if G < 1 or len(set(names)) < G:
+            raise ValueError(f"Breaker.names: expected different names, at least one, got {list(names)[:5]}")
+        self.names, self.config, self.granularity = tuple(names), config, granularity
+        self._clock = clock
+        self._state_G = np.zeros(G, dtype=np.int8)
+        self._since_G = np.zeros(G)
+        self._seconds_WG = np.full((config.window, G), np.nan)
+        self._slow_WG = np.zeros((config.window, G), dtype=bool)
+        self._calls_G = np.zeros(G, dtype=np.int64)  # in this state; the next one goes into row calls % window
+        self._num_slow_G = np.zeros(G, dtype=np.int64)  # in the window
+        self._baseline_GS = np.full((G, SIZE_BUCKETS), np.nan)
+        self._learned_GS = np.zeros((G, SIZE_BUCKETS), dtype=np.int64)
+        self._first_GSL = np.full((G, SIZE_BUCKETS, LEARN), np.nan)
+
+    # ------------------------------------------------------------------------------------------------- reading
+
+    @property
+    def states(self) -> dict[str, State]:
+        """By name."""
+        return {name: STATES[state] for name, state in zip(self.names, self._state_G, strict=True)}
+
+    @property
+    def dense_share_G(self) -> np.ndarray:
+        """float64 (G,), the share of the traffic to keep away: 0 closed, 1 open, 1 - probe_share half-open."""
+        return np.array([0.0, 1.0, 1.0 - self.config.probe_share])[self._state_G]
+
+    @property
+    def p99_s(self) -> np.ndarray:
+        """float64 (G,), the 99th percentile of the calls in the window, in seconds; NaN without calls."""
+        sorted_WG = np.sort(self._seconds_WG, axis=0)  # NaN goes last
+        count_G = np.minimum(self._calls_G, self.config.window)
+        place_G = np.maximum(np.ceil(0.99 * count_G).astype(int) - 1, 0)
+        return np.where(count_G > 0, sorted_WG[place_G, np.arange(len(place_G))], np.nan)
+
+    @property
+    def slow_share_G(self) -> np.ndarray:
+        """float64 (G,), the share of slow calls in the window; 0 without calls."""
+        return self._num_slow_G / np.maximum(np.minimum(self._calls_G, self.config.window), 1)
+
+    def baseline_s(self, name: str, size: float) -> float:
+        """What a call of that size usually takes, in seconds; NaN while that is not known."""
+        return float(self._baseline_GS[self.names.index(name), int(_bucket(np.array([size]))[0])])
+
+    # ------------------------------------------------------------------------------------------------- moving
+
+    def record(self, seconds_G: np.ndarray, sizes_G: np.ndarray) -> list[Transition]:
+        """One call per group: how long it took, NaN for none, and its size (tokens or rows). What changed by it."""
+        seconds_G = np.asarray(seconds_G, dtype=np.float64)
+        if seconds_G.shape != self._state_G.shape:
+            raise ValueError(f"record: expected {len(self.names)} numbers, got shape {seconds_G.shape}")
+        moved = self.tick()
+        called = np.flatnonzero(~np.isnan(seconds_G) & (self._state_G != OPEN))
+        if not len(called):
+            return moved
+        bucket = _bucket(np.asarray(sizes_G, dtype=np.float64)[called])
+        seconds, slow = seconds_G[called], self._is_slow(called, seconds_G[called], bucket)
+        row = self._calls_G[called] % self.config.window
+        self._num_slow_G[called] += slow.astype(np.int64) - self._slow_WG[row, called]
+        self._slow_WG[row, called], self._seconds_WG[row, called] = slow, seconds
+        self._calls_G[called] += 1
+        self._learn(called, seconds, bucket, slow)
+        return moved + self._judge(called)
+
+    def tick(self) -> list[Transition]:
+        """Open groups whose wait is over become half-open. `record` does it too."""
+        now = self._clock()
+        waited_G = now - self._since_G
+        self._since_G = np.where(waited_G < 0, now, self._since_G)  # the clock has jumped back: the wait begins anew
+        due = np.flatnonzero((self._state_G == OPEN) & (waited_G >= self.config.open_s))
+        return [self._move(int(group), HALF_OPEN, now) for group in due]
+
+    def _is_slow(self, groups: np.ndarray, seconds: np.ndarray, bucket: np.ndarray) -> np.ndarray:
+        relative = self.config.slow_ratio * self._baseline_GS[groups, bucket]
+        limit = np.where(np.isnan(relative), np.inf, np.maximum(relative, self.config.floor_s))
+        return np.asarray(seconds > np.minimum(limit, self.config.slow_s))
+
+    def _learn(self, groups: np.ndarray, seconds: np.ndarray, bucket: np.ndarray, slow: np.ndarray) -> None:
+        """Move the baselines of closed groups by calls that were not slow: slowness must not become usual."""
+        healthy = (self._state_G[groups] == CLOSED) & ~slow
+        groups, seconds, bucket = groups[healthy], seconds[healthy], bucket[healthy]
+        learned = self._learned_GS[groups, bucket]
+        new = learned < LEARN
+        self._first_GSL[groups[new], bucket[new], learned[new]] = seconds[new]
+        self._learned_GS[groups, bucket] += 1
+        known = self._learned_GS[groups, bucket] == LEARN
+        first = self._first_GSL[groups[known], bucket[known]]
+        self._baseline_GS[groups[known], bucket[known]] = np.median(first, axis=-1)
+        old = learned >= LEARN
+        before = self._baseline_GS[groups[old], bucket[old]]
+        self._baseline_GS[groups[old], bucket[old]] = KEEP * before + (1 - KEEP) * seconds[old]
+
+    def _judge(self, groups: np.ndarray) -> list[Transition]:
+        now, config = self._clock(), self.config
+        share, calls, state = self.slow_share_G[groups], self._calls_G[groups], self._state_G[groups]
+        trips = (state == CLOSED) & (calls >= config.min_calls) & (share >= config.slow_share)
+        probed = (state == HALF_OPEN) & (calls >= config.probe_calls)
+        fails = trips | (probed & (share >= config.slow_share))
+        heals = probed & (share < config.slow_share)
+        moves = [(int(g), OPEN) for g in groups[fails]] + [(int(g), CLOSED) for g in groups[heals]]
+        return [self._move(group, state, now) for group, state in moves]
+
+    def _move(self, group: int, state: int, now: float) -> Transition:
+        """Change the state of one group and forget its calls."""
+        config = self.config
+        calls = int(min(self._calls_G[group], config.window))
+        told = Transition(
+            self.names[group],
+            STATES[self._state_G[group]],
+            STATES[state],
+            float(self.slow_share_G[group]),
+            calls,
+            float(self.p99_s[group]),
+            now,
+        )
+        self._state_G[group], self._since_G[group] = state, now
+        self._calls_G[group] = self._num_slow_G[group] = 0
+        self._seconds_WG[:, group], self._slow_WG[:, group] = np.nan, False
+        return told
+
+    # ------------------------------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """States and baselines, JSON-able; the calls of the window are not kept. Waits begin anew in a new process."""
+        groups, buckets = (~np.isnan(self._baseline_GS)).nonzero()
+        known = zip(groups.tolist(), buckets.tolist(), self._baseline_GS[groups, buckets].tolist(), strict=True)
+        return {
+            "version": STATE_VERSION,
+            "names": list(self.names),
+            "states": [STATES[state] for state in self._state_G],
+            "baselines": [list(each) for each in known],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` returned. Raises ValueError for that of other groups, and changes nothing."""
+        if state.get("version") != STATE_VERSION or state.get("names") != list(self.names):
+            raise ValueError(
+                f"breaker state: expected version {STATE_VERSION} of {len(self.names)} groups of these names"
+            )
+        states = np.array([STATES.index(each) for each in state["states"]], dtype=np.int8)
+        self._state_G[:], self._since_G[:] = states, self._clock()
+        for group, bucket, seconds in state["baselines"]:
+            self._baseline_GS[group, bucket], self._learned_GS[group, bucket] = seconds, LEARN
+
+
+def _bucket(sizes: np.ndarray) -> np.ndarray:
+    """int64, the power of two at or below each size, at most SIZE_BUCKETS - 1; 0 for sizes below 2."""
+    powers: np.ndarray = np.log2(np.maximum(sizes, 1)).astype(np.int64)
+    bucket: np.ndarray = np.clip(powers, 0, SIZE_BUCKETS - 1)
+    return bucket
