@@ -65,6 +65,7 @@ from equipoise.types import Action, Alert, Routed
 
 LAYER, E = "layers.1.mlp", 8
 HEALTHY_STEPS, STEPS_AFTER = 500, 40
+UNEVEN = 2.0  # fair loads of the busiest expert
 POLICIES = ("ladder", "round_robin_then_reload")
 NOBODY = "nobody"  # alerts only
 
@@ -88,9 +89,9 @@ class Case:
 class Outcome:
     """What happened; steps count from the injection, None where it did not happen.
 
-    detected: steps to the first alert of a fault. repaired: steps to the repair that was kept, and repair: its kind.
-    restored: steps from that repair to the first flush without the finding, 1 is the next one; without a repair, steps
-    from the injection until the alert was resolved by itself. loss_*: held-out nats per token. straggler_*: busiest
+    detected: steps to the first alert. repaired: steps to the repair that was kept, and repair: its kind.
+    restored: steps from that repair until the busiest expert had less than two fair loads, 1 is the next one; of faults
+    that leave the load even, until the alert was resolved, if it was. loss_*: held-out nats per token. straggler_*: busiest
     expert relative to fair, in the broken layer, at its worst and at the end. lost: positions of served logits that
     were not finite, and tokens that every expert dropped. false_actions: repairs of a layer that was not broken, or of
     an undamaged model. exact: every weight and bias is as before the fault. stopped: training gave up.
@@ -401,6 +402,8 @@ class _Server:
 
 def _judged(outcome: Outcome, alerts: list[Alert], actions: list[Action], load: _Load, start: int) -> Outcome:
     case, blames = outcome.case, SCENARIOS[outcome.case.fault].blames
+    if load.by_step:
+        outcome.straggler_worst, outcome.straggler_end = max(load.by_step), load.by_step[-1]
     fired = [alert for alert in alerts if alert.state == "firing" and alert.finding.rule != "recovery_exhausted"]
     mine = [alert for alert in fired if not blames or alert.finding.layer in (blames, "model") or _nan(case)]
     made = [action for action in repairs(actions) if action.state in ("applied", "kept", "undone")]
@@ -410,16 +413,21 @@ def _judged(outcome: Outcome, alerts: list[Alert], actions: list[Action], load: 
     outcome.story = [f"{action.kind} {action.state} at {action.step - start}" for action in repairs(actions)]
     outcome.false_actions = sum(action.layer not in (blames, "model") or not blames for action in made)
     last = next((a for a in made if a.state == "kept" or (a.kind == "breaker" and "-> open" in a.note)), None)
-    resolved = [a.step for a in alerts if a.state == "resolved" and a.finding.layer == blames]
     if last is not None:
         outcome.repaired, outcome.repair = last.step - start, last.kind
-        later = [step for step in resolved if step > last.step]
-        outcome.restored = max(later[0] - last.step - 1, 1) if later else 1  # two clean flushes resolve an alert
-    elif resolved and mine:
-        outcome.restored = resolved[-1] - start
-    if load.by_step:
-        outcome.straggler_worst, outcome.straggler_end = max(load.by_step), load.by_step[-1]
+        outcome.restored = _restored(outcome, alerts, load.by_step, start)
     return outcome
+
+
+def _restored(outcome: Outcome, alerts: list[Alert], loads: list[float], start: int) -> int | None:
+    """Steps from the repair until it was even again, for good; see `Outcome`."""
+    repaired = outcome.repaired
+    assert repaired is not None
+    if max(loads, default=0.0) > UNEVEN:
+        uneven = [step for step, each in enumerate(loads, start=1) if each > UNEVEN]
+        return None if uneven[-1] == len(loads) else max(uneven[-1] - repaired + 1, 1)
+    resolved = [a.step - start for a in alerts if a.state == "resolved" and a.step - start > repaired]
+    return max(resolved[0] - repaired - 1, 1) if resolved else None  # two clean flushes resolve an alert
 
 
 def _nan(case: Case) -> bool:

@@ -1,15 +1,19 @@
 """Rules beyond collapse: drops, logits, drift; and the absolute checklist, beside what it gets wrong."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from equipoise.layer import MoE
 from equipoise.monitor.baseline import baselines_of, from_json, to_json
 from equipoise.monitor.profiles import rules_of
-from equipoise.monitor.rules import AbsoluteRule, DropRule, LoadDriftRule, LogitRule, drop_rate
+from equipoise.monitor.rules import AbsoluteRule, CountRule, DropRule, LoadDriftRule, LogitRule, drop_rate
 from equipoise.monitor.stats import RoutingSums, routing_stats
+from equipoise.monitor.watch import Watch
 
 
 def record(counts_E, num_tokens, dropped=0, logit_std=1.0, logsumexp=2.0):
@@ -114,3 +118,49 @@ def test_baselines_survive_json():
 def test_profiles_by_name():
     with pytest.raises(ValueError, match=r"profile: expected relative or absolute, got 'strict'"):
         rules_of("strict")
+
+
+# ---------------------------------------------------------------------------------- the monitor itself, and NaN
+
+
+def test_counters_are_judged_exactly_and_once():
+    rule = CountRule(tokens_per_flush=1000)
+    assert rule([record([500, 500], 1000), record([500, 500], 1000)]) == []
+    for wrong in (0, 999, 1001, 2000):
+        [finding] = rule(
+            [
+                record([500, 500], 1000),
+                record([wrong // 2, wrong - wrong // 2], wrong),
+                record([wrong // 2, wrong - wrong // 2], wrong),
+            ]
+        )
+        assert (finding.rule, finding.layer, finding.severity, finding.value) == (
+            "counters",
+            "model",
+            "critical",
+            wrong,
+        )
+    with pytest.raises(ValueError, match=r"CountRule\.tokens_per_flush: expected at least 1, got 0"):
+        CountRule(0)
+
+
+def test_a_watch_shows_the_count_rule_the_flush_itself():
+    """Windows reach back to where there were tokens; a counter that stands still must not hide behind that."""
+    layer = MoE(8, 8, 4)
+    with Watch(layer, every=1, rules=(CountRule(640),)) as eye:
+        for step in (1, 2, 3):
+            layer(torch.randn(640, 8))
+            assert eye.step(step) == []
+        with eye.recorder.paused():
+            layer(torch.randn(640, 8))
+        eye.step(4)
+        [alert] = [alert for alert in eye.step(5) if alert.finding.rule == "counters"]
+        assert alert.state == "firing"
+
+
+def test_logits_that_are_not_numbers_are_damage_where_they_are_known_to_be_numbers():
+    wild = replace(record([500, 500], 1000), logit_mean=math.nan, logit_std=math.nan, logit_logsumexp=math.nan)
+    assert LogitRule()([wild]) == []  # other libraries' routers may not tell their logits
+    baselines = baselines_of([record([500, 500], 1000)])
+    [finding] = LogitRule(baselines=baselines)([wild])
+    assert (finding.rule, finding.severity) == ("not_finite", "critical")

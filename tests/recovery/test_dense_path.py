@@ -118,6 +118,14 @@ def test_diverted_puts_the_mode_back_also_after_an_error():
     assert layer.mode == before
 
 
+def test_building_draws_no_random_numbers():
+    layer, x = build(), traffic()
+    before = torch.get_rng_state()
+    build_dense_paths({"a": layer}, {"a": np.ones(E)})
+    build_dense_paths({"a": layer}, {"a": np.ones(E)}, lambda: layer(x))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_kept_and_restored():
     layers = {"layers.0.mlp": build(), "layers.2.mlp": build("gelu"), "layers.3.mlp": build(shared=1)}
     paths = build_dense_paths(layers, {name: np.ones(E) for name in layers})

@@ -59,8 +59,10 @@ class Mode:
         return self.diverts or (self.capacity is not None and self.capacity.overflow == "shared")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, what differs from the default alone."""
-        return {f.name: value for f in fields(self) if (value := asdict(self)[f.name]) != f.default}
+        """Plain JSON data, what differs from the default alone."""
+        values = asdict(self)
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        return {f.name: plain[f.name] for f in fields(self) if values[f.name] != f.default}
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Mode:

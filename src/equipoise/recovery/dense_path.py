@@ -190,8 +190,9 @@ def _moments(
 
 def _empty(layer: MoE, hidden_dim: int) -> FeedForward:
     dim, like = layer.experts.down_proj.shape[1], layer.experts.down_proj
-    path = FeedForward(dim, hidden_dim, layer.experts.activation).to(device=like.device, dtype=like.dtype)
-    return path.requires_grad_(False).eval()
+    with torch.device("meta"):  # no weights are drawn: a stand-in must not move a run's random numbers
+        path = FeedForward(dim, hidden_dim, layer.experts.activation).to(dtype=like.dtype)
+    return path.to_empty(device=like.device).requires_grad_(False).eval()
 
 
 def _built(layer: MoE, up_gHD: Tensor, down_DH: Tensor) -> FeedForward:
