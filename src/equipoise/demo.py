@@ -16,7 +16,7 @@ from equipoise.monitor.plot import plot_layer_load
 from equipoise.monitor.store import RunStore
 from equipoise.recovery.rehearsal import Rehearsal
 from equipoise.train.config import TrainConfig
-from equipoise.train.data import TokenData, eval_batches
+from equipoise.train.data import TokenData
 from equipoise.train.evaluate import sample_text
 from equipoise.train.loop import Trainer
 from equipoise.train.recipes import recipe
@@ -131,12 +131,7 @@ def _train_and_break(
         return (now, now, now), ()
     before = trainer.evaluate()
     trainer.save()  # what the rollbacks go back to
-    config = trainer.config
-    batch = next(eval_batches(trainer.data.val, config.batch_size, config.data.seq_len, max_batches=1)).to(
-        trainer.device
-    )
-    with trainer.watch.recorder.paused():
-        inject(trainer.model, plan.fault, lambda: trainer.model(batch.tokens_BS))
+    inject(trainer.model, plan.fault, trainer.show_text)
     trainer.reporter.say(
         f"step {trainer.step_number}: FAULT INJECTED: the router of {plan.fault.layer} now prefers expert "
         f"{plan.fault.expert} for every token (+{plan.fault.intensity:g} logits). The monitor does not know."

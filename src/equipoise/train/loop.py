@@ -23,6 +23,7 @@ from equipoise.disk.checkpoint import (
     prune_checkpoints,
     save_checkpoint,
 )
+from equipoise.faults import FaultDesk
 from equipoise.layer import reduce_and_update
 from equipoise.models.decoder import Decoder
 from equipoise.monitor.rules import CountRule
@@ -78,6 +79,7 @@ class Trainer:
         self.store = _open_store(config, out, resume)
         per_flush = config.watch_every * config.batch_size * config.data.seq_len
         self.watch = Watch(self.model, every=config.watch_every, rules=(CountRule(per_flush),), sinks=(self.store,))
+        self.faults = FaultDesk(out, self.model, self.show_text, self.watch.recorder) if config.accept_faults else None
         self.repairs = Repairs(config, self.model, self.optimizer, data, out, self.watch, (self.store,))
         self.step_number = 0
         self._clock = (time.perf_counter(), 0)  # when the speed was last taken, and at which step
@@ -104,7 +106,7 @@ class Trainer:
     def step(self) -> None:
         """One optimizer step, and whatever is due after it."""
         step, config = self.step_number + 1, self.config
-        batch = self.loader.next_batch().to(self.device)
+        batch = self._next_batch()
         parts = split(batch, config.num_micro_batches)
         measured = self._interference(parts, step)
         loss = gradients(self.model, parts, step, config.bf16, self.watch.recorder)
@@ -122,6 +124,8 @@ class Trainer:
         self._tell(changed)
         if self.watch.is_due(step):
             self._tell(self.repairs.after_flush(step, changed))
+        for text in self.faults.step() if self.faults is not None else ():
+            self.reporter.say(f"step {step}: {text}")
         self.reporter.update()
         if config.eval_every and step % config.eval_every == 0 and step < config.steps:  # the end is the caller's
             self.evaluate()
@@ -177,11 +181,28 @@ class Trainer:
         """Detach what observes the model and close the store. status: "finished", "interrupted" or "failed"."""
         self.watch.detach()
         self.repairs.detach()
+        if self.faults is not None:
+            self.faults.close()
         try:
             self.store.set_meta(status=status)
             self.reporter.update()
         finally:
             self.store.close()
+
+    def _next_batch(self) -> Batch:
+        """The loader's, unless a fault of the data is in place."""
+        batch = self.loader.next_batch().to(self.device)
+        rows = None if self.faults is None else self.faults.rows(batch.domains_BS)
+        if rows is None:
+            return batch
+        return Batch(batch.tokens_BS[rows], batch.targets_BS[rows], batch.domains_BS[rows])
+
+    def show_text(self) -> None:
+        """A forward on validation text, for a fault that wants to see a layer's inputs."""
+        config = self.config
+        batches = eval_batches(self.data.val, config.batch_size, config.data.seq_len, max_batches=1)
+        with self.watch.recorder.paused(), torch.no_grad():
+            self.model(next(batches).tokens_BS.to(self.device))
 
     def _tell(self, changes: Sequence[Alert | Action]) -> None:
         for change in changes:
