@@ -234,3 +234,28 @@ def test_a_blow_up_alone_is_not_mistaken(going_on):
     put_in(trainer, LogitBlowUp(LAYER, 5.0))
     trainer.run(until=130)
     assert story(trainer) == []
+
+
+def test_a_record_that_a_kill_left_out_is_made_at_the_resume(going_on):
+    """Killed after the checkpoint was written and before its record: the resumed run has what the other one has."""
+    trainer = going_on()
+    trainer.run(until=160)
+    registry = trainer.repairs.known_good
+    assert registry.latest().step == 160
+    record = registry.latest()
+    trainer.close("failed")
+    registry.truncate_after(120)
+    again = going_on()
+    assert again.step_number == 160
+    assert again.repairs.known_good.latest().id == record.id
+
+
+def test_records_of_a_way_not_taken_are_forgotten(going_on):
+    """Somebody goes back to an older checkpoint by moving newer ones away: what is known of them goes too."""
+    trainer = going_on()
+    trainer.run(until=160)
+    trainer.close("failed")
+    shutil.rmtree(trainer.out / "checkpoints" / "step-000160")
+    again = going_on()
+    assert again.step_number == 120
+    assert [record.step for record in again.repairs.known_good.records][-1] == 120

@@ -249,11 +249,15 @@ class Trainer:
         if path is None:
             self.reporter.say(f"{self.out} has no checkpoint yet: starting from step 0")
             self.store.truncate_after(0)
+            self.repairs.known_good.truncate_after(0)
             return
         checkpoint = load_checkpoint(path)
+        self.repairs.known_good.truncate_after(checkpoint.step)  # the run takes another way from here
         restore_run(checkpoint, self.model, self.optimizer, self.loader, self.watch, self.repairs)
         self.step_number = checkpoint.step
         self.store.truncate_after(checkpoint.step)
+        if checkpoint.step not in {record.step for record in self.repairs.known_good.records}:
+            self.repairs.remember(checkpoint.step, path)  # killed between the checkpoint and its record, or refused
         self._clock = (time.perf_counter(), self.step_number)
         self.reporter.say(f"resumed from {path}")
 
