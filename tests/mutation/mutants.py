@@ -55,6 +55,8 @@ HISTOGRAM = _in("ops/test_histogram.py")
 RAGGED = _in("ops/test_ragged.py")
 SINKHORN = _in("ops/test_sinkhorn.py", "test_hand_worked", "test_marginals_after_many_iterations")
 RECORDER = _in("monitor/test_recorder.py", "test_drops_are_those_of_the_plan")
+MODE = _in("layer/test_mode.py")
+POLICY = _in("recovery/test_policy.py")
 DECISION = _in("routing/test_router_conformance.py", "TestDecision")
 GRADIENT = _in("routing/test_router_conformance.py", "TestGradient::test_reaches_every_parameter_from_the_weights")
 REPEATABLE = _in("routing/test_router_conformance.py", "TestRepeatable::test_eval_is_a_function_of_the_input")
@@ -298,5 +300,59 @@ MUTANTS = (
            "keys_N = expert_ids_N"),
     Mutant("weights-unsorted", "ops/ragged.py", RAGGED, "rows are sorted, their weights are not",
            "weights_R=weights_N[order_R]", "weights_R=weights_N"),
+    # ------------------------------------------------------------------------------------------ repair
+    Mutant("bias-not-added", "layer/moe.py", MODE, "a repair's bias takes the place of the balancer's",
+           "(0.0 if bias_E is None else bias_E)", "0.0"),
+    Mutant("diverted-weight-lost", "layer/dispatch.py", MODE, "the stand-in computes nothing of what is diverted",
+           "spilled(decision, ~diverted_N)", "spilled(decision, diverted_N | True)"),
+    Mutant("shut-or-share", "layer/dispatch.py", MODE, "an expert is shut only for tokens that are diverted anyway",
+           "diverted_T[decision.token_ids_N] | shut_E", "diverted_T[decision.token_ids_N] & shut_E"),
+    Mutant("dense-and-shared", "layer/moe.py", MODE, "what is diverted is computed twice",
+           "plan.spilled_T if force.dense is None else None", "plan.spilled_T"),
+    Mutant("boost-of-losses-only", "routing/balancers.py", MODE, "a boost does not reach the bias's steps",
+           "self.boost * value_at", "1.0 * value_at"),
+    Mutant("one-round-of-bias", "recovery/actions.py",
+           _in("recovery/test_actions.py", "test_the_bias_balances_whatever_the_router_prefers"),
+           "a saturated router gets the bias of the first round",
+           "CLOSE_ENOUGH, ROUNDS = 0.02, 50", "CLOSE_ENOUGH, ROUNDS = 0.02, 1"),
+    Mutant("rungs-again", "recovery/policy.py", POLICY, "a rung that was undone is tried again",
+           "next((kind for kind in rungs if kind not in tried), PAGE)", "next(iter(rungs), PAGE)"),
+    Mutant("input-repaired", "recovery/policy.py", POLICY, "an undamaged model is repaired",
+           "if situation.damaged is False:", "if situation.damaged is None:"),
+    Mutant("budget-plus-one", "recovery/policy.py", POLICY, "one attempt more than the budget",
+           "for kind in tried) >= budget", "for kind in tried) > budget"),
+    Mutant("worse-is-kept", "recovery/recovery.py", _in("recovery/test_recovery.py",
+           "test_an_action_that_makes_things_worse_is_undone_by_itself"), "a repair that makes things worse stays",
+           "if after.loss > before + tolerance:", "if after.loss > before + 100 * tolerance + 100:"),
+    Mutant("patience-endless", "recovery/recovery.py", _in("recovery/test_recovery.py",
+           "test_a_repair_that_does_not_help_is_undone_when_patience_ends"), "a useless repair stays on trial",
+           "elif trial.flushes >= self._limits.patience:", "elif trial.flushes >= 100 * self._limits.patience:"),
+    Mutant("undo-forgotten", "recovery/recovery.py", _in("recovery/test_recovery.py",
+           "test_an_action_that_makes_things_worse_is_undone_by_itself"), "what is called undone is still in force",
+           "                trial.change.undo()\n", "                pass\n"),
+    Mutant("warnings-at-once", "recovery/recovery.py", _in("recovery/test_recovery.py",
+           "test_a_warning_is_repaired_only_when_it_lasts"), "what may go away by itself is repaired at once",
+           "case.waited >= self._limits.warning_flushes", "case.waited >= 1"),
+    Mutant("relapse-forgotten", "recovery/case.py", _in("recovery/test_recovery.py",
+           "test_a_repair_that_did_not_last_is_followed_by_the_next_rung"), "what did not last is the first again",
+           "if step - at <= relapse_steps]", "if step - at < 0]"),
+    Mutant("canary-is-traffic", "recovery/recovery.py", _in("recovery/test_recovery.py",
+           "test_held_out_text_is_no_traffic"), "held-out text passes for recent traffic",
+           "recent.paused() if recent is not None else nullcontext()", "nullcontext()"),
+    Mutant("raw-weights-twice", "recovery/dense_path.py",
+           _in("recovery/test_dense_path.py", "test_raw_weights_are_part_of_the_target"),
+           "a stand-in learns the combine weight, and is weighted again",
+           "layer.experts.activation) * weight_T[:, None]", "layer.experts.activation)"),
+    Mutant("merge-without-load", "recovery/dense_path.py", _in("recovery/test_dense_path.py", "test_merging_by_hand"),
+           "experts are averaged whatever their load", "part = weights / weights.sum().clamp_min(1e-12)",
+           "part = torch.ones_like(weights) / len(weights)"),
+    Mutant("stand-in-draws", "recovery/dense_path.py",
+           _in("recovery/test_dense_path.py", "test_building_draws_no_random_numbers"),
+           "building a stand-in moves the run's random numbers",
+           'with torch.device("meta"):', 'with torch.device("cpu"):'),
+    Mutant("hot-is-dead", "recovery/weights.py",
+           _in("recovery/test_actions.py", "test_reseeding_copies_the_busiest_expert_with_noise_into_the_dead_ones"),
+           "the idlest expert is copied",
+           "return max(set(range(layer.num_experts))", "return min(set(range(layer.num_experts))"),
 )
 # fmt: on

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tests.recovery.conftest import new_model
 
-from equipoise.faults import Collapse, inject
+from equipoise.faults import Collapse, DeadExpert, inject
 from equipoise.layer.mode import NORMAL, Mode
 from equipoise.monitor.baseline import baselines_of
 from equipoise.monitor.incidents import EXHAUSTED, PAGE
@@ -239,6 +239,31 @@ def test_one_kind_of_text_is_not_damage(bench, tmp_path):
     assert set(server.notes.story) == {(LOOK_AT_INPUT, "proposed")}
     assert same(bits(bench.model), before)
     assert all(layer.mode == NORMAL for layer in bench.model.moe_layers.values())
+
+
+def test_a_warning_is_repaired_only_when_it_lasts(bench, tmp_path):
+    """A dead expert, found in two flushes in a row: the alert fires at step 2, and for five flushes nothing is done."""
+    server = Server(bench, tmp_path, limits=Limits(warning_flushes=5))
+    with server.watch.recorder.paused():
+        inject(bench.model, DeadExpert(LAYER, 5, 40.0), lambda: bench.serve(0))
+    server.run(5)
+    assert [alert.finding.rule for alert in server.watch.alerts] == ["dead_experts"]
+    assert server.notes.story == []
+    server.run(1)
+    assert server.notes.story == [("quantile_bias", "applied")]
+
+
+def test_held_out_text_is_no_traffic(bench, tmp_path):
+    server = Server(bench, tmp_path)
+    server.run(2)
+    recent = server.recovery.patient.recent
+    before = recent.scores(LAYER).clone()
+    server.collapse()
+    bench.serve(1)
+    newest = recent.scores(LAYER).clone()
+    assert not torch.equal(newest, before)
+    server.recovery.rescue(3, Finding("nothing", LAYER, None, "info", 0.0, 0.0, "a look", ""))  # measures, and no more
+    assert torch.equal(recent.scores(LAYER), newest)
 
 
 # ------------------------------------------------------------------------------------------------- one at a time

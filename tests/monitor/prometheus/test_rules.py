@@ -14,7 +14,7 @@ from tests.monitor.prometheus.worlds import END, LAYER, NUM_TOKENS, World, serie
 
 from equipoise.cli import COMMANDS
 from equipoise.monitor.detectors import CollapseDetector
-from equipoise.monitor.prometheus.alertmanager import export_alertmanager
+from equipoise.monitor.prometheus.alertmanager import export_alertmanager, inhibit_rules
 from equipoise.monitor.prometheus.live import LiveSource
 from equipoise.monitor.prometheus.rules import alert_rules, export_rules
 from equipoise.monitor.prometheus.timing import Timing, duration
@@ -64,7 +64,7 @@ def test_the_runbook_has_a_section_for_each_alert_and_no_others():
 def test_the_runbook_names_commands_that_exist():
     text = RUNBOOKS.read_text(encoding="utf-8")
     used = set(re.findall(r"(?:`|^)equipoise (\S+)(?: RUN)?((?: --[a-z]+)*)", text, re.MULTILINE))
-    assert {command for command, _ in used} == {"watch", "train"}
+    assert {command for command, _ in used} == {"watch", "train", "triage"}
     for command, options in used:
         known = set(signature(COMMANDS[command]).parameters)
         assert {option.strip("-") for option in options.split()} <= known | {"json"}, (command, options)
@@ -154,6 +154,30 @@ def test_amtool_accepts_the_inhibition_rules(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{len(yaml.safe_load(text)['inhibit_rules'])} inhibit rules" in done.stdout
+
+
+def test_no_alert_silences_the_call_for_a_human():
+    """It is critical and an alert of its own: while its layer has collapsed, it is no symptom of that."""
+    labels = {"alertname": "EquipoiseMonitorAlert", "rule": "recovery_exhausted", "severity": "critical", "layer": "a"}
+    symptom = labels | {"rule": "drops"}
+    silenced = [_matches(rule["target_matchers"], labels) for rule in inhibit_rules()]
+    assert not any(silenced)
+    assert any(_matches(rule["target_matchers"], symptom) for rule in inhibit_rules())
+    # the same from the sink that talks to Alertmanager itself
+    named = labels | {"alertname": "EquipoiseRecoveryExhausted"}
+    assert not any(_matches(rule["target_matchers"], named) for rule in inhibit_rules())
+
+
+def _matches(matchers, labels):
+    """As Alertmanager reads them: patterns are of the whole value, and a label that is missing is empty."""
+    tests = {
+        "=": lambda text, value: text == value,
+        "!=": lambda text, value: text != value,
+        "=~": lambda text, value: re.fullmatch(value, text) is not None,
+        "!~": lambda text, value: re.fullmatch(value, text) is None,
+    }
+    parsed = (re.fullmatch(r'(\w+)(=~|!~|!=|=)"(.*)"', matcher).groups() for matcher in matchers)
+    return all(tests[operator](labels.get(label, ""), value) for label, operator, value in parsed)
 
 
 def test_inhibition_is_about_alerts_that_exist():
