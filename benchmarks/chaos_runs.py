@@ -91,10 +91,10 @@ class Outcome:
 
     detected: steps to the first alert. repaired: steps to the repair that was kept, and repair: its kind.
     restored: steps from that repair until the busiest expert had less than two fair loads, 1 is the next one; of faults
-    that leave the load even, until the alert was resolved, if it was. loss_*: held-out nats per token. straggler_*: busiest
-    expert relative to fair, in the broken layer, at its worst and at the end. lost: positions of served logits that
-    were not finite, and tokens that every expert dropped. false_actions: repairs of a layer that was not broken, or of
-    an undamaged model. exact: every weight and bias is as before the fault. stopped: training gave up.
+    that leave the load even, until the alert was resolved, if it was. loss_*: held-out nats per token. straggler_*: the
+    busiest expert's load relative to fair, in the broken layer, at its worst and at the end. lost: positions of served
+    logits that were not finite, and tokens that every expert dropped. false_actions: repairs of a layer that was not
+    broken, or of an undamaged model. exact: every weight and bias is as before the fault. stopped: training gave up.
     """
 
     case: Case
