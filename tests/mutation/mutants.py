@@ -338,7 +338,7 @@ MUTANTS = (
            "if step - at <= relapse_steps]", "if step - at < 0]"),
     Mutant("canary-is-traffic", "recovery/recovery.py", _in("recovery/test_recovery.py",
            "test_held_out_text_is_no_traffic"), "held-out text passes for recent traffic",
-           "recent.paused() if recent is not None else nullcontext()", "nullcontext()"),
+           "silence = recent.paused() if recent is not None else nullcontext()", "silence = nullcontext()"),
     Mutant("raw-weights-twice", "recovery/dense_path.py",
            _in("recovery/test_dense_path.py", "test_raw_weights_are_part_of_the_target"),
            "a stand-in learns the combine weight, and is weighted again",

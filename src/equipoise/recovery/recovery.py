@@ -53,8 +53,9 @@ class Recovery:
 
     patient: the model and what repairs may use. policy: which repair is next. act: False only proposes.
     canary: measures held-out text; without it a repair is judged by the alert alone, and an unusual input is not told
-    from damage. sinks: get each change of a repair, and the page. gate: actions wait for running forwards, for servers
-    that run them in other threads. quiet: makes a context in which other observers do not count the canary's text.
+    from damage. sinks: get each change of a repair, and the page. gate: repairs and measurements wait for running
+    forwards, for servers that run them in other threads. quiet: makes a context in which other observers do not count
+    the canary's text.
     Its methods are called by one thread.
     """
 
@@ -163,7 +164,7 @@ class Recovery:
         try:
             with self._gate.changing():
                 change = REPAIRS[kind].apply(patient, finding)
-        except ValueError as error:
+        except (ValueError, RuntimeError, OSError) as error:  # a repair that fails must not take the loop with it
             self._say(replace(action, state="failed", note=str(error)))
             return
         self._trial = Trial(action, change, loss_of(before), mode)
@@ -188,9 +189,7 @@ class Recovery:
             after = None if self._canary is None else self._measure(step)
             worse = self._worse(after)
             self._end("undone" if worse else "kept", step, worse or "the alert is resolved", stats, after)
-            if not worse:
-                self._cases[key].kept.append((kind, step))
-                self._cases[key].closed = True
+            self._cases[key].closed = not worse
         elif REPAIRS[kind].judged_by != "alert" and self._canary is not None and trial.flushes >= CONTAINED_FLUSHES:
             self._judge_effect(step, stats)
         elif trial.flushes >= self._limits.patience:
@@ -231,6 +230,8 @@ class Recovery:
         detail = {"steps": float(step - trial.action.step)} | _effect("after", trial.action.layer, after)
         detail |= _violation("after", trial.action.layer, stats)
         self._say(replace(trial.action, step=step, state=state, note=note, detail={**trial.action.detail, **detail}))
+        if state == "kept":
+            self._cases[trial.action.reason].kept.append((trial.action.kind, step))
         if state == "kept" and REPAIRS[trial.action.kind].last_resort:
             layer = trial.action.layer
             self._page(step, trial.action.reason, f"{trial.action.kind} holds {layer} together, at a price in quality")
@@ -251,7 +252,8 @@ class Recovery:
     def _measure(self, step: int) -> Health:
         assert self._canary is not None
         recent = self.patient.recent
-        with self._quiet(), recent.paused() if recent is not None else nullcontext():
+        silence = recent.paused() if recent is not None else nullcontext()
+        with self._gate.changing(), self._quiet(), silence:  # alone: others' tokens must not be measured, or lost
             return self._canary.measure(step)
 
     def _worse(self, after: Health | None) -> str:
