@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from equipoise.commands import metrics, watching
+from equipoise.commands.inject import inject
 from equipoise.dashboard.command import dashboard
 from equipoise.train.config import Overrides
 from equipoise.train.grid import Grid
@@ -193,6 +194,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "dashboard": dashboard,
     "exporter": metrics.exporter,
     "export": metrics.export,
+    "inject": inject,
     "bench": bench,
     "fetch-text": fetch_text,
 }

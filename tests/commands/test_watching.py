@@ -1,4 +1,4 @@
-"""The commands triage and diagnose, as a person calls them."""
+"""The commands watch, triage and diagnose, as a person calls them."""
 
 import json
 
@@ -8,6 +8,7 @@ import pytest
 from equipoise.cli import main
 from equipoise.monitor.stats import RoutingSums, routing_stats
 from equipoise.monitor.store import RunStore
+from equipoise.types import Action, Alert, Finding
 
 E, TOKENS = 8, 4000
 
@@ -33,6 +34,57 @@ def call(*argv):
     with pytest.raises(SystemExit) as ended:
         main([str(part) for part in argv])
     return ended.value.code
+
+
+def repair(run):
+    """Detected at step 70; a bias is undone at once, spilling is on trial."""
+    finding = Finding("collapse", "b", 0, "critical", float("inf"), 0.5, "b has collapsed", "rebalance it")
+    begun = Action("quantile_bias", "b", 70, "b:collapse", {"loss_before": 2.3, "loss_after": float("inf")})
+    with RunStore(run) as store:
+        store.alert(Alert("b:collapse", "firing", 60, 70, finding))
+        store.action(begun)
+        store.action(Action("quantile_bias", "b", 70, "b:collapse", {"steps": 0.0}, "undone", "the loss rose"))
+        store.action(Action("spill", "b", 70, "b:collapse", {"loss_before": 2.3, "loss_after": 2.31}))
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def test_watch_as_json_has_each_repair_once_and_the_incidents(run, capsys):
+    repair(run)
+    assert call("watch", run, "--json") == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert [each["state"] for each in found["actions"]] == ["applied", "undone", "applied"]
+    assert [(each["kind"], each["step"], each["state"], each["note"]) for each in found["repairs"]] == [
+        ("quantile_bias", 70, "undone", "the loss rose"),
+        ("spill", 70, "applied", ""),
+    ]
+    assert found["repairs"][0]["detail"] == {"loss_before": 2.3, "loss_after": None, "steps": 0.0}  # infinite
+    [incident] = found["incidents"]
+    assert (incident["key"], incident["since"], incident["fired"], incident["resolved"]) == ("b:collapse", 60, 70, None)
+    assert [each["kind"] for each in incident["actions"]] == ["quantile_bias", "spill"]
+    assert [each["state"] for each in incident["changes"]] == ["applied", "undone", "applied"]
+    assert incident["finding"]["value"] is None
+
+
+def test_watch_shows_each_repair_once(run, capsys):
+    repair(run)
+    assert call("watch", run, "--once") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("quantile_bias on b") == 1
+    assert "undone step 70, at once: quantile_bias on b" in out
+    assert "applied step 70: spill on b because of b:collapse, perplexity 9.974 → 10.07" in out
+
+
+def test_triage_says_what_was_done_or_could_be(run, capsys):
+    call("triage", run)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "No repair is recorded." in out
+    assert "--recover" in out
+    repair(run)
+    assert call("triage", run) == 1
+    assert "spill on b at step 70, applied" in " ".join(capsys.readouterr().out.split())
 
 
 def test_triage_says_what_is_wrong_and_exits_with_1(run, capsys):

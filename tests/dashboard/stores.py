@@ -88,6 +88,65 @@ def write_run(
         if incident:
             since, fired, over = (flush * every for flush in (middle, middle + 1, middle + 3))
             store.alert(collapse(layers[-1], "firing", fired, since=since))
-            store.action(Action("quantile_bias", layers[-1], fired, f"{layers[-1]}:collapse", {"max_violation": 6.9}))
+            key, detail = f"{layers[-1]}:collapse", {"max_violation": 6.9}
+            store.action(Action("quantile_bias", layers[-1], fired, key, detail, note=layers[-1]))  # a hostile one, too
             store.alert(collapse(layers[-1], "resolved", over, since=since))
+    return path
+
+
+def page_for(layer: str, state: str, step: int, *, since: int) -> Alert:
+    """The alert that calls a human: no repair is left."""
+    message = f"{layer}: no repair is left for collapse; tried: quantile_bias undone"
+    finding = Finding("recovery_exhausted", layer, None, "critical", 1.0, 0.0, message, "Look at the incident.")
+    return Alert(f"{layer}:recovery_exhausted", state, since, step, finding)
+
+
+def write_ladder(path: Path) -> Path:
+    """A run of 40 flushes, 10 steps apart, with three incidents of layers.1.mlp.
+
+    The first, from step 60: quantile_bias makes held-out text worse and is undone at once, spill is kept. The second,
+    from step 180: reseed can't be done, router_rollback is undone, a human is called, resolved by itself. Meanwhile in
+    layers.0.mlp the input is to blame. The third, from step 330, lasts: boost is on trial.
+    """
+    layers, broken = ["layers.0.mlp", "layers.1.mlp"], "layers.1.mlp"
+    key, other = f"{broken}:collapse", f"{layers[0]}:collapse"
+    bad = {*range(60, 90, 10), *range(180, 250, 10), *range(330, 410, 10)}
+    begun = {"loss_before": 2.30, "max_violation_before": 6.86}  # perplexity exp(2.3) = 9.974
+    first, second = begun | {"loss_after": 2.60}, begun | {"loss_after": 2.31}  # exp(2.6) = 13.46, exp(2.31) = 10.07
+    end = second | {"loss_after": 2.29, "max_violation_after": 0.21, "steps": 20.0}  # exp(2.29) = 9.875
+    worse = "held-out loss rose from 2.300 to 2.600, more than 0.05"
+    back = {"max_violation_after": 6.9, "steps": 40.0}
+    look = "held-out text does not show it, the model is as it was: look at what is sent"
+    actions = [
+        Action("quantile_bias", broken, 70, key, first, "applied", "a bias of at most 3.1"),
+        Action("quantile_bias", broken, 70, key, first | {"steps": 0.0}, "undone", worse),
+        Action("spill", broken, 70, key, second, "applied", "what does not fit goes to the dense path"),
+        Action("spill", broken, 90, key, end, "kept", "the alert is resolved"),
+        Action("reseed", broken, 190, key, begun, "failed", "reseed: needs dead experts, found none"),
+        Action("router_rollback", broken, 190, key, second, "applied", "router of step 150"),
+        Action("look_at_input", layers[0], 210, other, {}, "proposed", look),
+        Action("router_rollback", broken, 230, key, second | back, "undone", "the alert fires still, 4 flushes later"),
+        Action("page", broken, 230, key, {}, "applied", "tried: reseed failed, router_rollback undone"),
+        Action("boost", broken, 340, key, begun | {"loss_after": 2.305}, "applied", "balancing counts 10 times"),
+    ]
+    alerts = [
+        collapse(broken, "firing", 70, since=60),
+        collapse(broken, "resolved", 90, since=60),
+        collapse(broken, "firing", 190, since=180),
+        collapse(layers[0], "firing", 210, since=200, message="layers.0.mlp: expert 5 receives 61% of the tokens"),
+        page_for(broken, "firing", 230, since=190),
+        collapse(broken, "resolved", 260, since=180),
+        page_for(broken, "resolved", 260, since=190),
+        collapse(layers[0], "resolved", 260, since=200),
+        collapse(broken, "firing", 340, since=330),
+    ]
+    with RunStore(path) as store, store.transaction():
+        store.set_meta(name="a ladder", total_steps=800, status="running")
+        for step in range(10, 410, 10):
+            store.scalars(step, {"loss": 6.0 / step**0.2, "val_perplexity": 60.0 - step / 20})
+            store.routing(window(layers, step, broken=broken if step in bad else None))
+        for alert in alerts:
+            store.alert(alert)
+        for action in actions:
+            store.action(action)
     return path

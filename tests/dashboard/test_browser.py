@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from tests.dashboard.conftest import serving
-from tests.dashboard.stores import window, write_run
+from tests.dashboard.stores import window, write_ladder, write_run
 
 from equipoise.dashboard.runs import run_ref
 from equipoise.monitor.alerts import AlertBook
@@ -26,6 +27,7 @@ LOAD = 30_000
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     write_run(folder / "good", incident=True)
+    write_ladder(folder / "ladder")
     write_run(folder / "<img src=x onerror=window.pwned=1>", layers=HOSTILE, name=HOSTILE[0], incident=True)
     return folder
 
@@ -125,10 +127,18 @@ class TestLive:
                 return row[0].value[0] }"""
             assert page.evaluate(hottest) == 5
 
-            training.store.action(Action("quantile_bias", "layers.1.mlp", training.step, "layers.1.mlp:collapse"))
-            expect(page.locator(".event .diamond")).to_have_count(1, timeout=PUSH)
+            begun = Action(
+                "quantile_bias", "layers.1.mlp", training.step, "layers.1.mlp:collapse", {"loss_before": 2.3}
+            )
+            training.store.action(begun)
+            expect(page.locator(".event .diamond.applied")).to_have_count(1, timeout=PUSH)
+            expect(page.locator(".banner")).to_contain_text("Last repair: quantile_bias on layers.1.mlp", timeout=PUSH)
+            expect(listed.locator(".cell.repairs")).to_contain_text("1", timeout=PUSH)
             for _ in range(2):
                 training.flush()
+            training.store.action(replace(begun, step=training.step, state="kept", detail={"steps": 20.0}))
+            expect(page.locator(".event .diamond.kept")).to_have_count(1, timeout=PUSH)
+            expect(page.locator(".event .diamond")).to_have_count(1)
             expect(page.locator(".banner")).to_have_count(0, timeout=PUSH)
             expect(listed.locator(".pill")).to_have_text("running", timeout=PUSH)
             expect(page.locator(".event")).to_contain_text("resolved at 70")
@@ -246,6 +256,45 @@ class TestHands:
         page.locator(".back").click()
         expect(page.locator("h1")).to_have_text("good")
 
+    def test_the_timeline_tells_repairs_apart(self, server, folder, visit, expect):
+        page = visit().open(f"{server.base}/run/{run_ref(folder / 'ladder').id}")
+        drawn = page.locator(".track .diamond").evaluate_all("all => all.map(e => e.classList[1])")
+        # the newest incident first: boost; the input; reseed, router_rollback, the page; quantile_bias, spill
+        assert drawn == ["applied", "proposed", "failed", "undone", "page", "undone", "kept"]
+        expect(page.locator(".timeline-key li")).to_have_count(6)
+        expect(page.locator(".event").last).to_contain_text("repairs: 1 undone, 1 kept")
+        boxes = (
+            page.locator(".event")
+            .last.locator(".diamond")
+            .evaluate_all("all => all.map(e => e.getBoundingClientRect().x)")
+        )
+        assert boxes[1] - boxes[0] >= 14  # made at the same step, and yet beside each other
+        expect(page.locator(".title-row").first).to_contain_text("4 repairs")
+
+    def test_the_story_of_a_ladder(self, server, folder, visit, expect):
+        run = run_ref(folder / "ladder").id
+        seen = visit()
+        page = seen.open(f"{server.base}/run/{run}/incident?key=layers.1.mlp%3Acollapse&since=180")
+        kinds = page.locator(".story li").evaluate_all("all => all.map(e => e.className)")
+        assert kinds == ["", "critical", "failed", "applied", "undone", "page", "good"]
+        expect(page.locator(".story li").nth(4)).to_contain_text("Undone after 40 steps: router_rollback")
+        expect(page.locator(".story li").nth(4)).to_contain_text("the alert fires still, 4 flushes later")
+        table = page.locator("section", has=page.locator("#repairs"))
+        expect(table.locator("tbody tr")).to_have_count(2)
+        expect(table.locator("tbody tr").nth(1)).to_contain_text("9.974 → 10.07")
+        page.locator(".see-also").click()
+        expect(page.locator("h1")).to_have_text("recovery_exhausted in layers.1.mlp")
+        expect(page.locator(".story li.page")).to_contain_text("A human is called")
+        page.locator(".see-also").click()
+        expect(page.locator("h1")).to_have_text("Collapse in layers.1.mlp, expert 5")
+        assert seen.errors == []
+
+    def test_an_incident_long_past(self, server, folder, visit, expect):
+        """Nothing on its page can change any more when it is drawn for the first time."""
+        run = run_ref(folder / "ladder").id
+        page = visit().open(f"{server.base}/run/{run}/incident?key=layers.1.mlp%3Acollapse&since=60")
+        expect(page.locator(".story li.kept")).to_contain_text("MaxVio 6.86 → 0.21")
+
     def test_comparing(self, server, folder, visit, expect):
         first, second = run_ref(folder / "good").id, run_ref(folder / "<img src=x onerror=window.pwned=1>").id
         page = visit().open(f"{server.base}/compare?a={first}&b={second}")
@@ -265,7 +314,10 @@ class TestLook:
     def test_every_page_fits_and_asks_only_us(self, server, folder, visit, theme, width, height):
         run = run_ref(folder / "good").id
         seen = visit(width=width, height=height, theme=theme)
-        for path in ("/", f"/run/{run}", f"/run/{run}/incident?key=layers.1.mlp%3Acollapse&since=60", "/compare"):
+        of_ladder = [f"/run/{run_ref(folder / 'ladder').id}/incident?key=layers.1.mlp%3Acollapse&since={since}"
+                     for since in (60, 180, 330)]  # fmt: skip
+        incident = f"/run/{run}/incident?key=layers.1.mlp%3Acollapse&since=60"
+        for path in ("/", f"/run/{run}", f"/run/{run_ref(folder / 'ladder').id}", incident, *of_ladder, "/compare"):
             page = seen.open(server.base + path)
             page.wait_for_function(f"document.documentElement.dataset.theme === '{theme}'")
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path

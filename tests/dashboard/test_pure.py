@@ -1,4 +1,4 @@
-"""What needs no server: finding runs, pairing alerts, health in a word, colours, and the options of the charts."""
+"""What needs no server: finding runs, incidents as stories, health in a word, colours, options of charts."""
 
 from __future__ import annotations
 
@@ -8,23 +8,27 @@ import os
 import re
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.dashboard.stores import collapse, record, window, write_run
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.dashboard.stores import collapse, page_for, record, window, write_ladder, write_run
 
 from equipoise.dashboard import charts, reader
 from equipoise.dashboard.health import health, lasted, subject
 from equipoise.dashboard.layer_panel import drop_curves
 from equipoise.dashboard.page_compare import worst_over_time
-from equipoise.dashboard.page_run import even_reading
+from equipoise.dashboard.page_run import even_reading, last_repair
 from equipoise.dashboard.page_runs import spark_path
 from equipoise.dashboard.palette import DARK, LIGHT, THEMES, css, heat_value
 from equipoise.dashboard.records import Evenness, Frame, Series, drop_share
 from equipoise.dashboard.runs import check_paths, find_runs, run_ref
-from equipoise.dashboard.timeline import incident_address
+from equipoise.dashboard.story import CROWD, MARKS, offsets, story_of
+from equipoise.dashboard.timeline import incident_address, summary
 from equipoise.dashboard.widgets import age, number, percent
-from equipoise.monitor.incidents import Incident, incidents
+from equipoise.monitor.incidents import Incident, incidents, repairs
 from equipoise.monitor.store import RunStore, StoreError
 from equipoise.types import Action
 
@@ -62,25 +66,6 @@ class TestFindingRuns:
 
 
 class TestIncidents:
-    def test_alerts_are_paired_and_have_their_repairs(self):
-        alerts = [
-            collapse("a", "firing", 20, since=10),
-            collapse("b", "firing", 25, since=15),
-            collapse("a", "resolved", 40, since=10),
-            collapse("a", "firing", 70, since=60),
-        ]
-        repairs = [Action("quantile_bias", layer, step, f"{layer}:collapse") for layer, step in (("a", 20), ("a", 70))]
-        found = incidents(alerts, repairs)
-        assert [(i.key, i.since, i.fired, i.resolved) for i in found] == [
-            ("a:collapse", 60, 70, None),
-            ("b:collapse", 15, 25, None),
-            ("a:collapse", 10, 20, 40),
-        ]
-        assert [[action.step for action in i.actions] for i in found] == [[70], [], [20]]
-
-    def test_a_resolution_without_a_beginning_is_passed_over(self):
-        assert incidents([collapse("a", "resolved", 40, since=10)], []) == []
-
     def test_sentences(self):
         (incident,) = incidents([collapse("a", "firing", 20, since=10)], [])
         assert lasted(incident, 50) == "since step 10, firing for 30 steps"
@@ -95,9 +80,112 @@ class TestIncidents:
 
 
 def run_ref_of(name):
-    from pathlib import Path
-
     return run_ref(Path("/nowhere") / name)
+
+
+@pytest.fixture(scope="module")
+def ladder(tmp_path_factory):
+    """The incidents of the run of `write_ladder`, by (rule, since), and its repairs."""
+    path = write_ladder(tmp_path_factory.mktemp("ladder"))
+    with reader.reading(path) as db:
+        actions = reader.actions(db)
+        found = incidents(reader.alerts(db), actions)
+    return {(i.finding.rule, i.since): i for i in found}, repairs(actions)
+
+
+class TestStory:
+    def test_a_repair_that_is_undone_and_one_that_is_kept(self, ladder):
+        told = [(m.step, m.what, m.kind, m.lines) for m in story_of(ladder[0]["collapse", 60], 400)]
+        assert told == [
+            (60, "First symptom", "", ("the finding is seen for the first time",)),
+            (70, "Alert fires", "critical", ("value 0.98, limit 0.5",)),
+            (
+                70,
+                "Applied: quantile_bias on layers.1.mlp",
+                "applied",
+                ("perplexity 9.974 → 13.46, MaxVio 6.86 before", "a bias of at most 3.1"),
+            ),
+            (
+                70,
+                "Undone at once: quantile_bias on layers.1.mlp",
+                "undone",
+                ("held-out loss rose from 2.300 to 2.600, more than 0.05",),
+            ),
+            (
+                70,
+                "Applied: spill on layers.1.mlp",
+                "applied",
+                ("perplexity 9.974 → 10.07, MaxVio 6.86 before", "what does not fit goes to the dense path"),
+            ),
+            (
+                90,
+                "Kept after 20 steps: spill on layers.1.mlp",
+                "kept",
+                ("perplexity 9.974 → 9.875, MaxVio 6.86 → 0.21", "the alert is resolved"),
+            ),
+            (90, "Resolved", "good", ("after 30 steps",)),
+        ]
+
+    def test_a_failure_and_the_call_for_a_human(self, ladder):
+        told = [(m.step, m.what) for m in story_of(ladder[0]["collapse", 180], 400)]
+        assert told[2:] == [
+            (190, "Failed: reseed on layers.1.mlp"),
+            (190, "Applied: router_rollback on layers.1.mlp"),
+            (230, "Undone after 40 steps: router_rollback on layers.1.mlp"),
+            (230, "A human is called"),
+            (260, "Resolved"),
+        ]
+        call = next(m for m in story_of(ladder[0]["recovery_exhausted", 190], 400) if m.kind == "page")
+        assert (call.step, call.what) == (230, "A human is called")
+        assert call.lines == ("layers.1.mlp: no repair is left for collapse; tried: quantile_bias undone",)
+
+    def test_a_proposal_is_one(self, ladder):
+        proposed = story_of(ladder[0]["collapse", 200], 400)[2]
+        assert (proposed.what, proposed.kind) == ("Proposed: look at the input of layers.0.mlp", "proposed")
+        assert proposed.lines[-1] == "nothing was changed"
+
+    def test_a_call_that_only_an_alert_tells_of(self):
+        alerts = [collapse("a", "firing", 20, since=10), page_for("a", "firing", 40, since=20)]
+        [incident] = [i for i in incidents(alerts, []) if i.finding.rule == "collapse"]
+        assert [m.what for m in story_of(incident, 50)] == [
+            "First symptom",
+            "Alert fires",
+            "A human is called",
+            "Still firing",
+        ]
+
+    def test_every_mark_that_a_story_uses_has_a_form(self, ladder):
+        """Colour alone tells nothing: each kind has a rule of its own in the style sheet, and no two are the same."""
+        style = (Path(charts.__file__).parent / "static" / "dashboard.css").read_text()
+        forms = [re.findall(rf"^\.diamond\.{kind} {{(.*)}}", style, re.MULTILINE) for kind in MARKS if kind != "kept"]
+        assert all(len(found) == 1 for found in forms)
+        assert len({found[0] for found in forms}) == len(MARKS) - 1
+        assert {m.kind for i in ladder[0].values() for m in story_of(i, 400)} <= {*MARKS, "", "critical", "good"}
+
+
+class TestTimeline:
+    def test_the_summary_counts_each_repair_once(self, ladder):
+        found, made = ladder
+        assert summary(list(found.values()), made, 400) == (
+            "5 alerts; repairs: 1 failed, 2 undone, 1 kept, 1 applied, 1 proposed; steps 0 to 400."
+        )
+        assert summary([], [], 0) == "0 alerts; repairs: none; steps 0 to 0."
+
+    def test_marks_of_one_place_stand_in_a_row(self):
+        assert offsets([]) == []
+        assert offsets([0.2, 0.5, 0.8]) == [0, 0, 0]
+        assert offsets([0.2, 0.2, 0.21, 0.6]) == [0, 1, 2, 0]  # to the right,
+        assert offsets([0.2, 0.9, 0.9, 0.91]) == [0, -2, -1, 0]  # and away from the end
+
+    @given(st.lists(st.floats(0, 1), max_size=8).map(sorted))
+    def test_marks_keep_their_order(self, shares):
+        places = [(share > 0.5, share, moved) for share, moved in zip(shares, offsets(shares), strict=True)]
+        for (_, one, moved), (_, other, next_moved) in itertools.pairwise(places):
+            assert next_moved == moved + 1 if other - one < CROWD else True
+
+    def test_the_last_repair_in_a_line(self, ladder):
+        assert last_repair(ladder[0]["collapse", 330]).startswith("boost on layers.1.mlp at step 340, applied, perpl")
+        assert last_repair(ladder[0]["recovery_exhausted", 190]) == ""
 
 
 class TestHealth:
@@ -231,6 +319,16 @@ class TestCharts:
         assert [end["xAxis"] for end in area] == [10, 40]
         assert [mark["xAxis"] for mark in line["markLine"]["data"]] == [20]
         assert line["data"] == [[0, 1.0], [50, None]]
+
+    def test_an_undone_repair_has_another_line_and_a_proposal_none(self, ladder):
+        found = [ladder[0]["collapse", 60], ladder[0]["collapse", 200]]
+        [line] = charts.lines([Series("loss", ((0, 1.0), (400, None)))], LIGHT, marks=found)["series"]
+        drawn = [(mark["xAxis"], mark["lineStyle"]["type"]) for mark in line["markLine"]["data"]]
+        assert drawn == [(70, [2, 3]), (70, [5, 3])]  # quantile_bias, undone; spill, kept
+        history = [record("a", step, np.array([5, 5])) for step in range(10, 410, 10)]
+        [cells] = charts.expert_history(history, LIGHT, found)["series"]
+        drawn = [(mark["xAxis"], mark["lineStyle"]["type"]) for mark in cells["markLine"]["data"]]
+        assert drawn == [(6, "solid"), (20, "solid"), (6, [2, 3]), (6, [5, 3])]
 
     def test_marks_on_a_map_stand_at_the_flush(self):
         found = incidents([collapse("a", "firing", 21, since=10)], [])

@@ -6,7 +6,7 @@ import sqlite3
 
 import numpy as np
 import pytest
-from tests.dashboard.stores import collapse, record, window, write_run
+from tests.dashboard.stores import collapse, record, window, write_ladder, write_run
 
 from equipoise.dashboard import reader
 from equipoise.dashboard.run_data import Choice, read_run, thinned
@@ -138,6 +138,28 @@ class TestHead:
         assert [incident.key for incident in head.firing] == ["layers.0.mlp:collapse"]
         assert head.worst.layer == "layers.0.mlp"
         assert head.worst.effective_experts < 1.5
+
+    def test_repairs_that_were_applied_are_counted_once(self, tmp_path):
+        """Four: quantile_bias and router_rollback (undone), spill (kept), boost; no failure, proposal or page."""
+        write_ladder(tmp_path)
+        with reader.reading(tmp_path) as db:
+            assert reader.head(db, tmp_path).num_repairs == 4
+            data = read_run(db, run_ref(tmp_path), Choice())
+        assert [(a.kind, a.step, a.state) for a in data.repairs] == [
+            ("quantile_bias", 70, "undone"),
+            ("spill", 70, "kept"),
+            ("reseed", 190, "failed"),
+            ("router_rollback", 190, "undone"),
+            ("look_at_input", 210, "proposed"),
+            ("boost", 340, "applied"),
+        ]
+        assert {70, 90, 190, 230, 340} <= set(data.steps)  # the slider stops at each change
+
+    def test_repairs_from_before_they_had_states_are_counted(self, run):
+        query = "INSERT INTO actions (step, kind, layer, reason, detail) VALUES (1, 'bias', 'a', 'why', ?)"
+        _execute(run, query, '{"max_violation": 3.0}')
+        with reader.reading(run) as db:
+            assert reader.head(db, run).num_repairs == 2
 
     def test_an_empty_run(self, tmp_path):
         RunStore(tmp_path / "empty").close()

@@ -70,14 +70,14 @@ class TestView:
         assert view.seconds_left >= 0
         assert [stats.layer for stats in view.routing] == ["blocks.0.moe", "blocks.1.moe", "blocks.2.moe"]
         assert [alert.key for alert in view.firing] == ["blocks.1.moe:collapse"]
-        assert (view.resolved, view.actions) == ((), ())
+        assert (view.resolved, view.repairs) == ((), ())
 
     def test_a_resolved_alert_is_no_longer_firing(self, tmp_path):
         with RunStore.open_readonly(write_run(tmp_path, repaired=True)) as store:
             view = view_of(store)
         assert view.firing == ()
         assert [alert.key for alert in view.resolved] == ["blocks.1.moe:collapse"]
-        assert [action.kind for action in view.actions] == ["quantile_bias"]
+        assert [action.kind for action in view.repairs] == ["quantile_bias"]
 
     def test_an_empty_run_has_a_view(self, tmp_path):
         RunStore(tmp_path / "fresh").close()
@@ -146,8 +146,33 @@ class TestScreen:
         text = " ".join(shown(write_run(tmp_path, repaired=True)).split())
         assert "resolved step 100: blocks.1.moe:collapse, since step 40" in text
         assert (
-            "repaired step 80: quantile_bias on blocks.1.moe because of blocks.1.moe:collapse (max_violation 3)" in text
+            "applied step 80: quantile_bias on blocks.1.moe because of blocks.1.moe:collapse, max_violation 3" in text
         )
+
+    def test_each_repair_is_a_line_with_its_state_effect_and_note(self, tmp_path):
+        """exp(2.3) = 9.974, exp(2.6) = 13.46."""
+        key, before = "blocks.1.moe:collapse", {"loss_before": 2.3, "max_violation_before": 3.31}
+        begun = Action("quantile_bias", "blocks.1.moe", 80, key, before | {"loss_after": 2.6})
+        spill = Action("spill", "blocks.1.moe", 80, key, before)
+        with RunStore(write_run(tmp_path)) as store:
+            for action in (
+                begun,
+                dataclasses.replace(begun, state="undone", detail={"steps": 0.0}, note="held-out loss rose"),
+                spill,
+                dataclasses.replace(spill, step=100, state="kept", detail={"max_violation_after": 0.2, "steps": 20.0}),
+                Action("look_at_input", "", 100, "a:collapse", {}, "proposed", "look at what is sent"),
+                Action("page", "blocks.1.moe", 100, key, {}, "applied", "tried: all"),
+            ):
+                store.action(action)
+        text = " ".join(shown(tmp_path).split())
+        assert (
+            "undone step 80, at once: quantile_bias on blocks.1.moe because of blocks.1.moe:collapse, "
+            "perplexity 9.974 → 13.46, MaxVio 3.31 before (held-out loss rose) "
+            "kept step 80, after 20 steps: spill on blocks.1.moe because of blocks.1.moe:collapse, "
+            "perplexity 9.974 before, MaxVio 3.31 → 0.2 "
+            "proposed step 100: look_at_input on the whole model because of a:collapse (look at what is sent)"
+        ) in text
+        assert "tried: all" not in text  # its alert says so
 
     def test_many_layers_show_the_most_uneven(self, tmp_path):
         text = shown(write_run(tmp_path, num_layers=40))
@@ -161,7 +186,10 @@ class TestScreen:
         assert "and 6 more alerts" in shown(tmp_path, firing=firing * 10)
 
     def test_names_are_not_markup(self, tmp_path):
-        assert "[red]run[/]" in shown(write_run(tmp_path), name="[red]run[/]")
+        repair = Action("[red]kind[/]", "[b]l[/]", 1, "[i]why[/]", {"[u]n[/]": 1.0}, "failed", "[s]note[/]")
+        text = shown(write_run(tmp_path), name="[red]run[/]", repairs=(repair,))
+        for name in ("[red]run[/]", "[red]kind[/]", "[b]l[/]", "[i]why[/]", "[u]n[/]", "[s]note[/]"):
+            assert name in text
 
 
 class TestParts:

@@ -1,5 +1,6 @@
 """The decision tree on runs with a known cause; and the post-mortem that comes of it."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ from equipoise.monitor.postmortem import timeline, write_report
 from equipoise.monitor.stats import RoutingSums, routing_stats
 from equipoise.monitor.store import RunStore
 from equipoise.monitor.triage import onset, triage
-from equipoise.types import Action, Alert
+from equipoise.types import Action, Alert, Finding
 
 E, TOKENS = 8, 4000
 FAIR = np.full(E, 1000)
@@ -86,7 +87,118 @@ def test_an_incident_that_is_over():
     assert found.healthy
     assert found.conclusion.startswith("Nothing is wrong now. b had collapsed at step 60: Its own logits jumped")
     repaired = {check.question: check for check in found.checks}["Has anything been done about it?"]
-    assert repaired.answer == "quantile_bias on b at step 80, for b:collapse."
+    assert (repaired.verdict, repaired.answer) == ("ok", "quantile_bias on b at step 80, applied.")
+
+
+REPAIRED = "Has anything been done about it?"
+BEFORE = {"loss_before": 2.3, "max_violation_before": 6.9}  # perplexity exp(2.3) = 9.974
+APPLIED = Action("quantile_bias", "b", 70, "b:collapse", BEFORE | {"loss_after": 2.31})  # exp(2.31) = 10.07
+UNDONE = replace(APPLIED, state="undone", note="held-out loss rose", detail={"steps": 0.0})
+SPILL = Action("spill", "b", 70, "b:collapse", BEFORE)
+KEPT = replace(SPILL, step=90, state="kept", note="over", detail={"max_violation_after": 0.2, "steps": 20.0})
+
+
+def alert(rule="collapse", state="firing", layer="b", step=70, remedy="look at it"):
+    finding = Finding(rule, layer, None, "critical", 1.0, 0.0, f"{layer} has {rule}", remedy)
+    return Alert(f"{layer}:{rule}", state, 60, step, finding)
+
+
+def repaired(*actions, alerts=(), broken=COLLAPSED, **kwargs):
+    return asked(run_of(broken, logit_std=12.0, actions=actions, alerts=alerts, **kwargs)).get(REPAIRED)
+
+
+class TestHasAnythingBeenDone:
+    def test_each_repair_once_with_its_state_and_effect(self):
+        check = repaired(APPLIED, UNDONE, SPILL, KEPT, healed=True)
+        assert check.verdict == "ok"
+        assert check.answer == (
+            "quantile_bias on b at step 70, undone at once, perplexity 9.974 → 10.07, MaxVio 6.9 before "
+            "(held-out loss rose); spill on b at step 70, kept after 20 steps, perplexity 9.974 before, "
+            "MaxVio 6.9 → 0.2 (over)."
+        )
+
+    def test_nothing_says_what_is_possible(self):
+        check = repaired()
+        assert (check.verdict, check.answer, check.command) == ("unknown", "No repair is recorded.", "")
+        assert "start the next one with --recover" in check.remedy
+        assert "only proposes" in check.remedy
+
+    def test_a_repair_on_trial(self):
+        assert repaired(APPLIED).verdict == "ok"
+
+    def test_one_that_was_undone_is_trouble(self):
+        found = triage(run_of(COLLAPSED, logit_std=12.0, actions=(APPLIED, UNDONE)), "RUN")
+        check = {check.question: check for check in found.checks}[REPAIRED]
+        assert (check.verdict, check.since_step, check.layer, check.command) == (
+            "trouble",
+            70,
+            "b",
+            "equipoise watch RUN",
+        )
+        assert check.remedy.endswith("go back to a checkpoint from before step 60.")
+        assert found.conclusion.endswith(check.remedy)  # and not the bias, which was tried in vain
+
+    def test_one_that_failed_is_trouble(self):
+        failed = replace(APPLIED, state="failed", note="needs dead experts, found none")
+        check = repaired(APPLIED, UNDONE, failed)
+        assert check.verdict == "trouble"
+        assert "(needs dead experts, found none)." in check.answer
+
+    def test_one_that_was_undone_is_no_trouble_once_the_layer_is_even(self):
+        assert repaired(APPLIED, UNDONE, healed=True).verdict == "past"
+        assert triage(run_of(COLLAPSED, logit_std=12.0, healed=True, actions=(APPLIED, UNDONE))).healthy
+
+    def test_a_proposal_is_nothing_done(self):
+        check = repaired(replace(APPLIED, state="proposed", detail={}, note="a bias"))
+        assert check.verdict == "unknown"
+        assert check.answer == "No, it was only proposed: quantile_bias on b at step 70, proposed (a bias)."
+        assert "--recover" in check.remedy
+        check = repaired(Action("look_at_input", "b", 70, "b:collapse", state="proposed"))
+        assert "Compare what is sent" in check.remedy
+
+    def test_no_repair_is_left(self):
+        page = alert("recovery_exhausted", step=90, remedy="take it out of service")
+        found = triage(run_of(COLLAPSED, logit_std=12.0, actions=(APPLIED, UNDONE), alerts=(alert(), page)))
+        check = {check.question: check for check in found.checks}[REPAIRED]
+        assert (check.verdict, check.since_step, check.remedy) == ("trouble", 90, "take it out of service")
+        assert check.answer.startswith(
+            "No repair is left, a human was called at step 90: b has recovery_exhausted. Done:"
+        )
+        assert found.conclusion.endswith("take it out of service")
+
+    def test_a_page_that_is_over_is_none(self):
+        page = [alert("recovery_exhausted", step=80), alert("recovery_exhausted", "resolved", step=90)]
+        assert repaired(SPILL, KEPT, alerts=page, healed=True).verdict == "ok"
+
+    def test_without_a_collapse_it_is_asked_about_the_alerts_that_fire(self):
+        other = Action("temperature", "b", 80, "b:logits", state="undone")
+        assert repaired(broken=FAIR) is None
+        assert repaired(other, broken=FAIR) is None  # nothing fires
+        assert repaired(alerts=[alert("logits")], broken=FAIR).verdict == "unknown"
+        check = repaired(other, alerts=[alert("logits")], broken=FAIR)
+        assert (check.verdict, check.answer) == ("trouble", "temperature on b at step 80, undone.")
+
+    def test_repairs_of_other_layers_and_times_do_not_count_and_those_of_the_model_do(self):
+        elsewhere, earlier = replace(APPLIED, layer="a"), replace(APPLIED, step=20)
+        assert repaired(elsewhere, earlier).verdict == "unknown"
+        assert "the whole model" in repaired(replace(APPLIED, layer="", kind="lr_cut")).answer
+
+    def test_a_repair_before_the_latest_stretch_counts_while_its_alert_fires(self):
+        """It made the layer even for a flush: the onset that is seen now is later than the repair."""
+        broken_again = run_of(COLLAPSED, alerts=(alert(),), actions=(replace(APPLIED, step=70),))
+        pause = [
+            replace(s, counts_E=FAIR, max_token_share=0.25, effective_experts=8.0) for s in broken_again.routing["b"]
+        ]
+        history = tuple(pause[i] if stats.step == 80 else stats for i, stats in enumerate(broken_again.routing["b"]))
+        checks = asked(replace(broken_again, routing={**broken_again.routing, "b": history}))
+        assert checks["Does a layer send its tokens to few experts?"].since_step == 90
+        assert "quantile_bias on b at step 70" in checks[REPAIRED].answer
+
+    def test_of_many_the_newest_are_told(self):
+        many = [replace(SPILL, step=60 + n, reason=f"b:{n}") for n in range(9)]
+        answer = repaired(*many).answer
+        assert answer.count("spill") == 6
+        assert answer.endswith("; 3 earlier.")
 
 
 def test_traffic_optimizer_drops_dead_and_loss():
@@ -118,6 +230,10 @@ def test_onset_is_the_latest_stretch():
     assert onset(history[1:2]) is None
 
 
+EVIL = "<img src=x onerror=alert(1)> | `a` [b](javascript:c) *d* \\|\ne"
+HOSTILE = Action(EVIL, "b", 95, "b:collapse", {EVIL: 1.0}, "failed", EVIL)
+
+
 @pytest.fixture
 def store(tmp_path):
     evidence = run_of(COLLAPSED, logit_std=12.0, healed=True)
@@ -128,7 +244,8 @@ def store(tmp_path):
             store.scalars(flushes[0].step, {"loss": 3.0})
         finding = triage_finding(evidence)
         store.alert(Alert("b:collapse", "firing", 60, 70, finding))
-        store.action(Action("quantile_bias", "b", 70, "b:collapse"))
+        for action in (APPLIED, UNDONE, SPILL, KEPT, HOSTILE):
+            store.action(action)
         store.alert(Alert("b:collapse", "resolved", 60, 100, finding))
         yield store
 
@@ -139,16 +256,69 @@ def triage_finding(evidence):
     return CollapseDetector()([evidence.routing["b"][6]])[0]
 
 
+def test_the_timeline_has_every_change(store):
+    events = timeline(evidence_of(store))
+    assert [step for step, _, _ in events] == [60, 70, 70, 70, 70, 90, 90, 95, 100]
+    assert all(when.endswith("UTC") for _, when, _ in events)
+    what = [what for _, _, what in events if what.startswith("repair") and "onerror" not in what]
+    assert what == [
+        "repair applied: quantile_bias on b, for b:collapse (perplexity 9.974 → 10.07, MaxVio 6.9 before)",
+        "repair undone: quantile_bias on b, for b:collapse: held-out loss rose",
+        "repair applied: spill on b, for b:collapse (perplexity 9.974 before, MaxVio 6.9 before)",
+        "repair kept: spill on b, for b:collapse (MaxVio 6.9 → 0.2): over",
+    ]
+
+
+def test_the_timeline_has_the_call_for_a_human(store):
+    store.action(Action("page", "b", 99, "b:collapse", {}, "applied", "tried: spill undone"))
+    events = {step: what for step, _, what in timeline(evidence_of(store))}
+    assert events[99] == "a human is called for b:collapse: tried: spill undone"
+
+
 def test_post_mortem(store, tmp_path):
     pytest.importorskip("matplotlib")
-    events = timeline(evidence_of(store))
-    assert [step for step, _, _ in events] == [60, 70, 70, 90, 100]
-    assert all(when.endswith("UTC") for _, when, _ in events)
     markdown, page = write_report(store, tmp_path / "reports" / "night.md")
     assert (markdown.name, page.name) == ("night.md", "night.html")
     text = markdown.read_text()
-    assert "repair quantile_bias on b" in text
+    assert "repair applied: quantile_bias on b" in text
     assert (tmp_path / "reports" / "night-1.png").read_bytes().startswith(b"\x89PNG")
     shown = page.read_text()
     assert "<script>" not in shown + text
     assert "data:image/png;base64," in shown
+
+
+def test_repairs_are_a_table_in_the_post_mortem(store, tmp_path):
+    pytest.importorskip("matplotlib")
+    markdown, page = write_report(store, tmp_path / "night")
+    section = markdown.read_text().split("## Repairs\n\n")[1].split("\n\n")[0].splitlines()
+    assert section[:4] == [
+        "| step | what | why | state | perplexity | MaxVio | note |",
+        "|---|---|---|---|---|---|---|",
+        "| 70 | quantile_bias on b | b:collapse | undone at once | 9.974 → 10.07 | 6.9 before | held-out loss rose |",
+        "| 70 | spill on b | b:collapse | kept after 20 steps | 9.974 before | 6.9 → 0.2 | over |",
+    ]
+    assert len(section) == 5
+    shown = page.read_text()
+    assert (
+        "<td>70<td>spill on b<td>b:collapse<td>kept after 20 steps<td>9.974 before<td>6.9 → 0.2<td>over</tr>" in shown
+    )
+    assert "<th>perplexity<th>MaxVio" in shown
+
+
+def test_hostile_names_stay_text_in_the_post_mortem(store, tmp_path):
+    pytest.importorskip("matplotlib")
+    markdown, page = write_report(store, tmp_path / "night")
+    [row] = [line for line in markdown.read_text().splitlines() if line.startswith("| 95 |") and "failed |" in line]
+    unescaped = re.sub(r"\\(.)", "", row)
+    assert unescaped.count("|") == 8  # the seven cells' own
+    assert not set("<`[]*") & set(unescaped)
+    assert "<img" not in page.read_text().replace("<img alt=", "")
+
+
+def test_a_run_without_repairs_says_so(tmp_path):
+    pytest.importorskip("matplotlib")
+    with RunStore(tmp_path / "run") as store:
+        store.routing([flush("a", 10, FAIR)])
+        markdown, page = write_report(store, tmp_path / "night")
+    assert "## Repairs\n\nNo repair is recorded.\n" in markdown.read_text()
+    assert "<h2>Repairs</h2><p>No repair is recorded.</p>" in page.read_text()

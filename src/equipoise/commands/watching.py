@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +22,7 @@ def watch(run: Annotated[Path, tyro.conf.Positional], /, *, once: bool = False, 
     Args:
         run: The run folder.
         once: Print once and return, also while the run goes on.
-        json_: The newest routing statistics and the alerts, as one JSON object.
+        json_: The newest routing statistics, alerts, repairs (a record for each) and incidents, as one JSON object.
     """
     from equipoise.monitor.terminal import watch_run
 
@@ -126,9 +127,9 @@ def _print_triage(found: Triage) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
     for check in found.checks:
         answer = escape(check.answer)
-        if check.verdict == "trouble" and check.remedy:
+        if check.verdict in ("trouble", "unknown") and check.remedy:
             answer += f"\n[italic]{escape(check.remedy)}[/]"
-        if check.verdict == "trouble" and check.command:
+        if check.verdict in ("trouble", "unknown") and check.command:
             answer += f"\n[bold]{escape(check.command)}[/]"
         table.add_row(f"[{colours[check.verdict]}]{check.verdict}[/]", escape(check.question), answer)
     console = Console()
@@ -159,21 +160,35 @@ def _print_layers(stats: tuple[RoutingStats, ...]) -> None:
 def _snapshot(run: Path) -> dict[str, object]:
     from dataclasses import asdict
 
+    from equipoise.monitor.incidents import incidents, repairs
     from equipoise.monitor.store import RunStore
 
-    with RunStore.open_readonly(run) as store:
-        return {
+    with RunStore.open_readonly(run) as store, store.snapshot():
+        alerts, actions = store.alerts(), store.actions()
+        found: dict[str, object] = {
             "meta": store.meta(),
             "routing": [_plain(stats) for stats in store.latest_routing()],
-            "alerts": [asdict(alert) for alert in store.alerts()],
-            "actions": [asdict(action) for action in store.actions()],
+            "alerts": [asdict(alert) for alert in alerts],
+            "actions": [asdict(action) for action in actions],
+            "repairs": [asdict(action) for action in repairs(actions)],
+            "incidents": [asdict(incident) for incident in incidents(alerts, actions)],
         }
+    return {key: _finite(value) for key, value in found.items()}
 
 
 def _plain(stats: RoutingStats) -> dict[str, Any]:
-    """As JSON has it: numbers that are not known are null."""
-    import math
+    """The fields of the record, as JSON has them."""
     from dataclasses import asdict
 
-    fields = asdict(stats) | {"counts_E": stats.counts_E.tolist()}
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in fields.items()}
+    return {key: _finite(value) for key, value in (asdict(stats) | {"counts_E": stats.counts_E.tolist()}).items()}
+
+
+def _finite(value: Any) -> Any:
+    """The value as JSON has it: numbers that are not known, or beyond all bounds, are null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

@@ -15,12 +15,13 @@ import numpy as np
 
 from equipoise.dashboard.palette import DEAD_LOAD, DEAD_SIGN, HEAT_SPAN, LIGHT, Palette, heat_value, heat_values
 from equipoise.dashboard.records import Evenness, Frame, Series
-from equipoise.monitor.incidents import Incident
-from equipoise.types import RoutingStats
+from equipoise.monitor.incidents import DONE, Incident
+from equipoise.types import Action, RoutingStats
 
 Options = dict[str, Any]
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Noto Sans', 'DejaVu Sans', sans-serif"  # canvas: no inherit
 LABEL_PIXELS, MAP_PIXELS = 13, 400  # high: a label of a row, and the least that a map with many rows is
+MARKS_NOTE = "— alert  - - repair  ··· undone repair"  # how lines on a map are drawn
 NO_CELL = -32768  # as an int16: there is no such expert
 NUMBERED_EXPERTS = 16  # so many experts have room for the number in the cell
 DASHES = ("solid", "dashed", "dotted", [8, 3, 2, 3], "solid", "dashed")
@@ -233,7 +234,7 @@ def _last_step(curves: Sequence[Series]) -> int:
 
 
 def _marks_on_axis(marks: Sequence[Incident], palette: Palette, last: int) -> Options:
-    """A tint while an alert lasts, a line at each repair. The newest alerts only: more would cover the curves."""
+    """A tint while an alert lasts, a line at each repair that was made. The newest only: more cover the curves."""
     newest = marks[:20]
     colours = {"critical": palette.critical, "warning": palette.warning, "info": palette.muted}
     areas = [
@@ -243,7 +244,7 @@ def _marks_on_axis(marks: Sequence[Incident], palette: Palette, last: int) -> Op
         ]
         for incident in newest
     ]
-    repairs = [{"xAxis": action.step} for incident in newest for action in incident.actions]
+    repairs = [{"xAxis": action.step, "lineStyle": _of_repair(action, palette)} for action in _done(newest)]
     return {
         "markArea": {"silent": True, "data": areas},
         "markLine": _mark_line(palette.good, repairs),
@@ -253,16 +254,28 @@ def _marks_on_axis(marks: Sequence[Incident], palette: Palette, last: int) -> Op
 def _marks_on_steps(steps: Sequence[int], marks: Sequence[Incident], palette: Palette) -> Options:
     if not steps:
         return {}
-    fired = [(incident.fired, "alert", palette.critical) for incident in marks[:10]]
-    repaired = [(action.step, "repair", palette.good) for incident in marks[:10] for action in incident.actions]
+    alert: Options = {"color": palette.critical, "type": "solid"}
+    drawn = [(incident.fired, alert) for incident in marks[:10]]
+    drawn += [(action.step, _of_repair(action, palette)) for action in _done(marks[:10])]
     data = [
         {
             "xAxis": int(np.searchsorted(steps, step).clip(0, len(steps) - 1)),
-            "lineStyle": {"color": colour, "width": 2, "type": "solid" if what == "alert" else [5, 3]},
+            "lineStyle": {**style, "width": 2},
         }
-        for step, what, colour in fired + repaired
+        for step, style in drawn
     ]
     return {"markLine": _mark_line(palette.critical, data)}
+
+
+def _done(marks: Sequence[Incident]) -> list[Action]:
+    """The repairs that have changed the model, if only for a while."""
+    return [action for incident in marks for action in incident.actions if action.state in DONE]
+
+
+def _of_repair(action: Action, palette: Palette) -> Options:
+    """How its line is drawn: dashed, and dotted when it was undone."""
+    undone = action.state == "undone"
+    return {"color": palette.warning if undone else palette.good, "type": [2, 3] if undone else [5, 3]}
 
 
 def _mark_line(colour: str, data: Sequence[Options]) -> Options:

@@ -103,7 +103,7 @@ class LayerPanel:
                     self.experts = Chart(
                         view, "Experts over time", 300, classes="bare", hint="One row for each expert."
                     )
-                    heat_legend("— alert  - - repair")
+                    heat_legend(charts.MARKS_NOTE)
                 self.effective = Chart(view, "Effective experts", 300)
             with el("div", "charts"):
                 self.violation = Chart(view, "MaxVio", 190, hint="How far the busiest expert is above fair.")

@@ -1,4 +1,4 @@
-"""The page of one incident: what was seen, the load before, at and after, the numbers, the repair, the timeline.
+"""The page of one incident: its story, the numbers, its repairs, the load before, at and after.
 
 Its address names the run, the alert and its first step, so it can be shared and stays good while the run goes on.
 """
@@ -15,23 +15,31 @@ from equipoise.dashboard.page_run import map_height
 from equipoise.dashboard.palette import DEAD_NOTE
 from equipoise.dashboard.records import Frame, drop_share
 from equipoise.dashboard.runs import RunRef
+from equipoise.dashboard.story import story_of
+from equipoise.dashboard.timeline import incident_address
 from equipoise.dashboard.widgets import Chart, View, button, el, heat_legend, link, page, percent
-from equipoise.monitor.incidents import Incident, incidents
+from equipoise.monitor.incidents import EXHAUSTED, REPAIR_COLUMNS, Incident, incidents, pages_of, repair_row
 from equipoise.monitor.store import StoreError
 from equipoise.types import RoutingStats
 
 TICK_SECONDS = 1.0
+COLUMNS = tuple(name for name in REPAIR_COLUMNS if name != "why")  # of the repairs: the page is about the why
 MAX_WINDOWS = 60  # in the map of the experts
 
 
 @dataclass(frozen=True, eq=False)
 class IncidentData:
-    """frames: by name, "before", "when it fired", "after" or "now". history: the layer's records around it."""
+    """frames: by name, "before", "when it fired", "after" or "now". history: the layer's records around it.
+
+    pages_for: of an alert that calls a human, the incidents for which it does. page: of another, the alert that does.
+    """
 
     incident: Incident
     frames: dict[str, Frame]
     history: tuple[RoutingStats, ...]
     last_step: int
+    pages_for: tuple[Incident, ...] = ()
+    page: Incident | None = None
 
 
 async def incident_page(view: View, ref: RunRef, key: str, since: int) -> None:
@@ -68,8 +76,8 @@ async def incident_page(view: View, ref: RunRef, key: str, since: int) -> None:
         if isinstance(data, IncidentData) and not data.incident.firing and _settled(data):
             timer.deactivate()
 
+    timer = ui.timer(TICK_SECONDS, refresh, immediate=False)  # the first look may be the last, and end it
     await refresh()
-    timer = ui.timer(TICK_SECONDS, refresh, immediate=False)
 
 
 def read_incident(db: sqlite3.Connection, key: str, since: int) -> IncidentData | None:
@@ -91,7 +99,8 @@ def read_incident(db: sqlite3.Connection, key: str, since: int) -> IncidentData 
     stride = -(-len(near) // MAX_WINDOWS) if near else 1
     history = reader.history(db, incident.finding.layer, near[::stride])
     frames = {name: frame for name, frame in moments.items() if frame is not None}
-    return IncidentData(incident, frames, tuple(history), newest.step)
+    page = next((each for each in found if incident in pages_of(each, found)), None)
+    return IncidentData(incident, frames, tuple(history), newest.step, tuple(pages_of(incident, found)), page)
 
 
 def _settled(data: IncidentData) -> bool:
@@ -111,9 +120,12 @@ def _draw(view: View, ref: RunRef, data: IncidentData) -> None:
         share.on("click", js_handler="(e) => eqp.copyLink(e.target)")
     el("p", "lead", finding.message)
     el("p", "muted", f"{lasted(incident, data.last_step).capitalize()}. {finding.remedy}")
+    _see_also(ref, data)
     with el("div", "incident-grid"):
         _story(data)
         _numbers(data)
+    if incident.actions:
+        _repairs(incident)
     el("h2", text="Load of the experts, before and after")
     with el("div", "charts three"):
         for name, frame in data.frames.items():
@@ -123,34 +135,51 @@ def _draw(view: View, ref: RunRef, data: IncidentData) -> None:
     experts = Chart(view, f"Experts of {finding.layer} around it", 300)
     experts.show(partial(charts.expert_history, data.history, marks=[incident]), empty=not data.history)
     with experts.box:
-        heat_legend("— alert  - - repair")
+        heat_legend(charts.MARKS_NOTE)
+
+
+def _see_also(ref: RunRef, data: IncidentData) -> None:
+    """The alert that calls a human and the incidents for which it does, linked both ways."""
+    if not data.pages_for and data.page is None:
+        return
+    with el("p", "muted"):
+        el("span", text="No repair is left for " if data.pages_for else "No repair was left, and a human was called: ")
+        for each in data.pages_for or (data.page,):
+            if each is not None:
+                link(subject(each), incident_address(ref, each), "see-also")
 
 
 def _story(data: IncidentData) -> None:
     """The moments, in order."""
     incident = data.incident
-    moments = [(incident.since, "First symptom", "the finding is seen for the first time", "")]
-    fired = f"value {incident.finding.value:.4g}, limit {incident.finding.threshold:.4g}"
-    moments.append((incident.fired, "Alert fires", fired, "critical"))
-    for action in incident.actions:
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in action.detail.items())
-        moments.append((action.step, f"Repair: {action.kind} on {action.layer}", numbers, "good"))
-    if incident.resolved is None:
-        moments.append((data.last_step, "Still firing", "the newest flush", "critical"))
-    else:
-        moments.append((incident.resolved, "Resolved", f"after {incident.resolved - incident.since} steps", "good"))
     with el("section", "card", aria_labelledby="story"):
         el("h2", text="What happened", id="story")
-        if not incident.actions:
+        if not incident.actions and incident.finding.rule != EXHAUSTED:
             el("p", "muted small", "No repair was recorded for this alert.")
         with el("ol", "story"):
-            for step, what, detail, kind in sorted(moments, key=lambda moment: moment[0]):
-                with el("li", kind):
-                    el("span", "story-step", f"step {step}")
+            for moment in story_of(incident, data.last_step):
+                with el("li", moment.kind):
+                    el("span", "story-step", f"step {moment.step}")
                     with el("div"):
-                        el("strong", text=what)
-                        if detail:
-                            el("div", "muted small", detail)
+                        el("strong", text=moment.what)
+                        for line in moment.lines:
+                            el("div", "muted small", line)
+
+
+def _repairs(incident: Incident) -> None:
+    """A row for each repair, as it stands now."""
+    with el("section", "card table-card", aria_labelledby="repairs"):
+        el("h2", text="Repairs", id="repairs")
+        with el("table"):
+            with el("thead"), el("tr"):
+                for name in COLUMNS:
+                    el("th", "", name, scope="col")
+            with el("tbody"):
+                for action in incident.actions:
+                    texts = dict(zip(REPAIR_COLUMNS, repair_row(action), strict=True))
+                    with el("tr"):
+                        for name in COLUMNS:
+                            el("td", "note-cell" if name == "note" else "", texts[name])
 
 
 def _numbers(data: IncidentData) -> None:

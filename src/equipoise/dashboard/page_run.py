@@ -39,6 +39,7 @@ from equipoise.dashboard.widgets import (
     set_class,
     set_text,
 )
+from equipoise.monitor.incidents import Incident, told
 from equipoise.monitor.store import StoreError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class RunPage:
         self.data: RunData | None = None
         self.version = -1
         self.rest_until = 0.0
-        self._banners_of: list[tuple[str, int]] = []
+        self._banners_of: list[tuple[str, int, str]] = []
 
     def build(self) -> None:
         """Lay the page out, without numbers."""
@@ -218,7 +219,7 @@ class RunPage:
         )
         self.layer.show(data)
         self._show_training(data)
-        self.timeline.show(data.incidents, data.actions, head.step)
+        self.timeline.show(data.incidents, data.repairs, head.step)
 
     def _show_pill(self, head: Head | StoreError) -> None:
         state = health(head)
@@ -253,7 +254,7 @@ class RunPage:
         self._show_pill(head)
 
     def _show_banners(self, head: Head) -> None:
-        wanted = [(incident.key, incident.since) for incident in head.firing]
+        wanted = [(incident.key, incident.since, last_repair(incident)) for incident in head.firing]
         if self._banners_of == wanted:
             return
         self._banners_of = wanted
@@ -264,6 +265,8 @@ class RunPage:
                     el("strong", text=incident.finding.severity)
                     el("span", text=f"{incident.finding.message} ({lasted(incident, head.step)})")
                     el("span", "remedy", incident.finding.remedy)
+                    if incident.actions:
+                        el("span", "remedy", f"Last repair: {last_repair(incident)}.")
                     link("Open the incident", incident_address(self.ref, incident))
             if len(head.firing) > MAX_BANNERS:
                 el("p", "muted", f"and {len(head.firing) - MAX_BANNERS} more alerts, below")
@@ -296,6 +299,11 @@ class RunPage:
             self.choice.scalar,
             empty=chosen is None,
         )
+
+
+def last_repair(incident: Incident) -> str:
+    """The newest repair made for it, in a line; "" without one."""
+    return told(incident.actions[-1]) if incident.actions else ""
 
 
 def map_height(num_rows: int, largest: int, smallest: int) -> int:

@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 
 from equipoise.dashboard.records import Evenness, Frame, Head, Series, evenness_of
-from equipoise.monitor.incidents import incidents
+from equipoise.monitor.incidents import PAGE, incidents
 from equipoise.monitor.store import APPLICATION_ID, SCHEMA_VERSION, StoreError, load_action, store_path
 from equipoise.types import Action, Alert, Finding, RoutingStats
 
 MAX_POINTS = 400  # of one curve
 MAX_COLUMNS = 100  # of a map over time
 MAX_CELLS = 16_000  # of a map
-MAX_EVENTS = 1000  # alerts' changes and repairs, the newest
+MAX_EVENTS = 1000  # changes of alerts, and of repairs, the newest
 MAX_NAMES = 64  # of scalars
 SPARK_POINTS = 60
 LOCK_SECONDS = 0.5
@@ -79,7 +79,7 @@ def head(db: sqlite3.Connection, path: Path) -> Head:
         worst=worst,
         num_layers=len(newest.layers) if newest else 0,
         firing=tuple(incident for incident in found if incident.firing),
-        num_repairs=db.execute("SELECT count(*) FROM actions").fetchone()[0],
+        num_repairs=_num_repairs(db),
         flush_step=flush_step,
         flush_time=_flush_time(db, path, flush_step),
     )
@@ -188,7 +188,7 @@ def alerts(db: sqlite3.Connection) -> list[Alert]:
 
 
 def actions(db: sqlite3.Connection) -> list[Action]:
-    """The newest repairs, at most 1000, oldest first."""
+    """The newest changes of repairs, at most 1000, oldest first."""
     rows = db.execute("SELECT kind, layer, step, reason, detail FROM actions ORDER BY id DESC LIMIT ?", (MAX_EVENTS,))
     return [load_action(row) for row in rows][::-1]
 
@@ -220,6 +220,13 @@ def _newest(db: sqlite3.Connection, name: str) -> tuple[int, float | None] | Non
     query = "SELECT step, value FROM scalars WHERE name = ? ORDER BY step DESC LIMIT 1"
     row = db.execute(query, (name,)).fetchone()
     return None if row is None else (row[0], math.nan if row[1] is None else row[1])
+
+
+def _num_repairs(db: sqlite3.Connection) -> int:
+    """How many repairs were applied; rows from before repairs had states say nothing of theirs."""
+    query = """SELECT count(*) FROM actions
+        WHERE kind != ? AND coalesce(json_extract(detail, '$.state'), 'applied') = 'applied'"""
+    return int(db.execute(query, (PAGE,)).fetchone()[0])
 
 
 def _flush_time(db: sqlite3.Connection, path: Path, step: int | None) -> float:

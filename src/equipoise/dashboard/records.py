@@ -21,7 +21,7 @@ class Head:
 
     spark: the loss, at most 60 points, with None where it was not finite. worst: the newest record of the layer with
     the fewest effective experts relative to E. flush_time: of the newest flush, else of the file's last change.
-    num_repairs: how many repairs were applied.
+    num_repairs: how many repairs were applied, whether they were kept or undone later.
     """
 
     name: str

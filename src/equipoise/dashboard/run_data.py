@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from equipoise.dashboard import reader
 from equipoise.dashboard.records import Evenness, Frame, Head, Series
 from equipoise.dashboard.runs import RunRef
-from equipoise.monitor.incidents import Incident, incidents
+from equipoise.monitor.incidents import Incident, incidents, repairs
 from equipoise.types import Action, RoutingStats
 
 MAX_KEPT = 20  # newest alerts whose flush is in every map
@@ -21,7 +21,7 @@ class RunData:
     """head: the run at a glance. steps: the flushes that the slider stops at. frame: the one that is shown.
 
     layer: the chosen layer; history: its records, thinned; map_history: fewer of them, for the map of its experts.
-    scalars: curves by name. scalar_names: all there are.
+    scalars: curves by name. scalar_names: all there are. repairs: a record for each.
     """
 
     head: Head
@@ -35,7 +35,7 @@ class RunData:
     scalars: dict[str, Series]
     scalar_names: tuple[str, ...]
     incidents: tuple[Incident, ...]
-    actions: tuple[Action, ...]
+    repairs: tuple[Action, ...]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def read_run(db: sqlite3.Connection, ref: RunRef, choice: Choice) -> RunData:
         scalars={name: reader.scalar(db, name) for name in wanted},
         scalar_names=tuple(names),
         incidents=found,
-        actions=tuple(actions),
+        repairs=tuple(repairs(actions)),
     )
 
 

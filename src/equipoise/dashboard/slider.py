@@ -11,7 +11,7 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 
 from equipoise.dashboard.widgets import button, el, set_class, set_prop, set_text
-from equipoise.monitor.incidents import Incident
+from equipoise.monitor.incidents import DONE, Incident
 
 THROTTLE_SECONDS = 0.06
 MAX_MARKS = 40
@@ -79,7 +79,8 @@ class Slider:
 
     def _mark(self, incidents: Sequence[Incident]) -> None:
         wanted = [(incident.fired, "alert") for incident in incidents]
-        wanted += [(action.step, "repair") for incident in incidents for action in incident.actions]
+        done = [action for incident in incidents for action in incident.actions if action.state in DONE]
+        wanted += [(action.step, f"repair {action.state}") for action in done]
         wanted = [(bisect.bisect_left(self.steps, step), kind) for step, kind in wanted[:MAX_MARKS]]
         key = [(len(self.steps), ""), *wanted]
         if key == self._marked:

@@ -1,4 +1,7 @@
-"""The timeline of a run: a bar per alert over the steps, with diamonds for repairs; each row links to its incident."""
+"""The timeline of a run: a bar per alert over the steps, with a mark per repair; each row links to its incident.
+
+How a repair went is told by the form of its mark and in words, not by colour alone.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ from urllib.parse import urlencode
 
 from equipoise.dashboard.health import lasted, subject
 from equipoise.dashboard.runs import RunRef
+from equipoise.dashboard.story import MARKS, offsets
 from equipoise.dashboard.widgets import el, link, plural, set_text
-from equipoise.monitor.incidents import Incident
+from equipoise.monitor.incidents import PAGE, Incident, state_text, tally, target, without_alert
 from equipoise.types import Action
 
 MAX_ROWS = 60
@@ -20,7 +24,7 @@ def incident_address(ref: RunRef, incident: Incident) -> str:
 
 
 class Timeline:
-    """The section of a run's page. Rows are made anew only when an incident has changed."""
+    """The section of a run's page. Rows are made anew only when an incident or a repair has changed."""
 
     def __init__(self, ref: RunRef) -> None:
         self.ref = ref
@@ -29,46 +33,74 @@ class Timeline:
             el("h2", text="Alerts and repairs", id="timeline")
             self.note = el("p", "muted small")
             self.rows = el("ol", "timeline card")
+            self.key = el("ul", "timeline-key small", aria_label="What the marks mean")
 
-    def show(self, incidents: Sequence[Incident], actions: Sequence[Action], last_step: int) -> None:
-        """Show the newest incidents, and repairs that belong to none of them."""
-        caused = {action for incident in incidents for action in map(_identity, incident.actions)}
-        alone = [action for action in actions if _identity(action) not in caused]
+    def show(self, incidents: Sequence[Incident], repairs: Sequence[Action], last_step: int) -> None:
+        """Show the newest incidents, and repairs that belong to none of them. repairs: a record for each."""
         scale = max(1, last_step)
-        shown = ([(i.key, i.since, i.resolved, len(i.actions)) for i in incidents], len(alone), scale)
+        states = [(a.kind, a.layer, a.step, a.state, a.note) for a in repairs]
+        shown = ([(i.key, i.since, i.resolved, i.paged) for i in incidents], states, scale)
         if shown == self._shown:
             return
         self._shown = shown
-        text = f"{plural(len(incidents), 'alert')}, {plural(len(actions), 'repair')}, steps 0 to {last_step}."
-        left_out = max(0, len(incidents) - MAX_ROWS)
-        set_text(self.note, text + (f" The newest {MAX_ROWS} are shown." if left_out else ""))
+        alone = without_alert(incidents, repairs)
+        set_text(self.note, summary(incidents, repairs, last_step))
         self.rows.clear()
         self.rows.set_visibility(bool(incidents or alone))
         with self.rows:
             for incident in incidents[:MAX_ROWS]:
                 self._row(incident, scale)
             for action in alone[-MAX_ROWS:]:
-                with el("li", "event"):
-                    with el("div", "event-name"):
-                        el("span", text=f"repair {action.kind} on {action.layer}")
-                        el("span", "muted small", f"step {action.step}, because of {action.reason}")
-                    with el("div", "track", aria_hidden="true"):
-                        el("span", "diamond").style(f"--at: {action.step / scale:.4f}")
+                _alone(action, scale)
+        self._explain({action.state for action in repairs} | {PAGE for i in incidents if i.paged is not None})
 
     def _row(self, incident: Incident, scale: int) -> None:
         kind = incident.finding.severity
         with el("li", "event"):
             with el("div", "event-name"):
                 link(subject(incident), incident_address(self.ref, incident))
-                repairs = f", {plural(len(incident.actions), 'repair')}" if incident.actions else ""
-                el("span", "muted small", f"{kind}: {lasted(incident, scale)}{repairs}")
+                done = f", repairs: {tally(incident.actions)}" if incident.actions else ""
+                done += f", a human was called at {incident.paged}" if incident.paged is not None else ""
+                el("span", "muted small", f"{kind}: {lasted(incident, scale)}{done}")
             with el("div", "track", aria_hidden="true"):
                 begin, end = incident.since / scale, incident.lasted_until(scale) / scale
                 open_ = " open" if incident.firing else ""
                 el("span", f"bar {kind}{open_}").style(f"--from: {begin:.4f}; --to: {max(begin, end):.4f}")
-                for action in incident.actions:
-                    el("span", "diamond").style(f"--at: {min(1.0, action.step / scale):.4f}")
+                marks = [(action.step, str(action.state)) for action in incident.actions]
+                marks += [(incident.paged, PAGE)] if incident.paged is not None else []
+                _marks(marks, scale)
+
+    def _explain(self, kinds: set[str]) -> None:
+        """The legend, of the marks that there are."""
+        self.key.clear()
+        self.key.set_visibility(bool(kinds))
+        with self.key:
+            for kind, meaning in MARKS.items():
+                if kind in kinds:
+                    with el("li"):
+                        el("span", f"diamond {kind}", aria_hidden="true")
+                        el("span", text=meaning)
 
 
-def _identity(action: Action) -> tuple[str, str, int, str]:
-    return action.kind, action.layer, action.step, action.reason
+def summary(incidents: Sequence[Incident], repairs: Sequence[Action], last_step: int) -> str:
+    """The timeline in a line."""
+    text = f"{plural(len(incidents), 'alert')}; repairs: {tally(repairs)}; steps 0 to {last_step}."
+    return text + (f" The newest {MAX_ROWS} are shown." if len(incidents) > MAX_ROWS else "")
+
+
+def _alone(action: Action, scale: int) -> None:
+    """A row for a repair that was made for no alert of the run."""
+    with el("li", "event"):
+        with el("div", "event-name"):
+            el("span", text=f"repair {action.kind} on {target(action)}")
+            el("span", "muted small", f"step {action.step}, {state_text(action)}, because of {action.reason}")
+        with el("div", "track", aria_hidden="true"):
+            _marks([(action.step, str(action.state))], scale)
+
+
+def _marks(marks: Sequence[tuple[int, str]], scale: int) -> None:
+    """One mark for each (step, kind), side by side where they are near each other."""
+    ordered = sorted(marks, key=lambda mark: mark[0])
+    shares = [min(1.0, step / scale) for step, _ in ordered]
+    for share, moved, (_, kind) in zip(shares, offsets(shares), ordered, strict=True):
+        el("span", f"diamond {kind}").style(f"--at: {share:.4f}; --moved: {moved}")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from equipoise.monitor.incidents import Incident, incidents, repairs
 from equipoise.monitor.store import RunStore
 from equipoise.types import Action, Alert, RoutingStats
 
@@ -17,7 +18,7 @@ class Evidence:
     """One run at one moment.
 
     name, status: as the run says. age_s: seconds since its newest number. routing: every flush of each layer, by step.
-    scalars: (step, value) by name. alerts, actions: every change of an alert and every repair, oldest first.
+    scalars: (step, value) by name. alerts, actions: every change of an alert and of a repair, oldest first.
     times: seconds since 1970 by step, where known.
     """
 
@@ -35,6 +36,16 @@ class Evidence:
         """The newest step of anything."""
         steps = [history[-1].step for history in self.routing.values() if history]
         return max(steps + [points[-1][0] for points in self.scalars.values() if points], default=0)
+
+    @property
+    def incidents(self) -> list[Incident]:
+        """The alerts with their repairs, the newest first."""
+        return incidents(self.alerts, self.actions)
+
+    @property
+    def repairs(self) -> list[Action]:
+        """One record per repair, oldest first."""
+        return repairs(self.actions)
 
 
 def evidence_of(store: RunStore, now: float | None = None) -> Evidence:

@@ -15,6 +15,7 @@ from equipoise.types import Action, ActionState, Alert, Finding
 
 EXHAUSTED = "recovery_exhausted"  # the rule of the alert that calls a human: no repair is left
 PAGE = "page"  # the kind of the record that says so: it is no repair
+LOOK_AT_INPUT = "look_at_input"  # the kind of a proposal that changes nothing: the input is to blame
 DONE: tuple[ActionState, ...] = ("applied", "kept", "undone")  # the model was changed, if only for a while
 
 
@@ -219,6 +220,17 @@ def told(action: Action) -> str:
     text = f"{action.kind} on {target(action)} at step {action.step}, {state_text(action)}"
     numbers = ", ".join(filter(None, (effect_text(action.detail), other_numbers(action.detail))))
     return text + (f", {numbers}" if numbers else "") + (f" ({action.note})" if action.note else "")
+
+
+REPAIR_COLUMNS = ("step", "what", "why", "state", "perplexity", "MaxVio", "note")
+
+
+def repair_row(action: Action) -> tuple[str, ...]:
+    """A repair as texts for a table with `REPAIR_COLUMNS`; "-" for what was not measured."""
+    known = {each.name: _change(each) for each in effects(action.detail)}
+    measured = (known.get("perplexity", "-"), known.get("MaxVio", "-"))
+    note = "; ".join(filter(None, (action.note, other_numbers(action.detail))))
+    return str(action.step), f"{action.kind} on {target(action)}", action.reason, state_text(action), *measured, note
 
 
 def tally(made: Sequence[Action]) -> str:

@@ -20,6 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from equipoise.monitor.incidents import effect_text, other_numbers, repairs, state_text, target
 from equipoise.monitor.store import RunStore
 from equipoise.types import Action, Alert, RoutingStats
 
@@ -32,7 +33,8 @@ NARROW = 100
 MAX_LAYERS = 24  # beyond, only the most uneven layers are shown
 MAX_CELLS = 64
 MAX_FIRING = 4  # alerts shown in full
-RECENT = 4  # resolved alerts and actions shown
+RECENT = 4  # resolved alerts and repairs shown
+STATE_STYLES = {"proposed": "dim", "applied": "cyan", "kept": "green", "undone": "yellow", "failed": "red"}
 RATE_STEPS = 50  # the time left is extrapolated from so many recorded steps
 
 
@@ -41,7 +43,7 @@ class RunView:
     """What the terminal shows of a run, at one moment. None for what the run has not recorded.
 
     losses: training losses by step, oldest first. routing: the newest flush, in the order of the model.
-    firing, resolved: alerts now, and those that are over. actions: repairs, oldest first.
+    firing, resolved: alerts now, and those that are over. repairs: a record for each, oldest first.
     """
 
     name: str
@@ -56,7 +58,7 @@ class RunView:
     routing: tuple[RoutingStats, ...]
     firing: tuple[Alert, ...]
     resolved: tuple[Alert, ...]
-    actions: tuple[Action, ...]
+    repairs: tuple[Action, ...]
 
 
 def view_of(store: RunStore) -> RunView:
@@ -81,7 +83,7 @@ def view_of(store: RunStore) -> RunView:
             routing=tuple(routing),
             firing=tuple(alert for alert in last_change.values() if alert.state == "firing"),
             resolved=tuple(alert for alert in last_change.values() if alert.state == "resolved"),
-            actions=tuple(store.actions()),
+            repairs=tuple(repairs(store.actions())),
         )
 
 
@@ -227,12 +229,19 @@ def _events(view: RunView) -> RenderableType:
     if len(view.firing) > MAX_FIRING:
         lines.append(Text(f"and {len(view.firing) - MAX_FIRING} more alerts", "bold red"))
     lines += [_alert_text(alert) for alert in sorted(view.resolved, key=lambda alert: alert.step)[-RECENT:]]
-    for action in view.actions[-RECENT:]:
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in action.detail.items())
-        what = (f"{action.kind} on {action.layer}", "bold")
-        why = (f" because of {action.reason}{f' ({numbers})' if numbers else ''}", "")
-        lines.append(Text.assemble(("repaired ", "green"), (f"step {action.step}: ", "dim"), what, why))
+    lines += [_repair_text(action) for action in view.repairs[-RECENT:]]
     return Group(*lines) if lines else Text("No alerts.", style="green")
+
+
+def _repair_text(action: Action) -> Text:
+    """One repair in a line: how it went, when, what, what it did, and why."""
+    word, _, length = state_text(action).partition(" ")
+    what = (f"{action.kind} on {target(action)}", "bold")
+    why = f" because of {action.reason}" if action.reason else ""
+    numbers = ", ".join(filter(None, (effect_text(action.detail), other_numbers(action.detail))))
+    step = (f"step {action.step}{length and f', {length}'}: ", "dim")
+    note = (f" ({action.note})" if action.note else "", "dim")
+    return Text.assemble((f"{word} ", STATE_STYLES[action.state]), step, what, why, numbers and f", {numbers}", note)
 
 
 def _alert_text(alert: Alert) -> Text:

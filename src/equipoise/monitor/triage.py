@@ -15,13 +15,20 @@ import numpy as np
 
 from equipoise.monitor.detectors import CollapseDetector, expected_per_expert
 from equipoise.monitor.evidence import Evidence
+from equipoise.monitor.incidents import EXHAUSTED, LOOK_AT_INPUT, Incident, told
 from equipoise.monitor.rules import drop_rate, load_moved
 from equipoise.types import Action, RoutingStats
 
 Verdict = Literal["ok", "trouble", "past", "unknown"]
 DETECT = CollapseDetector()
 LOGITS, OTHERS = "Did this router's logits change?", "Did the other layers' loads move at the same time?"
+REPAIRED = "Has anything been done about it?"
 STALE_S, MOVED_PSI, JUMP = 300.0, 0.25, 1.5
+MAX_TOLD = 6  # repairs, the newest
+NOT_SWITCHED_ON = (
+    "A resumed run keeps its configuration, so repairs can't be switched on in this one: start the next one with "
+    "--recover, and the recovery ladder acts at once. Without it the ladder only proposes what it would do."
+)
 
 
 @dataclass(frozen=True)
@@ -58,13 +65,15 @@ def triage(evidence: Evidence, folder: str = "RUN") -> Triage:
     """Walk the tree. folder: the run's path, for the commands in the answers."""
     alive = _alive(evidence, folder)
     uneven = _uneven(evidence, folder)
-    checks = [alive, uneven]
+    checks, rest = [alive, uneven], [_dead(evidence), _dropped(evidence), _logits(evidence), _loss(evidence)]
+    over = uneven.verdict == "ok"
     if uneven.layer is not None and uneven.since_step is not None:
         changed = what_changed(evidence, uneven.layer, uneven.since_step)
-        over = uneven.verdict == "ok"
         checks += [replace(each, verdict="past") if over and each.verdict == "trouble" else each for each in changed]
-        checks.append(_repaired(evidence, uneven.layer, uneven.since_step, folder))
-    checks += [_dead(evidence), _dropped(evidence), _logits(evidence), _loss(evidence)]
+        checks.append(_repaired(evidence, uneven.layer, uneven.since_step, folder, over=over))
+    elif any(incident.firing for incident in evidence.incidents):
+        rest.append(_repaired(evidence, None, 0, folder))
+    checks += rest
     return Triage(evidence.name, tuple(checks), _conclusion(checks))
 
 
@@ -228,22 +237,40 @@ def _step_changed(evidence: Evidence, step: int) -> Check:
     return Check(question, "ok", f"No: {text}.")
 
 
-def _repaired(evidence: Evidence, layer: str, since: int, folder: str) -> Check:
-    question = "Has anything been done about it?"
-    done = [action for action in evidence.actions if action.layer == layer and action.step >= since]
+def _repaired(evidence: Evidence, layer: str | None, since: int, folder: str, *, over: bool = False) -> Check:
+    """What was done about a layer's collapse; without a layer, about the alerts that fire. over: it is even again."""
+    firing = [incident for incident in evidence.incidents if incident.firing]
+    page = next((incident for incident in firing if incident.finding.rule == EXHAUSTED), None)
+    made = _made(evidence, layer, since, firing)
+    done = [action for action in made if action.state != "proposed"]
+    earlier = len(made) - MAX_TOLD
+    text = "; ".join(told(action) for action in made[-MAX_TOLD:]) + (f"; {earlier} earlier" if earlier > 0 else "")
+    watch = f"equipoise watch {folder}"
+    if page is not None:
+        answer = f"No repair is left, a human was called at step {page.fired}: {page.finding.message}."
+        answer += f" Done: {text}." if text else ""
+        return Check(REPAIRED, "trouble", answer, page.fired, page.finding.layer, page.finding.remedy, watch)
+    if not made:
+        return Check(REPAIRED, "unknown", "No repair is recorded.", remedy=NOT_SWITCHED_ON)
     if not done:
-        return Check(
-            question,
-            "unknown",
-            "No repair is recorded.",
-            remedy="Train with --recover, and QuantileBalance(on_demand=True) in the model, to have it done at once.",
-            command=f"equipoise train --resume --out {folder}",
-        )
-    return Check(question, "ok", "; ".join(_describe(action) for action in done) + ".")
+        looked = made[-1].kind == LOOK_AT_INPUT
+        remedy = "Compare what is sent with what was sent before it began." if looked else NOT_SWITCHED_ON
+        return Check(REPAIRED, "unknown", f"No, it was only proposed: {text}.", remedy=remedy)
+    if done[-1].state not in ("undone", "failed"):
+        return Check(REPAIRED, "ok", f"{text}.")
+    remedy = (
+        "The last repair did not hold, and the model is as it was before it. The ladder's next rung follows by itself; "
+        f"where none does, go back to a checkpoint from before step {since or done[0].step}."
+    )
+    return Check(REPAIRED, "past" if over else "trouble", f"{text}.", done[-1].step, layer, remedy, watch)
 
 
-def _describe(action: Action) -> str:
-    return f"{action.kind} on {action.layer} at step {action.step}, for {action.reason}"
+def _made(evidence: Evidence, layer: str | None, since: int, firing: Sequence[Incident]) -> list[Action]:
+    """The repairs of the layer and of the whole model since then; without a layer, those of the alerts that fire."""
+    if layer is None:
+        return sorted((action for incident in firing for action in incident.actions), key=lambda action: action.step)
+    begin = min([since, *(incident.since for incident in firing if incident.finding.layer == layer)])
+    return [action for action in evidence.repairs if action.layer in (layer, "") and action.step >= begin]
 
 
 def _dead(evidence: Evidence) -> Check:
@@ -310,7 +337,9 @@ def _conclusion(checks: Sequence[Check]) -> str:
     alive, uneven, *rest = checks
     trouble = [check for check in checks if check.verdict == "trouble"]
     if uneven.verdict == "trouble":
-        return f"{uneven.layer} has collapsed since step {uneven.since_step}. {_cause(rest)} {uneven.remedy}"
+        tried = next((check.remedy for check in trouble if check.question == REPAIRED), "")
+        remedy = tried or uneven.remedy  # what was tried in vain is not to be advised
+        return f"{uneven.layer} has collapsed since step {uneven.since_step}. {_cause(rest)} {remedy}"
     if trouble:
         first = trouble[0]
         return f"No collapse. Begin with: {first.question} {first.answer} {first.remedy}".strip()

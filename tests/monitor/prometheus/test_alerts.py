@@ -120,8 +120,9 @@ CHECKLIST = {
 NO_LAYER = {"layer": None}
 ANY_PROFILE = {
     "the monitor's own alert": (
-        World(firing=(("collapse", "critical"), ("load_drift", "warning"))),
+        World(firing=(("collapse", "critical"), ("load_drift", "warning"), ("recovery_exhausted", "critical"))),
         layer("EquipoiseMonitorAlert", "critical", rule="collapse")
+        + layer("EquipoiseMonitorAlert", "critical", rule="recovery_exhausted")
         + layer("EquipoiseMonitorAlert", "warning", rule="load_drift"),
         [],
     ),

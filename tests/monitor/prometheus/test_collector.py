@@ -102,11 +102,18 @@ def test_the_summary_has_the_worst_layer():
     assert value(scraped, "equipoise_build_info") == 1
 
 
+LADDER = [
+    *[("quantile_bias", "applied"), ("quantile_bias", "undone")] * 2,
+    *[("reseed", "failed"), ("spill", "applied"), ("spill", "kept"), ("look_at_input", "proposed")],
+]
+
+
 def test_alerts_and_repairs():
     source, _ = two_flushes()
     for each in (alert(), alert("drops", severity="info"), alert("drops", state="resolved"), alert("drops")):
         source.alert(each)
-    source.action(Action("quantile_bias", "blocks.0", 100, "blocks.0:collapse"))
+    for kind, state in LADDER:
+        source.action(Action(kind, "blocks.0", 100, "blocks.0:collapse", state=state))
     scraped = scrape(source, detail="summary")
     firing = {dict(labels)["rule"]: dict(labels) for name, labels in scraped if name == "equipoise_alert_firing"}
     assert firing == {
@@ -115,7 +122,19 @@ def test_alerts_and_repairs():
     }
     assert value(scraped, "equipoise_alerts_fired_total", rule="drops", severity="info") == 1
     assert value(scraped, "equipoise_alerts_fired_total", rule="drops", severity="critical") == 1
-    assert value(scraped, "equipoise_actions_total", kind="quantile_bias") == 1
+    counted = {
+        (dict(labels)["kind"], dict(labels)["result"]): number
+        for (name, labels), number in scraped.items()
+        if name == "equipoise_actions_total"
+    }
+    assert counted == {
+        ("quantile_bias", "applied"): 2,
+        ("quantile_bias", "undone"): 2,
+        ("spill", "applied"): 1,
+        ("spill", "kept"): 1,
+        ("reseed", "failed"): 1,
+        ("look_at_input", "proposed"): 1,
+    }
 
 
 def test_before_the_first_flush_there_is_nothing_to_say_about_balance():
@@ -159,7 +178,7 @@ def test_names_follow_the_conventions():
     assert all(name.endswith("_total") == (kind == "counter") for name, kind in types.items())
     assert all(len(text) > 10 and text.endswith(".") for text in helps.values())
     labels = {name for _, pairs in samples(text) for name, _ in pairs}
-    known = {"run", "layer", "expert", "reason", "rule", "severity", "loss", "part", "kind"}
+    known = {"run", "layer", "expert", "reason", "rule", "severity", "loss", "part", "kind", "result"}
     assert labels <= known | {"version", "python", "requested", "effective"}
 
 
@@ -240,7 +259,7 @@ def test_61_layers_of_256_experts(detail, max_series, effective, dropped):
     assert level(scraped) == (detail, effective)
     assert value(scraped, "equipoise_series") == len(scraped) <= max_series
     assert value(scraped, "equipoise_series_limit") == max_series
-    per_layer = 3 + 14 + 2 + 2 + 1 + 2  # sizes, gauges, totals, drops and tokens by reason, reroutes
+    per_layer = 3 + 14 + 2 + 2 + 1 + 3  # sizes, gauges, totals, drops and tokens by reason, reroutes
     layers = [name for name, pairs in scraped if dict(pairs).get("layer") == "blocks.7" and "expert" not in dict(pairs)]
     assert len(layers) == (0 if effective == "summary" else per_layer)
     if dropped is None:
@@ -273,7 +292,7 @@ def test_alerts_come_before_layers_and_critical_ones_first():
     assert level(scraped)[1] == "summary"
     assert len(scraped) == value(scraped, "equipoise_series") == 120
     missing_alerts = 120 - len(rules) + 2  # and the two counters of fired alerts
-    assert value(scraped, "equipoise_series_dropped") == 100 * 24 + missing_alerts
+    assert value(scraped, "equipoise_series_dropped") == 100 * 25 + missing_alerts
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ def test_it_exports_what_a_live_source_would(store):
         sink.alert(alert())
         sink.alert(alert("drops", severity="info"))
         sink.alert(alert("drops", state="resolved", severity="info"))
-        sink.action(Action("quantile_bias", "b", 10, "b:collapse"))
+        for state in ("applied", "undone", "applied", "kept", "proposed", "failed"):
+            sink.action(Action("quantile_bias", "b", 10, "b:collapse", state=state))
     other = ("equipoise_monitor_seconds_total", "equipoise_last_flush_timestamp_seconds")
     scraped, expected = (
         {key: number for key, number in scrape(source, detail="expert").items() if key[0] not in other}
@@ -105,6 +106,27 @@ def test_totals_do_not_fall_when_a_run_is_resumed(store):
     assert (after.step, after.num_flushes, after.layers["blocks.0"].num_tokens) == (20, 6, 6 * 1024)
     fresh = RunFolderSource(store.path.parent).read()
     assert (fresh.num_flushes, fresh.layers["blocks.0"].num_tokens) == (4, 4 * 1024)
+
+
+def test_each_change_of_a_repair_is_counted_once_however_often_it_is_read(store):
+    source = RunFolderSource(store.path.parent)
+    counted = []
+    for state in ("applied", "undone", "applied", "kept"):
+        store.action(Action("quantile_bias", "blocks.0", 100, "why", state=state))
+        source.read()
+        counted.append(dict(source.read().actions))
+    applied, undone, kept = (("quantile_bias", state) for state in ("applied", "undone", "kept"))
+    assert counted == [
+        {applied: 1},
+        {applied: 1, undone: 1},
+        {applied: 2, undone: 1},
+        {applied: 2, undone: 1, kept: 1},
+    ]
+
+
+def test_rows_from_before_repairs_had_states_count_as_applied(store):
+    store._db.execute("INSERT INTO actions (step, kind, layer, reason, detail) VALUES (5, 'bias', 'b', 'why', '{}')")
+    assert RunFolderSource(store.path.parent).read().actions == {("bias", "applied"): 1}
 
 
 def test_a_folder_that_goes_away_and_comes_back(store, tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 
 from equipoise.monitor.sinks.delivery import Delivery, Effort
 from equipoise.monitor.stats import RoutingSums, routing_stats
-from equipoise.types import Alert, Finding
+from equipoise.types import Action, Alert, Finding
 
 PATIENCE_S = 20  # how long a test waits for what must come; no test waits for nothing to happen
 
@@ -130,6 +130,19 @@ def finding(**changes):
 def alert(state="firing", step=100, since_step=50, **changes):
     about = finding(**changes)
     return Alert(f"{about.layer}:{about.rule}", state, since_step, step, about)
+
+
+BEFORE = {"loss_before": 2.3, "max_violation_before": 2.98765}  # perplexity exp(2.3) = 9.974
+
+
+def repair(state="applied", step=120, detail=None, note="", kind="quantile_bias", reason="blocks.3.moe:collapse"):
+    """One change of a repair. Without a detail, what is known in that state; exp(2.31) = 10.07, exp(2.29) = 9.875."""
+    known = {
+        "applied": BEFORE | {"loss_after": 2.31},
+        "kept": {"loss_after": 2.29, "max_violation_after": 0.25, "steps": 20.0},
+        "undone": {"steps": 0.0},
+    }
+    return Action(kind, "blocks.3.moe", step, reason, known.get(state, {}) if detail is None else detail, state, note)
 
 
 def stats(layer="blocks.3.moe", step=50, counts_E=(40, 0, 60, 28)):

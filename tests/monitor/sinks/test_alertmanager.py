@@ -11,12 +11,11 @@ from datetime import datetime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.monitor.sinks.cases import Answer, Clock, alert, deliver, quick, stats
+from tests.monitor.sinks.cases import Answer, Clock, alert, deliver, quick, repair, stats
 
 from equipoise.monitor.sinks.alertmanager import Alertmanager, AlertmanagerSink
 from equipoise.monitor.sinks.delivery import DeliveryError
 from equipoise.monitor.sinks.labels import MAX_LABEL, Naming, Standings, fingerprint, labels_of
-from equipoise.types import Action
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 NAMING = Naming("run 7", {"team": "moe"}, "https://runbook.example/alerts#{rule}")
@@ -146,12 +145,36 @@ def test_only_changes_are_kept_when_they_fail(server, tmp_path):
 
 def test_a_repair_is_an_annotation_of_its_alert(server):
     ours = sink(server, Clock(NOW))
-    ours.action(Action("quantile_bias", "blocks.3.moe", 60, "blocks.3.moe:collapse"))  # not known to fire
+    ours.action(repair(step=60))  # not known to fire
     ours.alert(alert())
-    ours.action(Action("quantile_bias", "blocks.3.moe", 120, "blocks.3.moe:collapse"))
+    ours.action(repair(detail={}))
     [fired], [repaired] = (got.body for got in server.all())
     assert repaired["labels"] == fired["labels"]
-    assert repaired["annotations"] == {**fired["annotations"], "action": "quantile_bias at step 120"}
+    told = "quantile_bias on blocks.3.moe at step 120, applied"
+    assert repaired["annotations"] == {**fired["annotations"], "action": told}
+
+
+def test_repairs_stay_with_their_alert_until_its_end(server):
+    clock = Clock(NOW)
+    ours = sink(server, clock)
+    ours.alert(alert())
+    ours.action(repair(detail={}))
+    clock.now += 60
+    ours.tick()
+    ours.alert(alert("resolved"))
+    ours.action(repair("kept", detail={}))
+    told = [got.body[0]["annotations"].get("action", "") for got in server.all()]
+    begun = "quantile_bias on blocks.3.moe at step 120"
+    assert told == ["", *[f"{begun}, applied"] * 3, f"{begun}, kept"]
+
+
+def test_what_is_over_is_remembered_for_a_while_only():
+    standings = Standings(NAMING)
+    for number in range(150):
+        standings.take(alert("resolved", layer=f"l{number}"), 1.0)
+    noted = [standings.note(repair("kept", reason=f"l{number}:collapse")) for number in range(150)]
+    assert [standing is not None for standing in noted] == [False] * 50 + [True] * 100
+    assert standings.firing == []
 
 
 @given(st.text(min_size=1), st.text(), st.text())

@@ -23,7 +23,7 @@ def test_all_that_was_seen_can_be_read(tmp_path):
     log = JsonLines(path, clock=Clock(NOW))
     log.routing([stats(), stats("blocks.4.moe", counts_E=(32, 32, 32, 32))])
     log.alert(alert(value=float("nan")))
-    log.action(Action("repair", "blocks.3.moe", 60, "why", {"kind": 1.0, "inf": float("inf")}))
+    log.action(Action("repair", "blocks.3.moe", 60, "why", {"kind": 1.0, "inf": float("inf")}, "undone", "it rose"))
     first, second, fired, repaired = read_json_lines(path)  # before it is closed
     assert (first["record"], first["time"]) == ("routing", TIME)
     assert (first["layer"], first["counts_E"], first["dropped"]) == (
@@ -40,6 +40,7 @@ def test_all_that_was_seen_can_be_read(tmp_path):
         "repair",
         {"kind": 1.0, "inf": "inf"},
     )
+    assert (repaired["state"], repaired["note"]) == ("undone", "it rose")
     log.close()
     log.close()
 

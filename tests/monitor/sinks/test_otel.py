@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from tests.monitor.sinks.cases import alert, stats
+from tests.monitor.sinks.cases import alert, repair, stats
 
 from equipoise.monitor.sinks.layer_numbers import NUMBERS
 from equipoise.monitor.sinks.otel import OpenTelemetry
@@ -71,14 +71,28 @@ def test_an_alert_is_a_gauge_and_an_event(telemetry):
     }
 
 
-def test_a_repair_is_a_count_and_an_event(telemetry):
+def test_each_change_of_a_repair_is_a_count_and_an_event(telemetry):
     sink, reader, exporter = telemetry
-    for step in (60, 80):
-        sink.action(Action("quantile_bias", "blocks.3.moe", step, "blocks.3.moe:collapse", {"max_violation": 2.5}))
-    assert points(reader)["moe.repairs"] == [(2, {**RUN, "moe.kind": "quantile_bias"})]
-    event = exporter.get_finished_logs()[0].log_record
-    assert (event.event_name, event.attributes["moe.repair.max_violation"]) == ("moe.repair", 2.5)
-    assert event.attributes["moe.alert.key"] == "blocks.3.moe:collapse"
+    for change in (repair(step=60), repair(step=80), repair("undone", step=90, note="the loss rose")):
+        sink.action(change)
+    about = {**RUN, "moe.kind": "quantile_bias"}
+    assert sorted(points(reader)["moe.repairs"], key=str) == [
+        (1, {**about, "moe.repair.state": "undone"}),
+        (2, {**about, "moe.repair.state": "applied"}),
+    ]
+    applied, _, undone = (item.log_record for item in exporter.get_finished_logs())
+    assert (applied.event_name, applied.severity_number.name) == ("moe.repair", "INFO")
+    assert applied.attributes["moe.repair.max_violation_before"] == 2.98765
+    assert dict(undone.attributes) == {
+        **about,
+        "moe.repair.state": "undone",
+        "moe.repair.note": "the loss rose",
+        "moe.repair.steps": 0.0,
+        "moe.alert.key": "blocks.3.moe:collapse",
+        "moe.step": 90,
+    }
+    assert undone.severity_number.name == "WARN"
+    assert undone.body == "quantile_bias undone because of blocks.3.moe:collapse (the loss rose)"
 
 
 def test_metrics_alone(telemetry):

@@ -10,12 +10,11 @@ from datetime import datetime
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.monitor.sinks.cases import Answer, Clock, alert, deliver, quick, stats
+from tests.monitor.sinks.cases import Answer, Clock, alert, deliver, quick, repair, stats
 
 from equipoise.monitor.sinks.delivery import DeliveryError
 from equipoise.monitor.sinks.labels import Naming
 from equipoise.monitor.sinks.pagerduty import PagerDuty, PagerDutySink, dedup_key
-from equipoise.types import Action
 
 KEY = "e93facc04764012d7bfb002500d5d1a6"
 NOW = 1_790_000_000.0
@@ -80,18 +79,67 @@ def test_severities_are_pagerdutys(server, severity):
 def test_trigger_acknowledge_and_resolve_have_one_key(server):
     ours = sink(server, acknowledge_repairs=True)
     ours.alert(alert(expert=5))
-    ours.action(Action("quantile_bias", "blocks.3.moe", 120, "blocks.3.moe:collapse"))
+    ours.action(repair())
     ours.alert(alert("resolved", step=400, expert=2, severity="warning"))
     events = [got.body for got in server.all()]
-    assert [event["event_action"] for event in events] == ["trigger", "acknowledge", "resolve"]
+    assert [event["event_action"] for event in events] == ["trigger", "trigger", "acknowledge", "resolve"]
     assert {event["dedup_key"] for event in events} == {"run 7:blocks.3.moe:collapse"}
     assert {event["routing_key"] for event in events} == {KEY}
-    assert events[1].keys() == events[2].keys() == {"routing_key", "event_action", "dedup_key"}
+    assert events[2].keys() == events[3].keys() == {"routing_key", "event_action", "dedup_key"}
+
+
+def test_what_is_done_is_told_in_the_details_of_the_open_alert(server):
+    """A trigger with the key of an open alert goes into its log: all else in it is as it was."""
+    ours = sink(server)
+    ours.alert(alert())
+    for change in (repair(), repair("undone", note="the loss rose"), repair("failed", kind="spill", note="no path")):
+        ours.action(change)
+    first, *updates = (got.body for got in server.all())
+    told = [update["payload"]["custom_details"].pop("repairs") for update in updates]
+    assert updates == [first] * 3
+    begun = "quantile_bias on blocks.3.moe at step 120"
+    effect = "perplexity 9.974 → 10.07, MaxVio 2.99 before"
+    assert told[0] == [f"{begun}, applied, {effect}"]
+    assert told[1] == [f"{begun}, undone at once, {effect} (the loss rose)"]
+    assert told[2] == [*told[1], "spill on blocks.3.moe at step 120, failed (no path)"]
+
+
+@pytest.mark.parametrize("state", ["proposed", "applied", "kept", "undone", "failed"])
+def test_only_an_applied_repair_acknowledges(server, state):
+    ours = sink(server, acknowledge_repairs=True)
+    ours.alert(alert())
+    ours.action(repair(state))
+    events = [got.body["event_action"] for got in server.all()]
+    assert events == ["trigger", "trigger"] + ["acknowledge"] * (state == "applied")
+
+
+def test_a_call_for_a_human_acknowledges_nothing_and_pages_as_any_other_alert(server):
+    ours = sink(server, acknowledge_repairs=True)
+    ours.alert(alert())
+    ours.action(repair(kind="page", note="tried: quantile_bias undone"))
+    ours.alert(alert(rule="recovery_exhausted"))
+    events = [(got.body["event_action"], got.body["dedup_key"]) for got in server.all()]
+    assert events == [
+        ("trigger", "run 7:blocks.3.moe:collapse"),
+        ("trigger", "run 7:blocks.3.moe:recovery_exhausted"),
+    ]
+
+
+def test_a_repair_opens_no_alert(server):
+    """Neither one that is over nor one that this process has not seen: nobody would ever resolve it."""
+    ours = sink(server)
+    ours.action(repair("undone"))
+    ours.alert(alert())
+    ours.alert(alert("resolved"))
+    ours.action(repair("undone"))
+    assert [got.body["event_action"] for got in server.all()] == ["trigger", "resolve"]
+    ours.alert(alert())
+    assert "repairs" not in server.next().body["payload"]["custom_details"]  # those were the last one's
 
 
 def test_a_repair_acknowledges_only_when_asked_to(server):
     ours = sink(server)
-    ours.action(Action("quantile_bias", "blocks.3.moe", 120, "blocks.3.moe:collapse"))
+    ours.action(repair())
     assert server.all() == []
     ours.acknowledge("blocks.3.moe:collapse")
     assert server.next().body["event_action"] == "acknowledge"

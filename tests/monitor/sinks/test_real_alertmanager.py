@@ -158,7 +158,7 @@ def test_it_is_sent_again_and_so_lives_on(alertmanager, receiver):
     assert second["endsAt"] > first["endsAt"]
     ours.action(Action("quantile_bias", "blocks.3.moe", 120, "blocks.3.moe:collapse"))
     [third] = standing(url, "again")
-    assert third["annotations"]["action"] == "quantile_bias at step 120"
+    assert third["annotations"]["action"] == "quantile_bias on blocks.3.moe at step 120, applied"
 
 
 def test_the_alert_of_a_killed_process_ends_by_itself(alertmanager, receiver):

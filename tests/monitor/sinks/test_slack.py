@@ -10,7 +10,7 @@ import html
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.monitor.sinks.cases import alert, deliver, quick, stats
+from tests.monitor.sinks.cases import alert, deliver, quick, repair, stats
 
 from equipoise.monitor.sinks.labels import Naming
 from equipoise.monitor.sinks.slack import Slack, SlackSink, action_message, alert_message
@@ -73,24 +73,59 @@ def test_colours_say_how_bad_it_is():
 
 def test_repairs_are_posted_unless_they_are_not_wanted(server, monkeypatch):
     monkeypatch.setenv("SLACK_WEBHOOK_URL", server.url)
-    repair = Action("quantile_bias", "blocks.3.moe", 60, "blocks.3.moe:collapse", {"max_violation": 2.98765})
     for config in (Slack(NAMING, effort=quick()), Slack(NAMING, actions=False, effort=quick())):
-        SlackSink(config, deliver(config)).action(repair)
+        SlackSink(config, deliver(config)).action(repair(detail={"max_violation": 2.98765}))
     [got] = server.all()
-    assert got.body["text"] == "Repair: run 7: quantile_bias in blocks.3.moe"
-    fields = got.body["attachments"][0]["blocks"][1]["fields"]
-    assert [field["text"] for field in fields] == [
-        "Step\n60",
+    assert got.body["text"] == "Repair applied: run 7: quantile_bias on blocks.3.moe"
+    header, fields = got.body["attachments"][0]["blocks"]
+    assert header["text"]["text"] == got.body["text"]
+    assert [field["text"] for field in fields["fields"]] == [
+        "State\napplied",
+        "Step\n120",
         "Because of\nblocks.3.moe:collapse",
-        "max_violation\n2.988",
+        "Numbers\nmax_violation 2.988",
     ]
+
+
+def test_the_end_of_a_repair_has_its_effect_and_its_reason(server, monkeypatch):
+    monkeypatch.setenv("SLACK_WEBHOOK_URL", server.url)
+    config = Slack(NAMING, effort=quick())
+    ours = SlackSink(config, deliver(config))
+    ours.action(repair())
+    ours.action(repair("kept", step=140, note="the alert <is> resolved"))
+    _, kept = (got.body for got in server.all())
+    assert kept["text"] == "Repair kept: run 7: quantile_bias on blocks.3.moe"
+    _, fields, note = kept["attachments"][0]["blocks"]
+    assert [field["text"] for field in fields["fields"]] == [
+        "State\nkept after 20 steps",
+        "Step\n140",
+        "Because of\nblocks.3.moe:collapse",
+        "Effect\nperplexity 9.974 → 9.875, MaxVio 2.99 → 0.25",
+    ]
+    assert note["text"]["text"] == "the alert &lt;is&gt; resolved"
+
+
+def test_how_a_repair_went_has_a_colour():
+    states = ("proposed", "applied", "kept", "undone", "failed")
+    colours = [action_message(repair(state), "run 7")["attachments"][0]["color"] for state in states]
+    assert colours == ["#757575", "#1976d2", "#2e7d32", "#f9a825", "#f9a825"]
+
+
+def test_a_call_for_a_human_is_posted_once_as_an_alert(server, monkeypatch):
+    monkeypatch.setenv("SLACK_WEBHOOK_URL", server.url)
+    config = Slack(NAMING, effort=quick())
+    ours = SlackSink(config, deliver(config))
+    ours.action(repair(kind="page"))
+    ours.alert(alert(rule="recovery_exhausted", expert=None))
+    [got] = server.all()
+    assert got.body["text"] == "Critical: run 7: recovery_exhausted in blocks.3.moe"
 
 
 def test_nothing_in_a_name_is_a_mention_or_a_link():
     naming = Naming(HOSTILE, runbook="https://runbook.example/{rule}")
     about = {"rule": HOSTILE, "layer": HOSTILE, "message": HOSTILE, "remedy": HOSTILE}
-    repair = Action(HOSTILE, HOSTILE, 1, HOSTILE, {HOSTILE: 1.0})
-    for message in (alert_message(alert(**about), naming), action_message(repair, HOSTILE)):
+    hostile = Action(HOSTILE, HOSTILE, 1, HOSTILE, {HOSTILE: 1.0}, "undone", HOSTILE)
+    for message in (alert_message(alert(**about), naming), action_message(hostile, HOSTILE)):
         shown = [message["text"], message["attachments"][0]["fallback"]]
         for text in texts(message):
             if text["type"] == "mrkdwn":  # only the link that is ours
@@ -110,7 +145,8 @@ def test_nothing_in_a_name_is_a_mention_or_a_link():
 )
 def test_limits_hold_with_their_escapes(name, detail):
     about = {"rule": name, "layer": name, "message": name, "remedy": name}
-    for message in (alert_message(alert(**about), NAMING), action_message(Action(name, name, 1, name, detail), name)):
+    repaired = action_message(Action(name, name, 1, name, detail, "kept", name), name)
+    for message in (alert_message(alert(**about), NAMING), repaired):
         for block in message["attachments"][0]["blocks"]:
             assert len(block.get("fields", [])) <= 10
             limit = 150 if block["type"] == "header" else 3000

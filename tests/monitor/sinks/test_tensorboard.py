@@ -3,11 +3,10 @@
 import sys
 
 import pytest
-from tests.monitor.sinks.cases import alert, stats
+from tests.monitor.sinks.cases import BEFORE, alert, repair, stats
 
 from equipoise.monitor.sinks.layer_numbers import NUMBERS, layer_numbers
 from equipoise.monitor.sinks.tensorboard import TensorBoard, escape, tag
-from equipoise.types import Action
 
 
 @pytest.fixture
@@ -43,15 +42,26 @@ def test_alerts_and_repairs_are_text(events, tmp_path):
     board = TensorBoard(tmp_path)
     board.alert(alert())
     board.alert(alert("resolved", step=400))
-    board.action(Action("quantile_bias", "blocks.3.moe", 120, "blocks.3.moe:collapse", {"max_violation": 2.98765}))
+    board.action(repair(detail=BEFORE | {"experts": 3.0}, note="a *bias*"))
+    board.action(repair("kept", step=140, note="the alert is resolved"))
     board.close()
     read = events()
     fired, over = texts(read, "alerts/collapse/blocks.3.moe")
     assert (fired[0], over[0]) == (100, 400)
     assert fired[1].startswith("**firing**, critical, since step 50: blocks\\.3\\.moe has collapsed: expert 5")
     assert "What to do: rebalance the layer's bias" in fired[1]
-    [(step, text)] = texts(read, "actions/quantile_bias/blocks.3.moe")
-    assert (step, text) == (120, "quantile\\_bias because of blocks\\.3\\.moe:collapse: max\\_violation 2.988")
+    assert texts(read, "actions/quantile_bias/blocks.3.moe") == [
+        (
+            120,
+            "**applied**: quantile\\_bias because of blocks\\.3\\.moe:collapse: perplexity 9\\.974 before, "
+            "MaxVio 2\\.99 before, experts 3\n\na \\*bias\\*",
+        ),
+        (
+            140,
+            "**kept after 20 steps**: quantile\\_bias because of blocks\\.3\\.moe:collapse: "
+            "perplexity 9\\.974 → 9\\.875, MaxVio 2\\.99 → 0\\.25, experts 3\n\nthe alert is resolved",
+        ),
+    ]
 
 
 def test_names_that_are_no_tags_stay_apart(events, tmp_path):

@@ -1,10 +1,9 @@
 """The sink for Weights & Biases, with an object of the same shape, and with the real library where it is installed."""
 
 import pytest
-from tests.monitor.sinks.cases import alert, stats
+from tests.monitor.sinks.cases import alert, repair, stats
 
 from equipoise.monitor.sinks.wandb import WandB
-from equipoise.types import Action
 
 
 class Run:
@@ -26,20 +25,24 @@ def feed(sink):
     sink.routing([])
     sink.alert(alert(message="<b>hot</b>"))
     sink.alert(alert("resolved"))
-    sink.action(Action("quantile_bias", "blocks.3.moe", 60, "blocks.3.moe:collapse", {"max_violation": 2.5}))
+    sink.action(repair(step=60, detail={"max_violation": 2.5}))
+    sink.action(repair("undone", step=80, note="loss <rose>"))
 
 
 def test_what_is_logged():
     run = Run()
     feed(WandB(run, name="run 7"))
     assert run.metrics == [("routing/step", None), ("routing/*", "routing/step"), ("repairs/*", "routing/step")]
-    window, repair = run.logged
+    window, applied, undone = run.logged
     assert window["routing/step"] == 50
     assert window["routing/blocks.3.moe/max_violation"] == window["routing/blocks.4.moe/max_violation"] == 0.875
-    assert repair == {
-        "routing/step": 60,
-        "repairs/blocks.3.moe/quantile_bias": 1,
-        "repairs/blocks.3.moe/quantile_bias/max_violation": 2.5,
+    place = "repairs/blocks.3.moe/quantile_bias"
+    assert applied == {"routing/step": 60, f"{place}/applied": 1, f"{place}/max_violation": 2.5}
+    assert undone == {
+        "routing/step": 80,
+        f"{place}/undone": 1,
+        f"{place}/steps": 0.0,
+        f"{place}/note": "loss &lt;rose&gt;",
     }
     fired, over = run.alerts
     assert fired[0] == "Firing: run 7: collapse in blocks.3.moe, expert 5"

@@ -1,12 +1,15 @@
 """Inhibition rules for Alertmanager: one page for a collapsed layer, not one for each of its symptoms.
 
-What to put under `inhibit_rules:` in alertmanager.yml. Routes and receivers are the user's. Group by [run, layer].
+What to put under `inhibit_rules:` in alertmanager.yml. Routes and receivers are the user's. Group by [run, layer], and
+also by rule where a receiver pages once per group: when no repair is left, that is a page of its own.
 """
 
 from __future__ import annotations
 
+from equipoise.monitor.incidents import EXHAUSTED
 from equipoise.monitor.prometheus.yaml_text import to_yaml
 
+_NO_SYMPTOM = f'rule!~"collapse|{EXHAUSTED}"'  # that no repair is left is no symptom: it calls a human
 _SAME_LAYER = ["run", "layer"]
 # the monitor's rule -> the alerts that say the same from Prometheus' side
 _TWINS = {
@@ -28,7 +31,7 @@ def inhibit_rules() -> list[dict[str, list[str]]]:
         # the monitor says that a layer has collapsed: all else about the layer is a symptom, or says the same later
         _rule(
             ['alertname="EquipoiseMonitorAlert"', 'rule="collapse"'],
-            ['alertname=~"Equipoise.*"', 'layer!=""', 'rule!="collapse"'],
+            ['alertname=~"Equipoise.*"', 'layer!=""', _NO_SYMPTOM],
         ),
         # so does Prometheus
         _rule(
@@ -37,7 +40,7 @@ def inhibit_rules() -> list[dict[str, list[str]]]:
                 'alertname=~"Equipoise.*"',
                 'alertname!~"EquipoiseLayerCollapse|EquipoiseUtilisationHigh"',
                 'layer!=""',
-                'rule!="collapse"',
+                _NO_SYMPTOM,
             ],
         ),
         *(

@@ -97,9 +97,9 @@ def alert_families(snapshot: Snapshot) -> list[Metric]:
         ),
         _counter(
             "actions",
-            "Repairs that were applied.",
-            "run kind",
-            [((run, clean(kind)), count) for kind, count in snapshot.actions.items()],
+            "Changes of repairs, each counted once: proposed, failed, applied, and later kept or undone.",
+            "run kind result",
+            [((run, clean(kind), clean(result)), count) for (kind, result), count in snapshot.actions.items()],
         ),
     ]
 

@@ -18,7 +18,7 @@ class LiveSource:
     """Keeps totals of what a monitor sees. Implements the protocols `Sink` (types.py) and `Source`.
 
     run: its name. firing: alerts that fire already, `watch.alerts` of a resumed run: a sink hears only of changes.
-    max_keys: the most layers, alerts, rules and kinds of actions that are kept, each; what is beyond is only counted.
+    max_keys: the most layers, alerts, rules and changes of repairs that are kept, each; what is beyond is only counted.
     clock: seconds since 1970.
     Any thread may write and any may read. Memory: 8 bytes per layer and expert, and the last flush.
     Raises ValueError for max_keys below 1.
@@ -39,7 +39,7 @@ class LiveSource:
         self._layers: dict[str, LayerTotals] = {}
         self._firing: dict[str, Alert] = {alert.key: alert for alert in firing}
         self._fired: dict[tuple[str, str], int] = {}
-        self._actions: dict[str, int] = {}
+        self._actions: dict[tuple[str, str], int] = {}
         self._seconds: dict[str, float] = {"sink": 0.0}
         self._num_flushes = self._step = self._num_ignored = 0
         self._flushed_at: float | None = None
@@ -73,10 +73,11 @@ class LiveSource:
                 self._fired[kind] = self._fired.get(kind, 0) + 1
 
     def action(self, action: Action) -> None:
-        """Count a repair."""
+        """Count one change of a repair."""
         with self._timed():
-            if action.kind in self._actions or self._has_room(self._actions):
-                self._actions[action.kind] = self._actions.get(action.kind, 0) + 1
+            change = (action.kind, action.state)
+            if change in self._actions or self._has_room(self._actions):
+                self._actions[change] = self._actions.get(change, 0) + 1
 
     def close(self) -> None:
         """The run is over: say so, and keep what is known."""

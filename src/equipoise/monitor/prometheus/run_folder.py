@@ -61,12 +61,13 @@ def _follow(last: Snapshot, path: Path) -> Snapshot:
             flushes += begins_flush
         state = {alert.key: alert for alert in alerts}
         fired = Counter((a.finding.rule, str(a.finding.severity)) for a in alerts if a.state == "firing")
+        changes = Counter((action.kind, str(action.state)) for action in store.actions())
         return replace(
             last,
             layers=layers,
             firing=tuple(alert for alert in state.values() if alert.state == "firing"),
             fired=_grown(last.fired, fired),
-            actions=_grown(last.actions, Counter(action.kind for action in store.actions())),
+            actions=_grown(last.actions, changes),
             num_flushes=flushes,
             step=step,
             flushed_at=_time_of(store, step) if flushes > last.num_flushes else last.flushed_at,

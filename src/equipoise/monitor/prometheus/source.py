@@ -57,17 +57,17 @@ class Snapshot:
     """A run at one moment.
 
     layers: in the order of the model. firing: alerts, oldest first. fired: how often alerts began to fire, by (rule,
-    severity). actions: repairs by kind. num_flushes, step: so far, and of the newest flush. flushed_at: seconds since
-    1970, None before the first flush or where it is not known. running: the run goes on. readable: False when the
-    source could not be read and this is an older picture. seconds: what watching has cost, by part.
-    num_ignored: layers, alerts or kinds beyond the most that a source keeps.
+    severity). actions: changes of repairs, by (kind, state). num_flushes, step: so far, and of the newest flush.
+    flushed_at: seconds since 1970, None before the first flush or where it is not known. running: the run goes on.
+    readable: False when the source could not be read and this is an older picture. seconds: what watching has cost, by
+    part. num_ignored: layers, alerts or kinds beyond the most that a source keeps.
     """
 
     run: str
     layers: Mapping[str, LayerTotals] = field(default_factory=dict)
     firing: tuple[Alert, ...] = ()
     fired: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    actions: Mapping[str, int] = field(default_factory=dict)
+    actions: Mapping[tuple[str, str], int] = field(default_factory=dict)
     num_flushes: int = 0
     step: int = 0
     flushed_at: float | None = None

@@ -77,7 +77,7 @@ class AlertmanagerSink:
         self.delivery.send([self._postable(standing)], key=fingerprint(standing.labels))
 
     def action(self, action: Action) -> None:
-        """Post the alert that led to it again, with the repair among its annotations. Raises DeliveryError."""
+        """Post the alert that led to it again, with its repairs among the annotations. Raises DeliveryError."""
         standing = self._standings.note(action)
         if standing is not None:
             self.delivery.send([self._postable(standing)], keep=False)

@@ -38,7 +38,7 @@ class JsonLines:
         self._append("alert", asdict(alert))
 
     def action(self, action: Action) -> None:
-        """Append one repair."""
+        """Append one change of a repair, with its state and note."""
         self._append("action", {f.name: getattr(action, f.name) for f in fields(action)})
 
     def close(self) -> None:

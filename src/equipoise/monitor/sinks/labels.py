@@ -7,10 +7,11 @@ with, while expert and severity of its latest finding may move. It sends nothing
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
+from equipoise.monitor.incidents import PAGE, repairs, told
 from equipoise.monitor.sinks.destination import check_url
 from equipoise.monitor.sinks.plain import name_line, one_line
 from equipoise.types import Action, Alert
@@ -18,6 +19,8 @@ from equipoise.types import Action, Alert
 LABEL_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")  # prometheus.io/docs/concepts/data_model
 OURS = ("alertname", "rule", "layer", "severity", "run", "expert")
 MAX_LABEL, MAX_TEXT = 256, 2000
+MAX_OVER = 100  # alerts, the newest, that are remembered after their end
+MAX_CHANGES = 40  # of repairs, the newest, that are remembered of one alert
 
 
 @dataclass(frozen=True)
@@ -50,20 +53,25 @@ class Naming:
 
 @dataclass(frozen=True)
 class Standing:
-    """An alert as it was sent. starts_at, ends_at: seconds since 1970; ends_at is None while it fires."""
+    """An alert as it was sent. starts_at, ends_at: seconds since 1970; ends_at is None while it fires.
+
+    changes: of the repairs made for it, oldest first. The annotation "action" tells of each repair, the newest first.
+    """
 
     labels: Mapping[str, str]
     annotations: Mapping[str, str]
     starts_at: float
     ends_at: float | None = None
+    changes: tuple[Action, ...] = ()
 
 
 class Standings:
-    """The alerts that fire, by key, with the labels they fired with."""
+    """The alerts that fire, by key, with the labels they fired with; and those just over: repairs end with them."""
 
     def __init__(self, naming: Naming) -> None:
         self._naming = naming
         self._firing: dict[str, Standing] = {}
+        self._over: dict[str, Standing] = {}
 
     @property
     def firing(self) -> list[Standing]:
@@ -73,21 +81,38 @@ class Standings:
     def take(self, alert: Alert, now: float) -> Standing:
         """The alert with the labels and the start it fired with; of one not seen before, with its own, from now on."""
         known = self._firing.get(alert.key) or Standing(labels_of(alert, self._naming), {}, now)
-        standing = replace(known, annotations=annotations_of(alert, self._naming))
+        standing = replace(known, annotations=annotations_of(alert, self._naming) | _action(known.changes))
+        self._over.pop(alert.key, None)
         if alert.state == "resolved":
             self._firing.pop(alert.key, None)
-            return replace(standing, ends_at=max(now, known.starts_at))
+            self._over[alert.key] = replace(standing, ends_at=max(now, known.starts_at))
+            if len(self._over) > MAX_OVER:
+                del self._over[next(iter(self._over))]
+            return self._over[alert.key]
         self._firing[alert.key] = standing
         return standing
 
     def note(self, action: Action) -> Standing | None:
-        """Say in the alert's annotations what was done about it; None if no alert that fires was the reason."""
-        known = self._firing.get(action.reason)
-        if known is None:
+        """Say in the alert's annotations what was done about it; None if no alert that fires was the reason.
+
+        A repair that is kept, or undone, because its alert is over changes that one. That a human is called is not
+        said here: it is an alert, too.
+        """
+        place = self._firing
+        if action.reason not in place and action.state in ("kept", "undone"):
+            place = self._over
+        known = place.get(action.reason)
+        if known is None or action.kind == PAGE:
             return None
-        annotations = {**known.annotations, "action": one_line(f"{action.kind} at step {action.step}", MAX_TEXT)}
-        self._firing[action.reason] = replace(known, annotations=annotations)
-        return self._firing[action.reason]
+        changes = (*known.changes, action)[-MAX_CHANGES:]
+        place[action.reason] = replace(known, annotations={**known.annotations, **_action(changes)}, changes=changes)
+        return place[action.reason]
+
+
+def _action(changes: Sequence[Action]) -> dict[str, str]:
+    """The annotation about repairs."""
+    lines = [told(repair) for repair in reversed(repairs(changes))]
+    return {"action": one_line("; ".join(lines), MAX_TEXT)} if lines else {}
 
 
 def labels_of(alert: Alert, naming: Naming) -> dict[str, str]:

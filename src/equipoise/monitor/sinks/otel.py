@@ -26,8 +26,9 @@ class OpenTelemetry:
     """Gauges per layer, counters of tokens and lost assignments, a gauge of alerts that fire, events.
 
     Metrics, all with the attributes moe.run and moe.layer: moe.routing.NUMBER for each of `NUMBERS`, moe.routing.loss
-    (moe.loss), counters moe.routing.tokens, moe.routing.dropped and .rerouted (moe.reason), moe.repairs (moe.kind), and
-    moe.alert.firing (moe.rule), which is 1 or 0. Events: moe.alert and moe.repair, given a `logger_provider`.
+    (moe.loss), counters moe.routing.tokens, moe.routing.dropped and .rerouted (moe.reason), moe.repairs (moe.kind and
+    moe.repair.state: each change counts once), and moe.alert.firing (moe.rule), which is 1 or 0. Events: moe.alert and
+    moe.repair, given a `logger_provider`.
     Raises ImportError where opentelemetry-api is missing.
     """
 
@@ -53,7 +54,7 @@ class OpenTelemetry:
             for kind in ("dropped", "rerouted")
         }
         self._firing = meter.create_gauge("moe.alert.firing", description="1 while the alert fires")
-        self._repairs = meter.create_counter("moe.repairs", unit="{repair}", description="Repairs made")
+        self._repairs = meter.create_counter("moe.repairs", unit="{repair}", description="Changes of repairs, by state")
         self._logger = None if logger_provider is None else logger_provider.get_logger(SCOPE)
         self._severity = {
             "info": SeverityNumber.INFO,
@@ -100,16 +101,24 @@ class OpenTelemetry:
             )
 
     def action(self, action: Action) -> None:
-        """Count the repair and emit an event."""
+        """Count the change of the repair and emit an event; one that is undone or fails is a warning."""
         about = {**self._about(action.layer), "moe.kind": name_line(action.kind, MAX_NAME)}
+        about["moe.repair.state"] = action.state
         self._repairs.add(1, about)
         if self._logger is not None:
             numbers = {f"moe.repair.{name}": float(value) for name, value in action.detail.items()}
+            note = f" ({action.note})" if action.note else ""
             self._logger.emit(
                 event_name="moe.repair",
-                severity_number=self._severity["info"],
-                body=one_line(f"{action.kind} because of {action.reason}", MAX_TEXT),
-                attributes={**about, **numbers, "moe.alert.key": action.reason, "moe.step": action.step},
+                severity_number=self._severity["warning" if action.state in ("undone", "failed") else "info"],
+                body=one_line(f"{action.kind} {action.state} because of {action.reason}{note}", MAX_TEXT),
+                attributes={
+                    **numbers,
+                    **about,
+                    "moe.repair.note": one_line(action.note, MAX_TEXT),
+                    "moe.alert.key": action.reason,
+                    "moe.step": action.step,
+                },
             )
 
     def _about(self, layer: str) -> dict[str, AttributeValue]:

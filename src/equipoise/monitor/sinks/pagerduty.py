@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from equipoise.monitor.incidents import PAGE, repairs, told
 from equipoise.monitor.sinks.delivery import Delivery, Effort
 from equipoise.monitor.sinks.destination import Destination
-from equipoise.monitor.sinks.labels import MAX_LABEL, MAX_TEXT, Naming
+from equipoise.monitor.sinks.labels import MAX_CHANGES, MAX_LABEL, MAX_TEXT, Naming
 from equipoise.monitor.sinks.plain import name_line, one_line, rfc3339
 from equipoise.types import Action, Alert, RoutingStats
 
@@ -29,7 +30,9 @@ class PagerDuty:
     """One service. routing_key_env: the variable with the integration key of its "Events API v2" integration.
 
     source: what is affected; as a default this host's name. acknowledge_repairs: acknowledge an alert when a repair
-    is made because of it. That stops PagerDuty from waking the next person, so it is off unless asked for.
+    is applied because of it. That stops PagerDuty from waking the next person, so it is off unless asked for. When a
+    repair is undone the alert stays acknowledged; when none is left, that is an alert of its own, which nobody has
+    acknowledged.
     Raises ValueError for what cannot work.
     """
 
@@ -52,12 +55,18 @@ class PagerDuty:
 
 
 class PagerDutySink:
-    """Triggers an alert when it fires and resolves it when it is over, by the same key. clock: seconds since 1970."""
+    """Triggers an alert when it fires and resolves it when it is over, by the same key. clock: seconds since 1970.
+
+    What is done about an alert that fires is told by triggers with its key: PagerDuty adds them to the log of the open
+    alert and wakes nobody. After a restart, hand it the alerts that still fire (`Watch.alerts`) once: it remembers
+    nothing, and an alert that it does not know to fire is not triggered for the sake of a repair.
+    """
 
     def __init__(self, config: PagerDuty, delivery: Delivery, *, clock: Callable[[], float] = time.time) -> None:
         self.delivery = delivery
         self._config = config
         self._clock = clock
+        self._firing: dict[str, tuple[Alert, tuple[Action, ...]]] = {}  # with the changes of its repairs
 
     def routing(self, window: Sequence[RoutingStats]) -> None:
         """Windows are not sent."""
@@ -65,13 +74,24 @@ class PagerDutySink:
     def alert(self, alert: Alert) -> None:
         """Trigger or resolve. Raises DeliveryError."""
         if alert.state == "resolved":
+            self._firing.pop(alert.key, None)
             self._send("resolve", alert.key)
         else:
-            self._send("trigger", alert.key, **trigger(alert, self._config, self._clock()))
+            self._firing[alert.key] = (alert, self._firing.get(alert.key, (alert, ()))[1])
+            self._trigger(alert.key)
 
     def action(self, action: Action) -> None:
-        """Acknowledge the alert that led to it, if the configuration asks for that. Raises DeliveryError."""
-        if self._config.acknowledge_repairs:
+        """Tell what was done about its alert; acknowledge that, if a repair was applied and the configuration asks.
+
+        Raises DeliveryError.
+        """
+        if action.kind == PAGE:  # an alert of its own says so
+            return
+        if action.reason in self._firing:
+            alert, changes = self._firing[action.reason]
+            self._firing[action.reason] = (alert, (*changes, action)[-MAX_CHANGES:])
+            self._trigger(action.reason)
+        if self._config.acknowledge_repairs and action.state == "applied":
             self.acknowledge(action.reason)
 
     def acknowledge(self, alert_key: str) -> None:
@@ -85,6 +105,10 @@ class PagerDutySink:
     def close(self) -> None:
         """Close the connections."""
         self.delivery.close()
+
+    def _trigger(self, alert_key: str) -> None:
+        alert, changes = self._firing[alert_key]
+        self._send("trigger", alert_key, **trigger(alert, self._config, self._clock(), changes))
 
     def _send(self, event: str, alert_key: str, **more: Any) -> None:
         key = dedup_key(self._config.naming.run, alert_key)
@@ -100,8 +124,8 @@ def dedup_key(run: str, alert_key: str) -> str:
     return name_line(f"{run.replace('%', '%25').replace(':', '%3A')}:{alert_key}", MAX_DEDUP_KEY)
 
 
-def trigger(alert: Alert, config: PagerDuty, now: float) -> Mapping[str, Any]:
-    """The fields of a trigger event beside its key."""
+def trigger(alert: Alert, config: PagerDuty, now: float, changes: Sequence[Action] = ()) -> Mapping[str, Any]:
+    """The fields of a trigger event beside its key. changes: of the repairs made for the alert, oldest first."""
     finding, naming = alert.finding, config.naming
     runbook = naming.runbook_url(finding.rule)
     details = {
@@ -114,6 +138,8 @@ def trigger(alert: Alert, config: PagerDuty, now: float) -> Mapping[str, Any]:
         "remedy": one_line(finding.remedy, MAX_TEXT),
         **naming.labels,
     }
+    if changes:
+        details["repairs"] = [one_line(told(repair), MAX_TEXT) for repair in repairs(changes)]
     return {
         "client": "equipoise",
         "links": [{"href": runbook, "text": "runbook"}] if runbook else [],

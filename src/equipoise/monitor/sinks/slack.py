@@ -11,21 +11,24 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote
 
+from equipoise.monitor.incidents import PAGE, effect_text, other_numbers, state_text, target
 from equipoise.monitor.sinks.delivery import Delivery, Effort
 from equipoise.monitor.sinks.destination import Destination
 from equipoise.monitor.sinks.labels import Naming, summary
+from equipoise.monitor.sinks.on_trial import OnTrial
 from equipoise.monitor.sinks.plain import one_line
 from equipoise.types import Action, Alert, RoutingStats
 
-RED, AMBER, BLUE, GREEN = "#d32f2f", "#f9a825", "#1976d2", "#2e7d32"
+RED, AMBER, BLUE, GREEN, GREY = "#d32f2f", "#f9a825", "#1976d2", "#2e7d32", "#757575"
 COLOURS = {"critical": RED, "warning": AMBER, "info": BLUE}
+OF_REPAIRS = {"proposed": GREY, "applied": BLUE, "kept": GREEN, "undone": AMBER, "failed": AMBER}
 MAX_HEADER, MAX_SECTION, MAX_FIELD, MAX_LINE = 150, 3000, 2000, 300  # characters; the last is ours
 _ESCAPES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}  # these three and no others
 
 
 @dataclass(frozen=True)
 class Slack:
-    """One channel. url_env: the variable with the webhook's address. actions: post repairs, too.
+    """One channel. url_env: the variable with the webhook's address. actions: post each change of a repair, too.
 
     Raises ValueError for what cannot work.
     """
@@ -46,11 +49,12 @@ class Slack:
 
 
 class SlackSink:
-    """Posts a message when an alert fires, when it is over, and when a repair is made."""
+    """Posts a message when an alert fires, when it is over, and at each change of a repair."""
 
     def __init__(self, config: Slack, delivery: Delivery) -> None:
         self.delivery = delivery
         self._config = config
+        self._on_trial = OnTrial()
 
     def routing(self, window: Sequence[RoutingStats]) -> None:
         """Windows are not sent."""
@@ -60,9 +64,9 @@ class SlackSink:
         self.delivery.send(alert_message(alert, self._config.naming))
 
     def action(self, action: Action) -> None:
-        """Post one repair. Raises DeliveryError."""
-        if self._config.actions:
-            self.delivery.send(action_message(action, self._config.naming.run))
+        """Post one change of a repair. That a human is called is told by its alert. Raises DeliveryError."""
+        if self._config.actions and action.kind != PAGE:
+            self.delivery.send(action_message(self._on_trial.take(action), self._config.naming.run))
 
     def spill(self) -> None:
         """See `Delivery.spill`."""
@@ -96,11 +100,19 @@ def alert_message(alert: Alert, naming: Naming) -> Mapping[str, Any]:
 
 
 def action_message(action: Action, run: str) -> Mapping[str, Any]:
-    """The message for one repair."""
-    title = f"Repair: {run}: {action.kind} in {action.layer}"
-    facts = {"Step": str(action.step), "Because of": action.reason}
-    facts.update({name: f"{value:.4g}" for name, value in list(action.detail.items())[:8]})  # 10 fields at most
-    return _message(title, BLUE, [_header(title), _fields(facts)])
+    """The message for one change of a repair: its state, what it did, and why."""
+    title = f"Repair {action.state}: {run}: {action.kind} on {target(action)}"
+    facts = {
+        "State": state_text(action),
+        "Step": str(action.step),
+        "Because of": action.reason,
+        "Effect": effect_text(action.detail),
+        "Numbers": other_numbers(action.detail),
+    }
+    blocks = [_header(title), _fields({name: text for name, text in facts.items() if text})]
+    if action.note:
+        blocks.append(_section(action.note))
+    return _message(title, OF_REPAIRS[action.state], blocks)
 
 
 def _message(title: str, colour: str, blocks: list[dict[str, Any]]) -> Mapping[str, Any]:

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from equipoise.monitor.incidents import effect_text, other_numbers, state_text
 from equipoise.monitor.sinks.layer_numbers import layer_numbers
+from equipoise.monitor.sinks.on_trial import OnTrial
 from equipoise.monitor.sinks.plain import name_line, one_line
 from equipoise.types import Action, Alert, RoutingStats
 
@@ -35,6 +37,7 @@ class TensorBoard:
             ) from error
         writer: Any = tensorboard.SummaryWriter  # untyped in torch
         self._writer = writer(log_dir=str(folder))
+        self._on_trial = OnTrial()
 
     def routing(self, window: Sequence[RoutingStats]) -> None:
         """Write the numbers of each layer."""
@@ -54,9 +57,11 @@ class TensorBoard:
         self._writer.flush()
 
     def action(self, action: Action) -> None:
-        """Write one repair as text."""
-        detail = ", ".join(f"{escape(name)} {value:.4g}" for name, value in action.detail.items())
-        text = f"{escape(action.kind)} because of {escape(action.reason)}" + (f": {detail}" if detail else "")
+        """Write one change of a repair as text: its state, what it did, and why."""
+        action = self._on_trial.take(action)
+        numbers = ", ".join(filter(None, (effect_text(action.detail), other_numbers(action.detail))))
+        text = f"**{state_text(action)}**: {escape(action.kind)} because of {escape(action.reason)}"
+        text += (f": {escape(numbers)}" if numbers else "") + (f"\n\n{escape(action.note)}" if action.note else "")
         self._writer.add_text(f"actions/{tag(action.kind)}/{tag(action.layer)}", text, action.step)
         self._writer.flush()
 

@@ -60,7 +60,8 @@ class WandB:
         self._run.alert(title=html.escape(title, quote=False), text=text, level=level)
 
     def action(self, action: Action) -> None:
-        """Log one repair: 1 under "repairs/LAYER/KIND", and its numbers."""
+        """Log one change of a repair: 1 under "repairs/LAYER/KIND/STATE", its numbers, and its note as text."""
         place = f"repairs/{name_line(action.layer, 200)}/{name_line(action.kind, 100)}"
         numbers: Mapping[str, float] = {f"{place}/{name}": value for name, value in action.detail.items()}
-        self._run.log({STEP: action.step, place: 1, **numbers})
+        note = {f"{place}/note": html.escape(one_line(action.note, MAX_TEXT), quote=False)} if action.note else {}
+        self._run.log({**numbers, **note, f"{place}/{action.state}": 1, STEP: action.step})

@@ -1,7 +1,7 @@
 """Alerts to any HTTP endpoint, in the shape that Alertmanager's webhooks have ("version 4"), so that receivers exist.
 
-Source: prometheus.io/docs/alerting/latest/configuration/#webhook_config. One alert per message; a repair sends the
-alert that led to it again, with an annotation. Windows are not sent.
+Source: prometheus.io/docs/alerting/latest/configuration/#webhook_config. One alert per message; each change of a
+repair sends the alert that led to it again, with an annotation. Windows are not sent.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Webhook:
 
 
 class WebhookSink:
-    """Posts each change of an alert, and again when it led to a repair. clock: seconds since 1970."""
+    """Posts each change of an alert, and again at each change of its repairs. clock: seconds since 1970."""
 
     def __init__(self, config: Webhook, delivery: Delivery, *, clock: Callable[[], float] = time.time) -> None:
         self.delivery = delivery
@@ -70,7 +70,7 @@ class WebhookSink:
         self._send(self._standings.take(alert, self._clock()))
 
     def action(self, action: Action) -> None:
-        """Post the alert that led to it again, with the repair among its annotations. Raises DeliveryError."""
+        """Post the alert that led to it again, with its repairs among the annotations. Raises DeliveryError."""
         standing = self._standings.note(action)
         if standing is not None:
             self._send(standing)
