@@ -26,7 +26,6 @@ from equipoise.monitor.incidents import (
     without_alert,
 )
 from equipoise.monitor.store import RunStore
-from equipoise.recovery import policy
 from equipoise.types import Action, Alert, Finding
 
 LAYER = "blocks.1.moe"
@@ -211,9 +210,6 @@ class TestPages:
             ("a", "collapse", 240): None,
             (LAYER, EXHAUSTED, 250): None,
         }
-
-    def test_the_words_are_those_of_the_policy(self):
-        assert (policy.PAGE, policy.LOOK_AT_INPUT) == (PAGE, LOOK_AT_INPUT)
 
 
 class TestWords:

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from equipoise.monitor.incidents import PAGE, Incident
+from equipoise.monitor.incidents import LOOK_AT_INPUT, PAGE, Incident
 from equipoise.recovery.catalogue import REPAIRS
 from equipoise.recovery.policy import (
-    LOOK_AT_INPUT,
     SERVING_RUNGS,
     TRAINING_RUNGS,
     Ladder,

@@ -1,4 +1,4 @@
-"""`equipoise.recover` in loops of one's own, on models of transformers: what can be repaired there, and what says no."""
+"""`equipoise.recover` in loops of one's own, on models of transformers: what can be repaired there."""
 
 import pytest
 import torch

@@ -12,14 +12,14 @@ from tests.recovery.conftest import new_model
 from equipoise.faults import Collapse, DeadExpert, inject
 from equipoise.layer.mode import NORMAL, Mode
 from equipoise.monitor.baseline import baselines_of
-from equipoise.monitor.incidents import EXHAUSTED, PAGE
+from equipoise.monitor.incidents import EXHAUSTED, LOOK_AT_INPUT, PAGE
 from equipoise.monitor.watch import Watch
 from equipoise.recovery.actions import Patient, Training
 from equipoise.recovery.canary import Canary
 from equipoise.recovery.dense_path import build_dense_paths
 from equipoise.recovery.gate import Gate
 from equipoise.recovery.known_good import KnownGood
-from equipoise.recovery.policy import LOOK_AT_INPUT, OneRung, RoundRobinThenReload
+from equipoise.recovery.policy import OneRung, RoundRobinThenReload
 from equipoise.recovery.recent import RecentScores
 from equipoise.recovery.recovery import Limits, Recovery
 from equipoise.recovery.router_state import router_state

@@ -9,9 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from equipoise.monitor.incidents import PAGE, Incident
-
-LOOK_AT_INPUT = "look_at_input"  # the model is as it was: the text that it is given has changed
+from equipoise.monitor.incidents import LOOK_AT_INPUT, PAGE, Incident
 
 PolicyName = Literal["ladder", "round_robin_then_reload"]
 

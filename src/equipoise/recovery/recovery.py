@@ -14,13 +14,13 @@ from typing import Any
 
 from equipoise.layer.mode import Mode
 from equipoise.monitor.baseline import Baseline
-from equipoise.monitor.incidents import EXHAUSTED, PAGE, Incident
+from equipoise.monitor.incidents import EXHAUSTED, LOOK_AT_INPUT, PAGE, Incident
 from equipoise.recovery.actions import Patient
 from equipoise.recovery.canary import Canary, Health
 from equipoise.recovery.case import Case, Trial, loss_of
 from equipoise.recovery.catalogue import REPAIRS
 from equipoise.recovery.gate import Gate
-from equipoise.recovery.policy import LOOK_AT_INPUT, Ladder, Policy, Situation
+from equipoise.recovery.policy import Ladder, Policy, Situation
 from equipoise.types import Action, ActionState, Alert, Finding, RoutingStats, Sink
 
 STATE_VERSION = 1
