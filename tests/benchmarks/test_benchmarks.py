@@ -68,6 +68,18 @@ def test_monitor_benchmark_reports_both_figures():
         assert row["watched / unwatched"]["median"] > 0
 
 
+def test_breaker_benchmark_reports_both_granularities_and_the_record():
+    guarding, record = run_benchmark("breaker")["tables"]
+    assert [row["granularity"] for row in guarding["rows"]] == ["layer", "expert"] * 2
+    for row in guarding["rows"]:
+        share = row["share of the forward [%]"]
+        assert 0 < share["low"] <= share["median"] <= share["high"] < 100
+        assert row["guarded / unguarded"]["median"] > 0
+        assert row["clocks [ms per forward]"]["low"] > 0
+    assert [row["groups"] for row in record["rows"]] == [2, 16]
+    assert all(row["record [us]"]["median"] > 0 for row in record["rows"])
+
+
 def test_detection_benchmark_notices_every_fault():
     relative, absolute = run_benchmark("detection")["tables"]
     for table in (relative, absolute):

@@ -33,6 +33,7 @@ def probed_experts(
 ) -> Tensor:
     """y (T, D), differentiable. Probes begin in their order and end in the reverse."""
     kind, start, parts = check_activation(activation), 0, []
+    ups, downs = up_eHD.unbind(), down_eDF.unbind()  # one gradient for all: indexing would make a whole one for each
     for expert, count in enumerate(plan.counts_e.tolist()):
         if not count:
             continue
@@ -40,11 +41,13 @@ def probed_experts(
         for probe in probes:
             probe.begin(expert, count)
         x_n = x_TD.index_select(0, plan.token_ids_R[rows])
-        a_n = activate(x_n @ up_eHD[expert].t(), kind) * plan.weights_R[rows].to(x_TD.dtype)[:, None]
-        parts.append(a_n @ down_eDF[expert].t())
+        a_n = activate(x_n @ ups[expert].t(), kind) * plan.weights_R[rows].to(x_TD.dtype)[:, None]
+        parts.append(a_n @ downs[expert].t())
         for probe in reversed(probes):
             probe.end(expert)
         start += count
     dropped = x_TD.new_zeros(len(plan.token_ids_R) - start, x_TD.shape[1])
-    zero = 0.0 * (up_eHD.sum() + down_eDF.sum()) if torch.is_grad_enabled() else 0.0  # idle experts get zeros, not None
-    return sum_rows(torch.cat([*parts, dropped]), plan.token_ids_R, plan.rows_TK, x_TD.shape[0]) + zero
+    y_TD = sum_rows(torch.cat([*parts, dropped]), plan.token_ids_R, plan.rows_TK, x_TD.shape[0])
+    if not parts:  # zero gradients, not None. Of empty parts: 0 times a weight that is not finite is not 0
+        y_TD = y_TD + sum(each[:0].sum().to(y_TD.dtype) for each in (x_TD, plan.weights_R, up_eHD, down_eDF))
+    return y_TD

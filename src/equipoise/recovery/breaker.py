@@ -28,9 +28,10 @@ class BreakerConfig:
     """When a group is too slow, and what happens then.
 
     A call is slow when it takes more than slow_s seconds (a widely read checklist says 500 ms), or more than slow_ratio
-    times the baseline of calls of its size and more than floor_s. A group opens when at least slow_share of its last
-    `window` calls were slow, of at least min_calls. It stays open for open_s seconds, then lets probe_share of the
-    traffic through; probe_calls calls later it closes, or opens again.
+    times the baseline and more than floor_s. The baseline is that of calls of its size; where there is none, that of
+    the next larger size that has one. A group opens when at least slow_share of its last `window` calls were slow, of
+    at least min_calls. It stays open for open_s seconds, then lets probe_share of the traffic through; probe_calls
+    calls later it closes, or opens again.
     """
 
     slow_s: float = 0.5
@@ -121,10 +122,7 @@ class Breaker:
     @property
     def p99_s(self) -> np.ndarray:
         """float64 (G,), the 99th percentile of the calls in the window, in seconds; NaN without calls."""
-        sorted_WG = np.sort(self._seconds_WG, axis=0)  # NaN goes last
-        count_G = np.minimum(self._calls_G, self.config.window)
-        place_G = np.maximum(np.ceil(0.99 * count_G).astype(int) - 1, 0)
-        return np.where(count_G > 0, sorted_WG[place_G, np.arange(len(place_G))], np.nan)
+        return _p99(self._seconds_WG, np.minimum(self._calls_G, self.config.window))
 
     @property
     def slow_share_G(self) -> np.ndarray:
@@ -133,6 +131,8 @@ class Breaker:
 
     def baseline_s(self, name: str, size: float) -> float:
         """What a call of that size usually takes, in seconds; NaN while that is not known."""
+        if name not in self.names:
+            raise ValueError(f"baseline_s: expected one of {', '.join(self.names[:5])}, ..., got {name!r}")
         return float(self._baseline_GS[self.names.index(name), int(_bucket(np.array([size]))[0])])
 
     # ------------------------------------------------------------------------------------------------- moving
@@ -140,13 +140,15 @@ class Breaker:
     def record(self, seconds_G: np.ndarray, sizes_G: np.ndarray) -> list[Transition]:
         """One call per group: how long it took, NaN for none, and its size (tokens or rows). What changed by it."""
         seconds_G = np.asarray(seconds_G, dtype=np.float64)
-        if seconds_G.shape != self._state_G.shape:
-            raise ValueError(f"record: expected {len(self.names)} numbers, got shape {seconds_G.shape}")
+        sizes_G = np.asarray(sizes_G, dtype=np.float64)
+        for what, given in (("seconds_G", seconds_G), ("sizes_G", sizes_G)):
+            if given.shape != self._state_G.shape:
+                raise ValueError(f"record: {what}: expected {len(self.names)} numbers, got shape {given.shape}")
         moved = self.tick()
         called = np.flatnonzero(~np.isnan(seconds_G) & (self._state_G != OPEN))
         if not len(called):
             return moved
-        bucket = _bucket(np.asarray(sizes_G, dtype=np.float64)[called])
+        bucket = _bucket(sizes_G[called])
         seconds, slow = seconds_G[called], self._is_slow(called, seconds_G[called], bucket)
         row = self._calls_G[called] % self.config.window
         self._num_slow_G[called] += slow.astype(np.int64) - self._slow_WG[row, called]
@@ -164,7 +166,10 @@ class Breaker:
         return [self._move(int(group), HALF_OPEN, now) for group in due]
 
     def _is_slow(self, groups: np.ndarray, seconds: np.ndarray, bucket: np.ndarray) -> np.ndarray:
-        relative = self.config.slow_ratio * self._baseline_GS[groups, bucket]
+        # Probes are smaller than what was seen before: a larger size that is known is their limit.
+        known = ~np.isnan(self._baseline_GS[groups]) & (np.arange(SIZE_BUCKETS) >= bucket[:, None])
+        nearest = np.where(known.any(1), known.argmax(1), bucket)
+        relative = self.config.slow_ratio * self._baseline_GS[groups, nearest]
         limit = np.where(np.isnan(relative), np.inf, np.maximum(relative, self.config.floor_s))
         return np.asarray(seconds > np.minimum(limit, self.config.slow_s))
 
@@ -195,21 +200,24 @@ class Breaker:
 
     def _move(self, group: int, state: int, now: float) -> Transition:
         """Change the state of one group and forget its calls."""
-        config = self.config
-        calls = int(min(self._calls_G[group], config.window))
+        calls = int(min(self._calls_G[group], self.config.window))
         told = Transition(
             self.names[group],
             STATES[self._state_G[group]],
             STATES[state],
-            float(self.slow_share_G[group]),
+            float(self._num_slow_G[group]) / max(calls, 1),
             calls,
-            float(self.p99_s[group]),
+            float(_p99(self._seconds_WG[:, [group]], np.array([calls]))[0]),  # of this group alone: there may be many
             now,
         )
         self._state_G[group], self._since_G[group] = state, now
-        self._calls_G[group] = self._num_slow_G[group] = 0
-        self._seconds_WG[:, group], self._slow_WG[:, group] = np.nan, False
+        self._forget(np.array([group]))
         return told
+
+    def _forget(self, groups: np.ndarray) -> None:
+        """Their calls, not their baselines."""
+        self._calls_G[groups] = self._num_slow_G[groups] = 0
+        self._seconds_WG[:, groups], self._slow_WG[:, groups] = np.nan, False
 
     # ------------------------------------------------------------------------------------------------- state
 
@@ -228,16 +236,36 @@ class Breaker:
         """Go on from what `state_dict` returned. Raises ValueError for that of other groups, and changes nothing."""
         if state.get("version") != STATE_VERSION or state.get("names") != list(self.names):
             raise ValueError(
-                f"breaker state: expected version {STATE_VERSION} of {len(self.names)} groups of these names"
+                f"breaker state: expected version {STATE_VERSION} of {len(self.names)} groups of these names, got "
+                f"version {state.get('version')!r}; start with a new breaker, what is still slow will open again"
             )
-        states = np.array([STATES.index(each) for each in state["states"]], dtype=np.int8)
+        codes = {name: code for code, name in enumerate(STATES)}
+        try:
+            pairs = zip(self.names, state["states"], strict=True)
+            states = np.array([codes[each] for _, each in pairs], dtype=np.int8)
+            baselines = np.full(self._baseline_GS.shape, np.nan)
+            for group, bucket, seconds in state["baselines"]:
+                baselines[group, bucket] = seconds
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"breaker state: expected what state_dict() returned, got damaged entries ({error}); start with a new "
+                "breaker"
+            ) from error
         self._state_G[:], self._since_G[:] = states, self._clock()
-        for group, bucket, seconds in state["baselines"]:
-            self._baseline_GS[group, bucket], self._learned_GS[group, bucket] = seconds, LEARN
+        self._forget(np.arange(len(states)))  # they led to another state
+        self._baseline_GS, self._learned_GS = baselines, np.where(np.isnan(baselines), 0, LEARN)
+
+
+def _p99(seconds_WG: np.ndarray, count_G: np.ndarray) -> np.ndarray:
+    """float64 (G,), the smallest of the calls that 99 % do not exceed; NaN without calls."""
+    sorted_WG = np.sort(seconds_WG, axis=0)  # NaN goes last
+    place_G = np.maximum(np.ceil(0.99 * count_G).astype(int) - 1, 0)
+    p99_G: np.ndarray = np.where(count_G > 0, sorted_WG[place_G, np.arange(len(place_G))], np.nan)
+    return p99_G
 
 
 def _bucket(sizes: np.ndarray) -> np.ndarray:
     """int64, the power of two at or below each size, at most SIZE_BUCKETS - 1; 0 for sizes below 2."""
-    powers: np.ndarray = np.log2(np.maximum(sizes, 1)).astype(np.int64)
-    bucket: np.ndarray = np.clip(powers, 0, SIZE_BUCKETS - 1)
+    powers = np.minimum(np.log2(np.maximum(sizes, 1)), SIZE_BUCKETS - 1)
+    bucket: np.ndarray = powers.astype(np.int64)
     return bucket

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from equipoise.layer import FeedForward, MoE
 from equipoise.ops.count import inside_backward
+from equipoise.ops.ragged import RaggedPlan
 from equipoise.recovery.breaker import Breaker, BreakerConfig, Granularity, State, Transition
 from equipoise.types import Action, Sink
 
@@ -25,43 +26,64 @@ REASON = "latency"
 
 @dataclass(frozen=True)
 class Call:
-    """One computation: how long, and of how many tokens or rows."""
+    """One computation: how long, and of how many rows. Rows that were dropped or diverted are not among them."""
 
     seconds: float
     size: int
+
+
+class _Stopwatch:
+    """Times calls that follow each other. key: whose. size: rows, on a GPU maybe still on their way to the host."""
+
+    def __init__(self) -> None:
+        self._began: tuple[Any, int | Tensor] | None = None
+        self._calls: list[tuple[Any, Call]] = []
+        self._pending: list[tuple[Any, Any, Any, int | Tensor]] = []  # (key, CUDA events that have not passed, size)
+
+    def begin(self, on_gpu: bool, size: int | Tensor) -> None:
+        self._began = (_event() if on_gpu else time.perf_counter()), size
+
+    def end(self, on_gpu: bool, key: Any = None) -> None:
+        """A call without rows is none; an end without its begin, a recomputation, too."""
+        if self._began is None:
+            return
+        (began, size), self._began = self._began, None
+        if on_gpu:
+            self._pending.append((key, began, _event(), size))
+        elif size:
+            self._calls.append((key, Call(time.perf_counter() - began, int(size))))
+
+    def take(self) -> list[tuple[Any, Call]]:
+        while self._pending and self._pending[0][2].query():
+            key, start, end, size = self._pending.pop(0)
+            if size:
+                self._calls.append((key, Call(start.elapsed_time(end) / 1000, int(size))))
+        calls, self._calls = self._calls, []
+        return calls
 
 
 class LayerClock:
     """Times each call of a layer's experts, from its begin to its end. Recomputations in backward are left out."""
 
     def __init__(self, layer: MoE) -> None:
-        self._calls: list[Call] = []
-        self._began: Any = None
-        self._pending: list[tuple[Any, Any, int]] = []  # CUDA events that have not passed
+        self._watch = _Stopwatch()
         self._handles = [
             layer.experts.register_forward_pre_hook(self._begin, prepend=True),  # before all that others add
             layer.experts.register_forward_hook(self._end),
         ]
 
-    def _begin(self, module: nn.Module, args: tuple[Tensor, Any]) -> None:
-        self._began = _event() if args[0].is_cuda else time.perf_counter()
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+    def _begin(self, module: nn.Module, args: tuple[Tensor, RaggedPlan]) -> None:
+        if not inside_backward():
+            self._watch.begin(args[0].is_cuda, _num_rows(args[1]))
 
-    def _end(self, module: nn.Module, args: tuple[Tensor, Any], output: Tensor) -> None:
-        began, self._began = self._began, None
-        if began is None or inside_backward() or not len(args[0]):
-            return
-        if args[0].is_cuda:
-            self._pending.append((began, _event(), len(args[0])))
-        else:
-            self._calls.append(Call(time.perf_counter() - began, len(args[0])))
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
+    def _end(self, module: nn.Module, args: tuple[Tensor, RaggedPlan], output: Tensor) -> None:
+        self._watch.end(args[0].is_cuda)
 
     def take(self) -> list[Call]:
         """The calls that have ended since this was last asked."""
-        while self._pending and self._pending[0][1].query():
-            start, end, size = self._pending.pop(0)
-            self._calls.append(Call(start.elapsed_time(end) / 1000, size))
-        calls, self._calls = self._calls, []
-        return calls
+        return [call for _, call in self._watch.take()]
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -73,37 +95,41 @@ class ExpertClock:
     """A probe that times each expert of a layer. `take` has the calls by expert."""
 
     def __init__(self, layer: MoE) -> None:
-        self._layer = layer
-        self._began, self._rows = 0.0, 0
-        self._calls: dict[int, list[Call]] = {}
+        self._experts, self._watch = layer.experts, _Stopwatch()
         layer.experts.probes = (self, *layer.experts.probes)  # outermost: it sees all that others add
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def begin(self, expert: int, num_rows: int) -> None:
         """Start."""
-        self._began, self._rows = time.perf_counter(), num_rows
+        if not inside_backward():
+            self._watch.begin(self._experts.down_proj.is_cuda, num_rows)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def end(self, expert: int) -> None:
         """Stop."""
-        if not inside_backward():
-            self._calls.setdefault(expert, []).append(Call(time.perf_counter() - self._began, self._rows))
+        self._watch.end(self._experts.down_proj.is_cuda, expert)
 
     def take(self) -> dict[int, list[Call]]:
         """The calls since this was last asked, by expert."""
-        calls, self._calls = self._calls, {}
+        calls: dict[int, list[Call]] = {}
+        for expert, call in self._watch.take():
+            calls.setdefault(expert, []).append(call)
         return calls
 
     def detach(self) -> None:
         """No longer a probe."""
-        self._layer.experts.probes = tuple(probe for probe in self._layer.experts.probes if probe is not self)
+        self._experts.probes = tuple(probe for probe in self._experts.probes if probe is not self)
 
 
 class LatencyGuard:
     """Clocks, a breaker, and the layers' modes: a layer, or an expert, that is too slow is bypassed by its stand-in.
 
-    granularity: "layer", or "expert", which computes experts one by one to time them. dense: the stand-ins of layers
-    without shared experts. strict: a layer without a stand-in is an error; else it is left out, and named in
-    `unguarded`. sinks: get each transition as an action of kind "breaker". clock: of the breaker's waits, in seconds.
-    It changes only `dense_share` or `shut_experts` of a layer's mode. `step` is called by the loop between forwards.
+    granularity: "layer", or "expert", which computes experts one by one to time them; while an expert is half-open it
+    gets all of its tokens. dense: the stand-ins of layers without shared experts. strict: a layer without a stand-in is
+    an error; else it is left out, and named in `unguarded`. sinks: get each transition as an action of kind "breaker".
+    clock: of the breaker's waits, in seconds.
+    It changes only `dense_share` or `shut_experts` of a layer's mode, and puts back what it found there. `step` is
+    called by the loop between forwards.
     """
 
     def __init__(
@@ -126,6 +152,8 @@ class LatencyGuard:
                 f"LatencyGuard: nothing can stand in for the experts of {', '.join(bare)}; give it a dense path "
                 "(equipoise.recovery.dense_path), or build the layers with shared_experts=1"
             )
+        if not layers:
+            raise ValueError("LatencyGuard.layers: expected at least one layer, got none")
         self.unguarded = tuple(bare)
         self._layers = {name: layer for name, layer in layers.items() if name not in bare}
         self._groups = [
@@ -136,6 +164,8 @@ class LatencyGuard:
         names = [name if expert is None else f"{name}/{expert}" for name, expert in self._groups]
         self.breaker = Breaker(names, config, granularity=granularity, clock=clock)
         make: type[LayerClock] | type[ExpertClock] = ExpertClock if granularity == "expert" else LayerClock
+        self._found: dict[str, float] = {}  # the dense_share of layers that are not closed, from before
+        self._shut: set[tuple[str, int]] = set()  # what others have shut is not among it
         self._clocks = {name: make(layer) for name, layer in self._layers.items()}
 
     def step(self, step: int) -> list[Action]:
@@ -166,16 +196,13 @@ class LatencyGuard:
     def _act(self, step: int, moved: Transition) -> Action:
         """Put the transition into the layer's mode, and tell."""
         name, expert = self._groups[self.breaker.names.index(moved.name)]
-        layer, config = self._layers[name], self.breaker.config
         if expert is None:
-            share = {"closed": 0.0, "open": 1.0, "half_open": 1.0 - config.probe_share}[moved.after]
-            mode = replace(layer.mode, dense_share=share)
+            self._bypass(name, moved)
         else:
-            shut = {*layer.mode.shut_experts} - {expert} | ({expert} if moved.after == "open" else set())
-            mode = replace(layer.mode, shut_experts=tuple(sorted(shut)))
-        layer.set_mode(mode, self._dense.get(name))
+            self._shut_or_free(name, expert, moved.after)
         slow = round(moved.slow_share * moved.num_calls)
-        note = f"{moved.name}: {moved.before} -> {moved.after}; {slow} of {moved.num_calls} calls were too slow"
+        why = f"{slow} of {moved.num_calls} calls were too slow" if moved.num_calls else "the wait is over"
+        note = f"{moved.name}: {moved.before} -> {moved.after}; {why}"
         numbers = {"slow_share": moved.slow_share, "p99_ms": 1000 * moved.p99_s}
         detail = {key: value for key, value in numbers.items() if not np.isnan(value)}
         action = Action("breaker", name, step, REASON, detail, "applied", note)
@@ -183,12 +210,48 @@ class LatencyGuard:
             sink.action(action)
         return action
 
+    def _bypass(self, name: str, moved: Transition) -> None:
+        if moved.before == "closed":
+            self._found[name] = self._layers[name].mode.dense_share
+        share = {"closed": 0.0, "open": 1.0, "half_open": 1.0 - self.breaker.config.probe_share}[moved.after]
+        found = self._found.get(name, 0.0)
+        if moved.after == "closed":
+            self._found.pop(name, None)
+        self._set(name, dense_share=max(share, found))
+
+    def _shut_or_free(self, name: str, expert: int, state: State) -> None:
+        shut = self._layers[name].mode.shut_experts
+        if state == "open" and expert not in shut:
+            self._shut.add((name, expert))
+            self._set(name, shut_experts=tuple(sorted((*shut, expert))))
+        elif state != "open" and (name, expert) in self._shut:
+            self._shut.remove((name, expert))
+            self._set(name, shut_experts=tuple(each for each in shut if each != expert))
+
+    def _set(self, name: str, **change: Any) -> None:
+        """What stands in for another repair's sake goes on doing so."""
+        layer = self._layers[name]
+        layer.set_mode(replace(layer.mode, **change), self._dense.get(name) if layer.dense is None else layer.dense)
+
     def detach(self) -> None:
-        """Remove the clocks, and let every token reach its experts again."""
+        """Remove the clocks, and let tokens reach the experts from which this guard keeps them."""
         for clock in self._clocks.values():
             clock.detach()
-        for name, layer in self._layers.items():
-            layer.set_mode(replace(layer.mode, dense_share=0.0, shut_experts=()), self._dense.get(name))
+        for name, share in self._found.items():
+            self._set(name, dense_share=share)
+        for name, expert in sorted(self._shut):
+            shut = self._layers[name].mode.shut_experts
+            self._set(name, shut_experts=tuple(each for each in shut if each != expert))
+        self._found.clear()
+        self._shut.clear()
+
+
+def _num_rows(plan: RaggedPlan) -> int | Tensor:
+    """What is computed. On a GPU, where rows may be dropped, a number that is there when later events have passed."""
+    if not plan.may_drop:
+        return len(plan.token_ids_R)
+    total = plan.counts_e.sum()
+    return total.to("cpu", non_blocking=True) if total.is_cuda else int(total)
 
 
 def _event() -> Any:
