@@ -32,27 +32,31 @@ class Gate:
         """Around a forward."""
         me = threading.get_ident()
         with self._condition:
-            depth, since = self._running.get(me, (0, time.monotonic()))
-            if depth == 0 and self._changing != me:
+            if me not in self._running and self._changing != me:
                 self._condition.wait_for(lambda: self._changing is None and not self._waiting)
+            depth, since = self._running.get(me, (0, time.monotonic()))  # waiting is not running
             self._running[me] = (depth + 1, since)
         try:
             yield
         finally:
             with self._condition:
-                if depth:
-                    self._running[me] = (depth, since)
+                depth, since = self._running[me]  # as it is now: forwards of one thread may end in any order
+                if depth > 1:
+                    self._running[me] = (depth - 1, since)
                 else:
                     del self._running[me]
                 self._condition.notify_all()
 
     @contextmanager
     def changing(self, timeout_s: float = 30.0) -> Iterator[None]:
-        """Around a change. Raises GateTimeoutError when forwards run on for timeout_s, and RuntimeError inside one."""
+        """Around a change. Raises GateTimeoutError when forwards run on for timeout_s, and RuntimeError
+        inside a forward or another change of the same thread."""
         me = threading.get_ident()
         with self._condition:
             if me in self._running:
                 raise RuntimeError("gate: changing() inside running() of the same thread would wait for itself")
+            if self._changing == me:
+                raise RuntimeError("gate: changing() inside changing() of the same thread would wait for itself")
             self._waiting += 1
             try:
                 free = self._condition.wait_for(self._is_free, timeout_s)
@@ -76,7 +80,8 @@ class Gate:
         if not self._running:
             return f"gate: another change took longer than {timeout_s:g} s; nothing was changed"
         oldest = time.monotonic() - min(since for _, since in self._running.values())
+        number = len(self._running)
         return (
-            f"gate: {len(self._running)} forwards were still running after {timeout_s:g} s, the oldest for "
-            f"{oldest:.1f} s; nothing was changed. Look for a forward that hangs, or give it more time"
+            f"gate: {number} {'forward was' if number == 1 else 'forwards were'} still running after {timeout_s:g} s, "
+            f"the oldest for {oldest:.1f} s; nothing was changed. Look for a forward that hangs, or give it more time"
         )

@@ -20,17 +20,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
 from equipoise.disk.atomic import atomic_write
 from equipoise.monitor.baseline import Baseline, from_json, to_json
+from equipoise.recovery.swap import is_finite
 from equipoise.types import Finding
 
 FORMAT = 1
+_ID = re.compile(r"[0-9a-f]{64}")
 _BLOB = re.compile(r"[0-9a-f]{64}\.safetensors")
-_TEMPORARY = re.compile(r"\.[0-9a-f]{64}\.safetensors\.[0-9a-f]+\.tmp")
+_TEMPORARY = re.compile(r"\.([0-9a-f]{64}\.safetensors|known_good\.json)\.[0-9a-f]+\.tmp")
 
 
 class KnownGoodError(ValueError):
@@ -63,8 +65,12 @@ class Record:
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> Record:
-        """What `to_json` made."""
-        return Record(**{**record, "baselines": from_json(record["baselines"])})
+        """What `to_json` made. Raises ValueError, KeyError or TypeError for something else."""
+        made = Record(**{**record, "baselines": from_json(record["baselines"])})
+        plain = (made.id, made.step, made.checkpoint or "", float(made.loss), float(made.recorded_at), made.note)
+        if [type(value) for value in plain] != [str, int, str, float, float, str] or not _ID.fullmatch(made.id):
+            raise ValueError(f"a record with {plain}")
+        return made
 
 
 class KnownGood:
@@ -96,8 +102,11 @@ class KnownGood:
 
     @property
     def records(self) -> tuple[Record, ...]:
-        """Those whose file is there, oldest first; `load` checks its bytes. Raises KnownGoodError for a damaged one."""
-        return tuple(record for record in self._named() if self.path(record).is_file())
+        """Those whose file is there in full, oldest first; `load` checks its bytes too.
+
+        Raises KnownGoodError for a damaged registry.
+        """
+        return tuple(record for record in self._named() if _is_whole(self.path(record)))
 
     def latest(self) -> Record:
         """The newest. Raises KnownGoodError when there is none."""
@@ -108,8 +117,10 @@ class KnownGood:
 
     def best(self) -> Record:
         """The one with the lowest loss. Raises KnownGoodError when there is none."""
-        self.latest()
-        return min(self.records, key=lambda record: record.loss)
+        records = self.records
+        if not records:
+            return self.latest()
+        return min(records, key=lambda record: record.loss)
 
     def checkpoints(self) -> set[str]:
         """Names of the checkpoints that records go back to, to be protected from pruning."""
@@ -147,20 +158,20 @@ class KnownGood:
         content = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
         record = Record(hashlib.sha256(content).hexdigest(), step, checkpoint, loss, dict(baselines), time.time(), note)
         with self._locked():
-            named = [known for known in self._named() if self.path(known).is_file()]
+            named = self._named()
             for known in named:
                 if (known.id, known.step, known.checkpoint) == (record.id, step, checkpoint):
+                    self._write_blob(known, content)  # its file may have been damaged since
                     return known
-            best = min((known.loss for known in named), default=math.inf)
+            whole = [known for known in named if _is_whole(self.path(known))]
+            best = min((known.loss for known in whole), default=math.inf)
             if loss > best + self._tolerance:
                 raise RefusedError(
                     f"held-out loss is {loss:.4f}, the best record's {best:.4f}: worse by more than allowed"
                 )
             self._write_blob(record, content)
-            kept = self._kept([*named, record])
-            with atomic_write(self._index) as file:
-                text = json.dumps({"format": FORMAT, "records": [each.to_json() for each in kept]}, indent=1)
-                file.write(text.encode())
+            kept = self._kept([*whole, record])
+            self._write_index(kept)
             self._clean({each.id for each in kept})
         return record
 
@@ -170,9 +181,7 @@ class KnownGood:
             named = self._named()
             kept = [record for record in named if record.step <= step]
             if len(kept) < len(named):
-                with atomic_write(self._index) as file:
-                    text = json.dumps({"format": FORMAT, "records": [each.to_json() for each in kept]}, indent=1)
-                    file.write(text.encode())
+                self._write_index(kept)
                 self._clean({each.id for each in kept})
 
     def _kept(self, records: Sequence[Record]) -> list[Record]:
@@ -191,6 +200,8 @@ class KnownGood:
                     f"from a copy, or move {self._blobs} away to begin anew"
                 ) from None
             return []
+        except (OSError, UnicodeDecodeError) as error:
+            raise KnownGoodError(f"{self._index}: can't be read: {error}. Restore it from a copy") from error
         try:
             data = json.loads(text)
             if data["format"] != FORMAT:
@@ -207,22 +218,23 @@ class KnownGood:
 
     def _write_blob(self, record: Record, content: bytes) -> None:
         path = self.path(record)
-        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == record.id:
+        if _sha256(path) == record.id:
             return
         if not self._index.exists():  # a file before the registry would look like a lost one
-            with atomic_write(self._index) as file:
-                file.write(json.dumps({"format": FORMAT, "records": []}).encode())
+            self._write_index(())
         with atomic_write(path) as file:
             file.write(content)
-        handle = os.open(self._blobs, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _fsync(self._blobs)
+
+    def _write_index(self, records: Sequence[Record]) -> None:
+        text = json.dumps({"format": FORMAT, "records": [record.to_json() for record in records]}, indent=1)
+        with atomic_write(self._index) as file:
+            file.write(text.encode())
+        _fsync(self._folder)  # a power cut must not bring back names of files that are removed after this
 
     def _clean(self, ids: set[str]) -> None:
         """Remove files that nobody names, and what killed writers left. Only under the lock."""
-        for path in self._blobs.iterdir():
+        for path in (*self._blobs.iterdir(), *self._folder.glob(f".{self._index.name}.*.tmp")):
             unnamed = _BLOB.fullmatch(path.name) and path.stem not in ids
             if unnamed or _TEMPORARY.fullmatch(path.name):
                 path.unlink()
@@ -239,10 +251,10 @@ class KnownGood:
             os.close(handle)
 
     def _instead(self, record: Record) -> str:
-        others = [other for other in self.records if other.id != record.id]
-        if not others:
-            return "There is no other record: go back to a checkpoint"
-        return f"Use the record of step {others[-1].step} instead, {others[-1].id[:12]}"
+        for other in reversed(self.records):
+            if other.id != record.id and _sha256(self.path(other)) == other.id:
+                return f"Use the record of step {other.step} instead, {other.id[:12]}"
+        return "There is no other whole record: go back to a checkpoint"
 
 
 def _gate(
@@ -256,5 +268,30 @@ def _gate(
     if not tensors or not baselines:
         raise RefusedError("there are no tensors or no baselines to keep")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise RefusedError(f"{name} is not finite")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is there and as long as its own header says. Cheap: it reads the header alone."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def _sha256(path: Path) -> str | None:
+    """Of a file's bytes; None when it can't be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
+def _fsync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -7,52 +7,80 @@ not touched. It reads no files, and does not wait for running forwards (`Gate` d
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 
 class Swap:
-    """What was done, and the way back. changed: names whose values really differ. digest: of the new values."""
+    """What was done, and the way back.
 
-    def __init__(self, targets: Mapping[str, Tensor], before: Mapping[str, Tensor], digest: str) -> None:
-        self._targets, self._before = dict(targets), dict(before)
-        self.changed = tuple(name for name, target in targets.items() if not _same(target, before[name]))
-        self.digest = digest
+    changed: names whose values really differ. cast: names that came in another floating-point type than the model's.
+    digest: of the new values, in the model's types.
+    """
+
+    def __init__(
+        self, model: nn.Module, before: Mapping[str, Tensor], changed: Sequence[str], cast: Sequence[str], digest: str
+    ) -> None:
+        self._model, self._before = model, dict(before)
+        self.changed, self.cast, self.digest = tuple(changed), tuple(cast), digest
 
     @torch.no_grad()
     def undo(self) -> None:
         """Put the old values back exactly, also after further training. Twice is once."""
-        for name, target in self._targets.items():
-            target.copy_(self._before[name])
+        _put_back(_state(self._model), self._before)  # looked up anew: a model that moved has other buffer objects
 
 
 @torch.no_grad()
 def swap(model: nn.Module, tensors: Mapping[str, Tensor], *, whole: bool = False) -> Swap:
     """Copy the tensors into the model's parameters and buffers of these names.
 
-    whole: every name of the model's state dict must be there. A cast between floating-point types is made; any other
-    must be exact. Raises ValueError that lists what is wrong, and changes nothing, for unknown or missing names, other
-    shapes, types that do not fit, and values that are not finite; whatever fails later, all is put back.
+    whole: every name of the model's state dict must be there. A cast between floating-point types is made, and named in
+    `Swap.cast`; any other must be exact. Raises ValueError that lists what is wrong, and changes nothing, for unknown
+    or missing names, other shapes, types that do not fit, values that are not finite, and tensors without dense values;
+    whatever fails later, all is put back.
     """
     state = _state(model)
     if problems := _problems(state, tensors, whole):
         raise ValueError(f"swap: nothing was changed: {'; '.join(problems)}. Load weights of this very model")
     targets = {name: state[name] for name in tensors}
-    new = {name: tensor.to(targets[name]) for name, tensor in tensors.items()}
+    new = _own(tensors, targets)
     before = {name: target.detach().clone() for name, target in targets.items()}
     try:
         for name, target in targets.items():
             target.copy_(new[name])
         if wrong := [name for name, target in targets.items() if not _same(target, new[name])]:
             raise RuntimeError(f"swap: {wrong[0]} does not hold what was copied into it; all was put back")
+        changed = [name for name, target in targets.items() if not _same(target, before[name])]
+        cast = [
+            name for name in targets if tensors[name].is_floating_point() and tensors[name].dtype != new[name].dtype
+        ]
+        return Swap(model, before, changed, cast, digest(new))
     except BaseException:
-        for name, target in targets.items():
-            if not _same(target, before[name]):
-                target.copy_(before[name])
+        _put_back(targets, before)
         raise
-    return Swap(targets, before, digest(new))
+
+
+def _own(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Values to copy, of the targets' types. Views of the live weights (two of them exchanged) are copied first."""
+    live = {target.untyped_storage().data_ptr() for target in targets.values()}
+    new = {name: tensor.detach().to(targets[name]) for name, tensor in tensors.items()}
+    return {name: t.clone() if t.untyped_storage().data_ptr() in live else t for name, t in new.items()}
+
+
+def _put_back(targets: Mapping[str, Tensor], before: Mapping[str, Tensor]) -> None:
+    """Undo copies, all that can be undone; those that never happened are not touched. Raises the first failure."""
+    failures: list[Exception] = []
+    for name, old in before.items():
+        try:
+            here = old.to(targets[name].device)  # the model may have moved
+            if not _same(targets[name], here):
+                targets[name].copy_(here)
+        except Exception as error:  # one tensor that refuses must not keep the others from going back
+            failures.append(error)
+    if failures:
+        raise failures[0]
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -60,39 +88,57 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     total = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        total.update(f"{name!r}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+        total.update(_bytes(tensor).numpy().tobytes())
     return total.hexdigest()
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The live tensors of the state dict."""
-    return dict(model.state_dict(keep_vars=True))
+    """The live tensors of the state dict; a module's extra state, which is not a tensor, is none of them."""
+    return {name: each for name, each in model.state_dict(keep_vars=True).items() if isinstance(each, Tensor)}
 
 
 def _problems(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], whole: bool) -> list[str]:
     problems = [f"{name} is unknown" for name in tensors if name not in state]
     if whole:
         problems += [f"{name} is missing" for name in state if name not in tensors]
-    for name, tensor in tensors.items():
-        if name not in state:
-            continue
-        target = state[name]
-        if tensor.shape != target.shape:
-            problems.append(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(target.shape)}")
-        elif tensor.is_floating_point() != target.is_floating_point():
-            problems.append(f"{name} is {tensor.dtype}, expected {target.dtype}")
-        elif not tensor.is_floating_point() and not torch.equal(tensor.to(target.dtype).to(tensor.dtype), tensor):
-            problems.append(f"{name} is {tensor.dtype} with values that {target.dtype} can't hold")
-        elif tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            problems.append(f"{name} is not finite")
-    return problems
+    misfits = {name: _misfit(state[name], tensor) for name, tensor in tensors.items() if name in state}
+    return problems + [f"{name} {misfit}" for name, misfit in misfits.items() if misfit]
+
+
+def _misfit(target: Tensor, tensor: Tensor) -> str:
+    """Why the tensor can't be copied into the target; empty when it can."""
+    if tensor.shape != target.shape:
+        return f"has shape {tuple(tensor.shape)}, expected {tuple(target.shape)}"
+    for where, each in (("", tensor), (" in the model", target)):
+        if each.is_meta or each.layout != torch.strided:
+            return f"has no dense values{where} ({each.layout} on {each.device})"
+    if _kind(tensor) != _kind(target):
+        return f"is {tensor.dtype}, expected {target.dtype}"
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        if not is_finite(tensor):
+            return "is not finite"
+        fits = is_finite(tensor.to(target.dtype))
+    else:
+        fits = torch.equal(tensor.to(target.dtype).to(tensor.dtype), tensor)
+    return "" if fits else f"is {tensor.dtype} with values that {target.dtype} can't hold"
+
+
+def _kind(tensor: Tensor) -> str:
+    return "complex" if tensor.is_complex() else "float" if tensor.is_floating_point() else "integer"
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are; those of integers always."""
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = tensor.float()  # torch.isfinite does not know float8
+    return bool(torch.isfinite(tensor).all())
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit, NaN included."""
-    return torch.equal(a.detach(), b) or (torch.equal(a.detach().isnan(), b.isnan()) and _equal_but_nan(a.detach(), b))
+    """Bit for bit: NaN is itself, and -0.0 is not 0.0."""
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
 
 
-def _equal_but_nan(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.nan_to_num(), b.nan_to_num()) if a.is_floating_point() else False
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
