@@ -74,12 +74,20 @@ def run_all(cases: Sequence[Case], out: Path, jobs: int) -> list[Outcome]:
                 future.result()
                 progress.advance(task)
             task = progress.add_task("faults and repairs", total=len(todo))
-            for future in as_completed([pool.submit(run_case, case, out) for case in todo]):
+            futures = {pool.submit(run_case, case, out): case for case in todo}
+            failed: list[BaseException] = []
+            for future in as_completed(futures):
+                progress.advance(task)
+                if error := future.exception():  # the others go on; it is an error all the same
+                    print(f"{futures[future].name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+                    failed.append(error)
+                    continue
                 outcome = future.result()
                 log.write(json.dumps(asdict(outcome)) + "\n")
                 log.flush()
                 done[outcome.case.name] = outcome
-                progress.advance(task)
+    if failed:
+        raise failed[0]
     return [done[case.name] for case in cases]
 
 

@@ -1,6 +1,7 @@
 """Alerts and repairs paired up, on histories worked out by hand; and what is said of a repair."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -219,6 +220,14 @@ class TestWords:
         assert effect_text(APPLIED.detail) == "perplexity 9.974 → 10.07, MaxVio 6.9 before"
         assert effect_text({"max_violation_after": 0.2}) == "MaxVio 0.2 after"
         assert effect_text({"max_violation": 3.0, "steps": 2.0}) == ""
+
+    def test_what_the_busiest_expert_computes(self):
+        """Under a capacity the router is as it was, and its MaxVio too: what counts is what is left to compute."""
+        detail = {"straggler_before": 4.0, "straggler_after": 1.25}
+        assert effect_text(detail) == "busiest expert 4 → 1.25"
+        assert other_numbers(detail) == ""
+        row = dict(zip(REPAIR_COLUMNS, repair_row(replace(KEPT, detail=detail, note="contained")), strict=True))
+        assert row["note"] == "contained; busiest expert 4 → 1.25 fair loads"
 
     @pytest.mark.parametrize(
         ("loss", "text"), [(math.nan, "nan"), (math.inf, "inf"), (1e6, "inf"), (0.0, "1"), (-math.inf, "0")]

@@ -314,3 +314,10 @@ def test_a_registry_that_is_written_while_the_process_dies_is_whole(tmp_path):
             assert ended == -signal.SIGKILL
             deaths += 1
     assert deaths >= 15  # of each of two files: open, write, flush, sync, rename; the lock, and the file that goes
+
+
+def test_a_checkpoint_without_a_model_is_a_clear_error(bench, tmp_path):
+    """Written by something else: the rollback passes over it like over a damaged one."""
+    path = save_checkpoint(tmp_path, 7, {"optimizer": {"m": torch.zeros(2)}}, {})
+    with pytest.raises(ValueError, match=r"step-000007: expected a group of tensors called model, got \['optimizer'\]"):
+        reload_weights(bench.model, tmp_path)(path.name)

@@ -293,7 +293,7 @@ LENGTHS = {
 
 @pytest.mark.parametrize("damage", LENGTHS.values(), ids=LENGTHS)
 def test_a_record_whose_file_is_not_all_there_is_passed_over_and_forgotten(registry, tmp_path, damage):
-    older, newer = put(registry, 1, loss=1.0, checkpoint="old"), put(registry, 2, loss=0.99, checkpoint="new")
+    older, newer = put(registry, 1, loss=1.0, checkpoint="old"), put(registry, 2, loss=0.5, checkpoint="new")
     damage(registry.path(newer))
     assert registry.records == (older,)
     assert registry.latest() == registry.best() == older

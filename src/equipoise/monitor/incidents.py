@@ -170,7 +170,7 @@ def _identity(action: Action) -> tuple[str, str, int, str, str]:
 
 @dataclass(frozen=True)
 class Effect:
-    """A number that was measured around a repair, as texts; "" where it was not. name: "perplexity" or "MaxVio"."""
+    """A number that was measured around a repair, as texts; "" where it was not. name: "perplexity", "MaxVio", ..."""
 
     name: str
     before: str
@@ -178,12 +178,13 @@ class Effect:
 
 
 def effects(detail: Mapping[str, float]) -> list[Effect]:
-    """What was measured: perplexity of held-out text, exp(loss), and MaxVio of the layer, in this order.
+    """What was measured: perplexity of held-out text, exp(loss); MaxVio of what the layer's router decides; and what its
+    busiest expert computes, relative to fair. In this order.
 
-    detail: with loss_before, loss_after (nats per token), max_violation_before, max_violation_after, as far as known.
+    detail: loss (nats per token), max_violation and straggler, each with _before and _after, as far as known.
     """
     texts = {name: _number(name, value) for name, value in detail.items() if name in _MEASURED}
-    pairs = (("perplexity", "loss"), ("MaxVio", "max_violation"))
+    pairs = (("perplexity", "loss"), ("MaxVio", "max_violation"), ("busiest expert", "straggler"))
     return [
         Effect(name, texts.get(f"{key}_before", ""), texts.get(f"{key}_after", ""))
         for name, key in pairs
@@ -229,7 +230,8 @@ def repair_row(action: Action) -> tuple[str, ...]:
     """A repair as texts for a table with `REPAIR_COLUMNS`; "-" for what was not measured."""
     known = {each.name: _change(each) for each in effects(action.detail)}
     measured = (known.get("perplexity", "-"), known.get("MaxVio", "-"))
-    note = "; ".join(filter(None, (action.note, other_numbers(action.detail))))
+    busiest = f"busiest expert {known['busiest expert']} fair loads" if "busiest expert" in known else ""
+    note = "; ".join(filter(None, (action.note, busiest, other_numbers(action.detail))))
     return str(action.step), f"{action.kind} on {target(action)}", action.reason, state_text(action), *measured, note
 
 
@@ -239,7 +241,7 @@ def tally(made: Sequence[Action]) -> str:
     return ", ".join(f"{counted[state]} {state}" for state in _TALLIED if counted[state]) or "none"
 
 
-_MEASURED = ("loss_before", "loss_after", "max_violation_before", "max_violation_after")
+_MEASURED = tuple(f"{key}_{when}" for key in ("loss", "max_violation", "straggler") for when in ("before", "after"))
 _TALLIED: tuple[ActionState, ...] = ("failed", "undone", "kept", "applied", "proposed")
 _MAX_LOSS = 700.0  # nats; a float holds no larger perplexity than exp(709)
 

@@ -86,7 +86,10 @@ def reload_weights(model: nn.Module, checkpoints: Path) -> Callable[[str], Calla
     """`Patient.reload` for a model that is served: the weights of a checkpoint, verified before any is used."""
 
     def reload(name: str) -> Callable[[], None]:
-        return swap(model, load_checkpoint(checkpoints / name).tensors["model"], whole=True).undo
+        tensors = load_checkpoint(checkpoints / name).tensors
+        if "model" not in tensors:
+            raise ValueError(f"{checkpoints / name}: expected a group of tensors called model, got {sorted(tensors)}")
+        return swap(model, tensors["model"], whole=True).undo
 
     return reload
 
