@@ -281,6 +281,17 @@ def test_two_layers_are_repaired_one_after_the_other(bench, tmp_path):
     assert server.watch.alerts == []
 
 
+def test_after_a_trial_there_is_a_rest(bench, tmp_path):
+    """The second layer's repair begins three flushes after the first one's end, not at once."""
+    server = Server(bench, tmp_path, limits=Limits(cool_down=3))
+    server.collapse(LAYER)
+    server.collapse(OTHER, expert=2)
+    server.run(16)
+    first, second = server.notes.actions[0].layer, server.notes.actions[2].layer
+    assert {first, second} == {LAYER, OTHER}
+    assert server.notes.actions[2].step == server.notes.actions[1].step + 3
+
+
 def _acted(server, steps):
     server.run(steps)
     return server.notes.actions

@@ -33,19 +33,23 @@ class Limits:
     """When to give up, and when to try again.
 
     patience: flushes that a repair may take until its alert is resolved. relapse_steps: an alert that comes back within
-    so many steps goes on from the rung that did not last. warning_flushes: a warning is only repaired when it has been
+    so many steps goes on from the rung that did not last. cool_down: flushes of rest after a trial, so that its effect is
+    seen before anything else is changed. warning_flushes: a warning is only repaired when it has been
     firing for so many flushes, as it may go away by itself; what is critical is repaired at once. tolerance: how much
     the held-out loss may rise, in nats per token; None takes each repair's own.
     """
 
     patience: int = 6
     relapse_steps: int = 200
+    cool_down: int = 2
     warning_flushes: int = 10
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        if self.patience < 1 or self.relapse_steps < 0 or self.warning_flushes < 1:
-            raise ValueError(f"Limits: expected patience, warning_flushes >= 1 and relapse_steps >= 0, got {self}")
+        if min(self.patience, self.warning_flushes) < 1 or min(self.relapse_steps, self.cool_down) < 0:
+            raise ValueError(
+                f"Limits: expected patience, warning_flushes >= 1 and relapse_steps, cool_down >= 0, got {self}"
+            )
 
 
 class Recovery:
@@ -76,6 +80,7 @@ class Recovery:
         self._gate = gate or Gate()
         self._cases: dict[str, Case] = {}
         self._trial: Trial | None = None
+        self._rest = 0  # flushes to go until the next repair may begin
         self._said: list[Action] = []
 
     @property
@@ -94,12 +99,13 @@ class Recovery:
         """
         self._said = []
         by_key = {alert.key: alert for alert in firing}
+        self._rest = max(0, self._rest - 1)
         if self._trial is not None:
             self._judge(step, by_key, stats)
         for alert in resolved:
             self._close(step, alert)
         for alert in sorted(firing, key=lambda each: (_URGENT[each.finding.severity], each.since_step)):
-            if self._ripe(step, alert):
+            if self._ripe(step, alert) and not self._rest:
                 while self._trial is None and self._begin(step, alert, stats):
                     pass  # what could not be done, or made things worse at once, makes room for the next
         return self._said
@@ -225,6 +231,8 @@ class Recovery:
         trial = self._trial
         assert trial is not None
         self._trial = None
+        if trial.flushes:  # what was undone at once has had no effect to wait for
+            self._rest = self._limits.cool_down
         if state == "undone":
             note += self._undo(trial)
         detail = {"steps": float(step - trial.action.step)} | _effect("after", trial.action.layer, after)
@@ -349,6 +357,7 @@ class Recovery:
             },
             "cases": {key: case.to_json() for key, case in self._cases.items()},
             "trial": None if self._trial is None else self._trial.to_json(),
+            "rest": self._rest,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -361,11 +370,12 @@ class Recovery:
             modes = {name: Mode.from_json(mode) for name, mode in state["modes"].items()}
             cases = {key: Case.from_json(case) for key, case in state["cases"].items()}
             trial = None if state["trial"] is None else Trial.from_json(state["trial"])
+            rest = int(state["rest"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"recovery state: expected what state_dict() returned, got {error!r}") from error
         for name, layer in self.patient.layers.items():
             layer.set_mode(modes.get(name, Mode()), self.patient.dense.get(name))
-        self._cases, self._trial = cases, trial
+        self._cases, self._trial, self._rest = cases, trial, rest
 
 
 def _effect(when: str, layer: str, health: Health | None) -> dict[str, float]:
