@@ -178,8 +178,8 @@ class Effect:
 
 
 def effects(detail: Mapping[str, float]) -> list[Effect]:
-    """What was measured: perplexity of held-out text, exp(loss); MaxVio of what the layer's router decides; and what its
-    busiest expert computes, relative to fair. In this order.
+    """What was measured: perplexity of held-out text, exp(loss); MaxVio of what the layer's router decides; and what
+    its busiest expert computes, relative to fair. In this order.
 
     detail: loss (nats per token), max_violation and straggler, each with _before and _after, as far as known.
     """

@@ -33,10 +33,10 @@ class Limits:
     """When to give up, and when to try again.
 
     patience: flushes that a repair may take until its alert is resolved. relapse_steps: an alert that comes back within
-    so many steps goes on from the rung that did not last. cool_down: flushes of rest after a trial, so that its effect is
-    seen before anything else is changed. warning_flushes: a warning is only repaired when it has been
-    firing for so many flushes, as it may go away by itself; what is critical is repaired at once. tolerance: how much
-    the held-out loss may rise, in nats per token; None takes each repair's own.
+    so many steps goes on from the rung that did not last. cool_down: flushes of rest after a trial, so that its effect
+    is seen before anything else is changed. warning_flushes: a warning is only repaired when it has been firing for so
+    many flushes, as it may go away by itself; what is critical is repaired at once. tolerance: how much the held-out
+    loss may rise, in nats per token; None takes each repair's own.
     """
 
     patience: int = 6
