@@ -6,7 +6,6 @@ It finds equipoise's own layers, and those of transformers as the monitor finds 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 
 from torch import Tensor, nn
 
@@ -57,7 +56,9 @@ class Target:
 
 def tensor_at(module: nn.Module, path: str) -> Tensor:
     """The tensor of that path in the module now: a step or a reload may replace it between two looks."""
-    value = reduce(getattr, path.split("."), module)
+    value: object = module
+    for name in path.split("."):
+        value = getattr(value, name)
     assert isinstance(value, Tensor)
     return value
 
