@@ -5,7 +5,7 @@ from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.models.decoder import Decoder
 from equipoise.monitor.watch import Watch, watch
 from equipoise.recovery.known_good import KnownGood
-from equipoise.recovery.policy import Ladder, RoundRobinThenReload
+from equipoise.recovery.policy import Ladder, Policy, RoundRobinThenReload
 from equipoise.recovery.recover import recover
 from equipoise.routing import (
     BiasBalance,
@@ -46,6 +46,7 @@ __all__ = [
     "MoE",
     "MoEConfig",
     "NoisyTopK",
+    "Policy",
     "QuantileBalance",
     "ReLURouting",
     "RoundRobin",
