@@ -22,6 +22,7 @@ from equipoise.recovery.known_good import KnownGood
 from equipoise.recovery.policy import OneRung, RoundRobinThenReload
 from equipoise.recovery.recent import RecentScores
 from equipoise.recovery.recovery import Limits, Recovery
+from equipoise.recovery.remember import remember
 from equipoise.recovery.router_state import router_state
 from equipoise.recovery.swap import swap
 from equipoise.routing import SwitchLoss
@@ -159,6 +160,46 @@ def test_router_rollback_is_exact(bench, tmp_path):
     assert server.notes.story == [("router_rollback", "applied"), ("router_rollback", "kept")]
     assert same(bits(bench.model), before)
     assert server.canary.measure(99).loss == server.healthy.loss
+
+
+def test_what_is_remembered_under_a_repair_is_good_with_that_repair_alone(bench, tmp_path):
+    """The router is broken and even under a bias. Going back to it without the bias would bring the collapse back."""
+    server = Server(bench, tmp_path)
+    server.collapse(expert=5)
+    server.run(8)
+    mode = bench.model.moe_layers[LAYER].mode
+    assert mode.bias is not None
+    patient, dense = server.recovery.patient, dict(server.recovery.patient.dense)
+    registry = KnownGood(tmp_path / "later")
+    patient = replace(patient, known_good=registry)
+    with server.watch.recorder.paused():
+        record = remember(patient, server.canary, dense, 8, checkpoint="c")
+    assert set(record.modes) == {LAYER}
+    whole = bits(bench.model)
+    server.recovery.patient = replace(patient, reload=lambda name: swap(bench.model, whole, whole=True).undo)
+    for kind in ("router_rollback", "full_rollback"):
+        server.recovery.policy = OneRung(kind)
+        server.collapse(expert=1)
+        server.run(10)
+        assert server.notes.story[-2:] == [(kind, "applied"), (kind, "kept")]
+        assert bench.model.moe_layers[LAYER].mode == mode
+        assert server.canary.measure(99).loss == pytest.approx(record.loss)
+        assert same(bits(bench.model), whole)
+
+
+def test_a_layer_without_tokens_keeps_its_stand_in(bench, tmp_path):
+    """Bypassed experts read nothing that a stand-in could be distilled from; the old one was, and stays."""
+    server = Server(bench, tmp_path)
+    dense = dict(server.recovery.patient.dense)
+    before = dense[LAYER]
+    bench.model.moe_layers[LAYER].set_mode(Mode(dense_share=1.0), before)
+    with server.watch.recorder.paused():
+        patient = replace(server.recovery.patient, known_good=KnownGood(tmp_path / "later", tolerance=9.0), dense=dense)
+        record = remember(patient, server.canary, dense, 1)
+    assert dense[LAYER] is before
+    assert dense[OTHER] is not server.recovery.patient.dense[OTHER]
+    assert record.modes[LAYER] == {"dense_share": 1.0}
+    assert bench.model.moe_layers[LAYER].mode == Mode(dense_share=1.0)
 
 
 # ------------------------------------------------------------------------------------------------- it does not help

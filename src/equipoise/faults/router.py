@@ -225,15 +225,11 @@ def _along_the_inputs(
     return edit, constant_direction(_router_inputs(model, target, owner, run))
 
 
-def _weight_rows(
-    target: Target, owner: str, experts: tuple[int, ...] | None, undo: Any = None
-) -> tuple[Edit, Tensor]:
+def _weight_rows(target: Target, owner: str, experts: tuple[int, ...] | None, undo: Any = None) -> tuple[Edit, Tensor]:
     """(an edit of rows of the router's weight, all for None; the weight (E, D) as it is)."""
     place = target.router_weight()
     if place is None:
-        raise ValueError(
-            f"{owner}.layer: the router of {target.name} has no weight to break; choose another layer"
-        )
+        raise ValueError(f"{owner}.layer: the router of {target.name} has no weight to break; choose another layer")
     rows = torch.tensor(range(target.num_experts) if experts is None else experts)
     edit = Edit(lambda: tensor_at(*place), rows, undo) if undo else Edit(lambda: tensor_at(*place), rows)
     return edit, tensor_at(*place).detach()

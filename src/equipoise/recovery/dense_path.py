@@ -109,14 +109,14 @@ def dense_from_state(layers: Mapping[str, MoE], state: Mapping[str, Tensor]) -> 
 @contextmanager
 def diverted(layers: Mapping[str, MoE], dense: Mapping[str, FeedForward]) -> Iterator[None]:
     """Inside, the layers' experts are bypassed for every token: to measure what that costs."""
-    before = {name: layer.mode for name, layer in layers.items()}
+    before = {name: (layer.mode, layer.dense) for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             layer.set_mode(Mode(dense_share=1.0), dense.get(name))
         yield
     finally:
         for name, layer in layers.items():
-            layer.set_mode(before[name], dense.get(name))
+            layer.set_mode(*before[name])
 
 
 # ------------------------------------------------------------------------------------------------------- arithmetic

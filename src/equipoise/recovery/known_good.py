@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ class Record:
     """One moment of health.
 
     id: sha256 of the file of tensors. step: of the optimizer. checkpoint: the name of the folder with all weights, or
-    None. loss: nats per token of held-out text. baselines: by layer. recorded_at: seconds since 1970.
+    None. loss: nats per token of held-out text. baselines: by layer. recorded_at: seconds since 1970. modes: what was
+    in force in a layer then, as `Mode.to_json` has it; none for layers as configured.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Record:
     baselines: Mapping[str, Baseline]
     recorded_at: float
     note: str = ""
+    modes: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -68,7 +70,8 @@ class Record:
         """What `to_json` made. Raises ValueError, KeyError or TypeError for something else."""
         made = Record(**{**record, "baselines": from_json(record["baselines"])})
         plain = (made.id, made.step, made.checkpoint or "", float(made.loss), float(made.recorded_at), made.note)
-        if [type(value) for value in plain] != [str, int, str, float, float, str] or not _ID.fullmatch(made.id):
+        types = [type(value) for value in (*plain, made.modes)]
+        if types != [str, int, str, float, float, str, dict] or not _ID.fullmatch(made.id):
             raise ValueError(f"a record with {plain}")
         return made
 
@@ -149,6 +152,7 @@ class KnownGood:
         checkpoint: str | None = None,
         findings: Sequence[Finding] = (),
         note: str = "",
+        modes: Mapping[str, Any] | None = None,
     ) -> Record:
         """Admit a moment of health. The same step with the same content again is the record that is there.
 
@@ -156,7 +160,8 @@ class KnownGood:
         """
         _gate(tensors, baselines, loss, findings)
         content = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
-        record = Record(hashlib.sha256(content).hexdigest(), step, checkpoint, loss, dict(baselines), time.time(), note)
+        id = hashlib.sha256(content).hexdigest()
+        record = Record(id, step, checkpoint, loss, dict(baselines), time.time(), note, dict(modes or {}))
         with self._locked():
             named = self._named()
             for known in named:

@@ -8,16 +8,14 @@ from pathlib import Path
 from torch import nn
 
 from equipoise.layer import FeedForward, MoE
-from equipoise.monitor.baseline import baselines_of
 from equipoise.monitor.watch import Watch
 from equipoise.recovery.actions import Patient, Training
 from equipoise.recovery.canary import Canary
-from equipoise.recovery.dense_path import build_dense_paths, dense_state
 from equipoise.recovery.known_good import KnownGood, Record
 from equipoise.recovery.policy import Policy
 from equipoise.recovery.recent import RecentScores
 from equipoise.recovery.recovery import Recovery
-from equipoise.recovery.router_state import router_state
+from equipoise.recovery.remember import remember
 from equipoise.recovery.weights import reload_weights
 from equipoise.types import Action, Alert, Sink
 
@@ -44,23 +42,15 @@ class Keeper:
         checkpoint: the name of the checkpoint that holds the same weights. Raises `RefusedError` (a ValueError), with
         the reason, when held-out text shows that something is wrong.
         """
-        patient = self.recovery.patient
-        known_good = patient.known_good
-        if known_good is None:
-            raise ValueError("remember: there is no registry; pass run_folder= to recover")
         with self.watch.recorder.paused():
-            health = self._canary.measure(step)
-            if health.finite and patient.layers:
-                counts = {name: health.stats[name].counts_E for name in patient.layers}
-                self._dense.update(build_dense_paths(patient.layers, counts, self._canary.run))
-        return known_good.put(
-            step=step,
-            tensors=router_state(patient.model) | dense_state(self._dense),
-            baselines=baselines_of(health.stats.values()),
-            loss=health.loss,
-            checkpoint=checkpoint,
-            findings=[*(alert.finding for alert in self.watch.alerts), *health.findings()],
-        )
+            return remember(
+                self.recovery.patient,
+                self._canary,
+                self._dense,
+                step,
+                checkpoint=checkpoint,
+                firing=self.watch.alerts,
+            )
 
 
 def recover(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from equipoise.disk.checkpoint import load_checkpoint
 from equipoise.layer import MoE
-from equipoise.layer.mode import NORMAL
+from equipoise.layer.mode import Mode
 from equipoise.recovery.actions import Change, Patient
-from equipoise.recovery.known_good import KnownGood
+from equipoise.recovery.known_good import KnownGood, Record
 from equipoise.recovery.router_state import of_layer
 from equipoise.recovery.swap import swap
 from equipoise.types import Finding
@@ -27,16 +27,20 @@ def _known_good(patient: Patient, kind: str) -> KnownGood:
     return patient.known_good
 
 
-def _clear_modes(layers: Mapping[str, MoE]) -> Callable[[], None]:
-    """Every layer as configured; returns what puts the modes back."""
-    before = {name: (layer.mode, layer.dense) for name, layer in layers.items()}
-    for layer in layers.values():
-        layer.set_mode(NORMAL)
+def _modes_of(record: Record, patient: Patient, names: Collection[str]) -> Callable[[], None]:
+    """Put the layers into the modes that they had when the record was made; returns what puts the present ones back."""
+    before = {name: (patient.layers[name].mode, patient.layers[name].dense) for name in names}
 
     def undo() -> None:
         for name, (mode, dense) in before.items():
-            layers[name].set_mode(mode, dense)
+            patient.layers[name].set_mode(mode, dense)
 
+    try:
+        for name in names:
+            patient.layers[name].set_mode(Mode.from_json(record.modes.get(name, {})), patient.dense.get(name))
+    except ValueError:
+        undo()
+        raise
     return undo
 
 
@@ -47,8 +51,12 @@ def apply_router_rollback(patient: Patient, finding: Finding) -> Change:
     state = of_layer(known_good.load(record), finding.layer)
     if not state:
         raise ValueError(f"router_rollback: the record of step {record.step} has no router of {finding.layer}")
-    done = swap(patient.model, state)
-    undo_modes = _clear_modes({name: each for name, each in patient.layers.items() if name == finding.layer})
+    undo_modes = _modes_of(record, patient, [name for name in patient.layers if name == finding.layer])
+    try:
+        done = swap(patient.model, state)
+    except BaseException:
+        undo_modes()
+        raise
 
     def undo() -> None:
         done.undo()
@@ -58,7 +66,7 @@ def apply_router_rollback(patient: Patient, finding: Finding) -> Change:
 
 
 def apply_full_rollback(patient: Patient, finding: Finding) -> Change:
-    """Every weight goes back to the newest known-good checkpoint that is whole; modes are cleared."""
+    """Every weight, and every mode, goes back to the newest known-good checkpoint that is whole."""
     known_good = _known_good(patient, "full_rollback")
     if patient.reload is None:
         raise ValueError("full_rollback: nothing can load a checkpoint here; pass reload=")
@@ -71,7 +79,11 @@ def apply_full_rollback(patient: Patient, finding: Finding) -> Change:
         except ValueError as error:  # damaged or gone: an older one will do
             problems.append(str(error))
             continue
-        undo_modes = _clear_modes(patient.layers)
+        try:
+            undo_modes = _modes_of(record, patient, patient.layers)
+        except BaseException:
+            undo_weights()
+            raise
 
         def undo(weights: Callable[[], None] = undo_weights, modes: Callable[[], None] = undo_modes) -> None:
             weights()

@@ -16,17 +16,16 @@ from torch import Tensor
 from equipoise.disk.checkpoint import load_checkpoint
 from equipoise.layer import FeedForward
 from equipoise.models.decoder import Decoder
-from equipoise.monitor.baseline import baselines_of
 from equipoise.monitor.watch import Watch
 from equipoise.recovery.actions import Patient, Training
 from equipoise.recovery.canary import Canary, Health
-from equipoise.recovery.dense_path import build_dense_paths, dense_from_state, dense_state, diverted
+from equipoise.recovery.dense_path import dense_from_state
 from equipoise.recovery.known_good import KnownGood, Record, RefusedError
 from equipoise.recovery.policy import TRAINING_RUNGS, policy_of
 from equipoise.recovery.recent import RecentScores
 from equipoise.recovery.recovery import Recovery
 from equipoise.recovery.rehearsal import Rehearsal, rehearse
-from equipoise.recovery.router_state import router_state
+from equipoise.recovery.remember import remember
 from equipoise.recovery.swap import swap
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import TokenData
@@ -105,20 +104,18 @@ class Repairs:
 
     def remember(self, step: int, checkpoint: Path) -> str | None:
         """Keep this moment as known-good, if held-out text shows that it is; a sentence when it is refused."""
-        with self._watch.recorder.paused(), self._recent.paused():
-            health = self._canary.measure(step)
-            note = self._build_dense_paths(health) if health.finite and self._config.recover else ""
-        firing = [alert.finding for alert in self._watch.alerts]
+        patient = self.recovery.patient
         try:
-            self.known_good.put(
-                step=step,
-                tensors=router_state(self._model) | dense_state(self._dense),
-                baselines=baselines_of(health.stats.values()),
-                loss=health.loss,
-                checkpoint=checkpoint.name,
-                findings=[*firing, *health.findings()],
-                note=note,
-            )
+            with self._watch.recorder.paused(), self._recent.paused():
+                remember(
+                    patient,
+                    self._canary,
+                    self._dense,
+                    step,
+                    checkpoint=checkpoint.name,
+                    firing=self._watch.alerts,
+                    distil=self._config.recover,
+                )
         except RefusedError as refused:
             return f"step {step}: not kept as known-good: {refused}"
         return None
@@ -127,18 +124,6 @@ class Repairs:
         """The names of checkpoints that must not be pruned: the newest that is known to be good."""
         named = [record.checkpoint for record in self.known_good.records if record.checkpoint is not None]
         return named[-1:]
-
-    def _build_dense_paths(self, health: Health) -> str:
-        """Distil a stand-in for each layer's experts now, while they are healthy; says what it costs."""
-        layers = self._model.moe_layers
-        if all(layer.shared is not None for layer in layers.values()):
-            return ""
-        counts = {name: stats.counts_E for name, stats in health.stats.items()}
-        self._dense.clear()
-        self._dense.update(build_dense_paths(layers, counts, self.held_out_loss))
-        with diverted(layers, self._dense):
-            cost = self.held_out_loss() - health.loss
-        return f"dense paths in place of all experts cost {cost:.3f} nats per token"
 
     # ------------------------------------------------------------------------------------------------- handles
 

@@ -1,0 +1,63 @@
+"""Keep a moment as known-good: measure it, renew the stand-ins while experts are healthy, put it into the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from equipoise.layer import FeedForward
+from equipoise.layer.mode import NORMAL
+from equipoise.monitor.baseline import baselines_of
+from equipoise.recovery.actions import Patient
+from equipoise.recovery.canary import Canary, Health
+from equipoise.recovery.dense_path import build_dense_paths, dense_state, diverted
+from equipoise.recovery.known_good import Record
+from equipoise.recovery.router_state import router_state
+from equipoise.types import Alert
+
+
+def remember(
+    patient: Patient,
+    canary: Canary,
+    dense: dict[str, FeedForward],
+    step: int,
+    *,
+    checkpoint: str | None = None,
+    firing: Sequence[Alert] = (),
+    distil: bool = True,
+) -> Record:
+    """The record of this moment. Other observers see the canary's text, unless the caller pauses them.
+
+    dense: the stand-ins, those of `patient`; distilled anew on the canary's text if the moment is healthy and `distil`.
+    firing: the alerts that are firing. Modes in force belong to the record: a router that is even under a bias is known
+    to be good with that bias alone. Raises RefusedError, with the reason, when something is wrong, and ValueError
+    without a registry.
+    """
+    if patient.known_good is None:
+        raise ValueError("remember: there is no registry; pass run_folder= to recover")
+    health = canary.measure(step)
+    findings = [*(alert.finding for alert in firing), *health.findings()]
+    healthy = health.finite and all(finding.severity == "info" for finding in findings)
+    note = _renew(patient, canary, dense, health) if distil and healthy else ""
+    return patient.known_good.put(
+        step=step,
+        tensors=router_state(patient.model) | dense_state(dense),
+        baselines=baselines_of(health.stats.values()),
+        loss=health.loss,
+        checkpoint=checkpoint,
+        findings=findings,
+        note=note,
+        modes={name: layer.mode.to_json() for name, layer in patient.layers.items() if layer.mode != NORMAL},
+    )
+
+
+def _renew(patient: Patient, canary: Canary, dense: dict[str, FeedForward], health: Health) -> str:
+    """Distil a stand-in for each layer whose experts have tokens; says what all of them would cost."""
+    counts = {name: health.stats[name].counts_E for name in patient.layers}
+    whole = {name: layer for name, layer in patient.layers.items() if not layer.mode.diverts}
+    dense.update(build_dense_paths(whole, counts, canary.run))
+    bare = {name: layer for name, layer in patient.layers.items() if layer.shared is None}
+    if not bare:
+        return ""
+    with diverted(bare, dense):
+        cost = canary.run() - health.loss
+    return f"dense paths in place of all experts cost {cost:.3f} nats per token"
