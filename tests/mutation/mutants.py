@@ -190,7 +190,7 @@ MUTANTS = (
     Mutant("attach-scaled", "ops/attach_loss.py", ATTACH, "the loss's gradient follows the output's",
            "grads[0], torch.ones_like(loss)", "grads[0], torch.ones_like(loss) * grads[0].float().mean()"),
     Mutant("share-ignored", "layer/moe.py", SCOPE, "micro-batches' losses are not weighted by their share",
-           "scope.share * self._coef", "self._coef"),
+           "scope.share * boost", "boost"),
     Mutant("loss-in-eval", "layer/moe.py", SCOPE, "losses are attached at inference",
            "if self.training and torch.is_grad_enabled():", "if torch.is_grad_enabled():"),
     Mutant("layers-share-counts", "types.py", SCOPE, "each layer sees the counts of all",
