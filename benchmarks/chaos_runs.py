@@ -196,11 +196,15 @@ def healthy_run(seed: int, folder: Path) -> Path:
     if latest_checkpoint(out / "checkpoints") is not None and (out / "done").exists():
         return out
     shutil.rmtree(out, ignore_errors=True)
-    config = replace(recipe("tiny"), seed=seed, steps=HEALTHY_STEPS, recover=True, eval_every=0)
-    config, data = _data(config)
-    trainer = Trainer(config, data, out, Silent())
-    trainer.run()
-    trainer.close("finished")
+    config, data = _data(replace(recipe("tiny"), seed=seed, steps=HEALTHY_STEPS, eval_every=0))
+    # Repairs are on for the last step alone, which builds stand-ins: an early one would leave its balancer switched on,
+    # and that undoes a collapse by itself.
+    for until, recover in ((HEALTHY_STEPS - 1, False), (HEALTHY_STEPS, True)):
+        trainer = Trainer(replace(config, recover=recover), data, out, Silent(), resume=recover)
+        trainer.run(until=until)
+        if not recover:
+            trainer.save()
+        trainer.close("finished")
     (out / "done").touch()
     return out
 
