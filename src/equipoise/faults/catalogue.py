@@ -108,11 +108,11 @@ def _value(where: str, hint: Any, value: object) -> Any:
         raise ValueError(f"{where}: expected one of {', '.join(choices)}, got {_short(value)}")
     if hint is str and isinstance(value, str):
         return value
-    if hint is int and _is_int(value):
+    if hint is int and _is_index(value):
         return value
     if hint is float and (_is_int(value) or isinstance(value, float)):
         return _float(where, value)
-    if hint not in (str, int, float) and isinstance(value, list) and all(_is_int(item) for item in value):
+    if hint not in (str, int, float) and isinstance(value, list) and all(_is_index(item) for item in value):
         return tuple(value)
     names = {str: "text", int: "a whole number", float: "a number"}
     raise ValueError(f"{where}: expected {names.get(hint, 'a list of whole numbers')}, got {_short(value)}")
@@ -120,6 +120,11 @@ def _value(where: str, hint: Any, value: object) -> Any:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_index(value: object) -> bool:
+    """A whole number that tensors and generators take, of 64 bits."""
+    return _is_int(value) and -(2**63) <= typing.cast(int, value) < 2**63
 
 
 def _float(where: str, value: Any) -> float:
@@ -134,5 +139,10 @@ def _float(where: str, value: Any) -> float:
 
 def _short(value: object) -> str:
     """A value for a message: plain characters, and not a page of it."""
-    text = ascii(value) if not _is_int(value) or abs(typing.cast(int, value)) < 10**18 else "a very large number"
+    if _is_int(value) and abs(typing.cast(int, value)) >= 10**18:
+        return "a very large number"
+    try:
+        text = ascii(value)
+    except (RecursionError, ValueError):  # nested too deep; a number in it has more digits than Python prints
+        text = f"a {type(value).__name__} too large to show"
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -36,7 +36,7 @@ def skewed_rows(fault: SkewedInput, domains: Tensor) -> Tensor:
     The number of replaced rows is rounded to the nearest, and at least 1 where there is another domain. Raises
     ValueError when the batch has no sequence of the domain.
     """
-    domains_B = (domains[:, 0] if domains.ndim == 2 else domains).cpu()
+    domains_B = (domains[:, 0] if domains.ndim == 2 else domains).cpu().long()
     of_it = (domains_B == fault.domain).nonzero()[:, 0]
     others = (domains_B != fault.domain).nonzero()[:, 0]
     if not len(of_it):

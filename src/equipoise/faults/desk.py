@@ -54,7 +54,7 @@ class FaultDesk:
         """
         said = []
         try:
-            requests = take(self._folder)
+            requests = [] if self._lock is None else take(self._folder)
             self._trouble = ""
         except (ValueError, OSError) as error:  # the folder is gone, or out of reach
             requests = []
@@ -103,7 +103,7 @@ class FaultDesk:
             if isinstance(request, Inject):
                 self._in_place.append(self._put_in(request.fault))
                 return f"fault put in: {sentence(request.fault)}", True
-            return self._take_out(request), True
+            return self._take_out(request)
         except Exception as error:
             return f"refused: {_told(error)}", False
 
@@ -120,24 +120,35 @@ class FaultDesk:
             return Injection(fault, Change())
         return inject(self._model, fault, self._run)
 
-    def _take_out(self, request: Remove) -> str:
-        """The last one first: a blow-up and what was added to the same weight do not commute."""
+    def _take_out(self, request: Remove) -> tuple[str, bool]:
+        """The last one first: a blow-up and what was added to the same weight do not commute.
+
+        One that can't be taken out, such as damage to a checkpoint that was pruned since, does not keep the others in.
+        """
         doomed = [
             each
             for each in reversed(self._in_place)
             if request.layer is None or getattr(each.fault, "layer", None) == request.layer
         ]
-        told = []
+        told, left = [], {}
         for injection in doomed:
-            injection.remove()
+            try:
+                injection.remove()
+            except Exception as error:
+                left[_told(error)] = f"{sentence(injection.fault)} stays: {_told(error)}"
+                continue
             self._in_place.remove(injection)
             told.append(sentence(injection.fault))
         if request.layer is None:  # also what an earlier process has damaged
-            told += [f"damage to {name}" for name in put_all_back(self._folder)]
-        if not told:
+            try:
+                told += [f"damage to {name}" for name in put_all_back(self._folder)]
+            except (ValueError, OSError) as error:
+                left.setdefault(_told(error), _told(error))
+        if not told and not left:
             where = "" if request.layer is None else f" in {request.layer!a}"
             raise ValueError(f"expected a fault in place{where}, there is none")
-        return f"taken out: {'; '.join(told)}"
+        parts = [f"taken out: {'; '.join(told)}"] if told else []
+        return "; ".join([*parts, *left.values()]), not left
 
 
 def _told(error: Exception) -> str:

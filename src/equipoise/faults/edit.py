@@ -42,6 +42,13 @@ class Edit:
         self._left = left
 
     @torch.no_grad()
+    def holds(self, change: Callable[[Tensor, bool], Tensor]) -> bool:
+        """Whether the rows could be replaced so, every finite number by a finite number. Writes nothing."""
+        clean, still = self._without()
+        left = change(clean, still).to(clean.dtype)
+        return bool((left.isfinite() | ~clean.isfinite()).all())
+
+    @torch.no_grad()
     def take_out(self) -> None:
         """Write the clean rows."""
         clean, _ = self._without()

@@ -24,7 +24,7 @@ from equipoise.disk.checkpoint import list_checkpoints, newest_folder
 from equipoise.faults.injection import Change, Injection, check_seed
 
 KINDS = ("flip", "truncate", "missing", "wrong_size")
-_NAME = re.compile(r"step-\d{6,}(?:-r\d+)?")
+_NAME = re.compile(r"step-[0-9]{6,18}(?:-r[0-9]{1,9})?")
 _BACKUP = ".damaged-"
 _LEFT = "left.json"  # in the backup: the sha256 of each file as it was left, null for one that is missing
 _MANIFEST, _STATE = "manifest.json", "state.json"
@@ -34,9 +34,10 @@ _MANIFEST, _STATE = "manifest.json", "state.json"
 class CheckpointDamage:
     """One file of a checkpoint is damaged, as by a bad disk.
 
-    kind: "flip" (one bit), "truncate", "missing" (the file), or "wrong_size" (a valid file with a manifest that matches
-    it, whose tensors have other shapes, as if the checkpoint were of another model). seed: which file, and where in it.
-    checkpoint: its name, such as step-000200; empty for the newest. Taken out: the files get their bytes back.
+    Imitates a disk that fails, and a copy that was cut off or is of something else. kind: "flip" (one bit), "truncate",
+    "missing" (the file), or "wrong_size" (a valid file with a manifest that matches it, whose tensors have other
+    shapes, as if the checkpoint were of another model). seed: which file, and where in it. checkpoint: its name, such as
+    step-000200; empty for the newest. Taken out: the files get their bytes back.
     """
 
     kind: Literal["flip", "truncate", "missing", "wrong_size"] = "flip"
@@ -117,11 +118,20 @@ def put_back(folder: Path) -> None:
 
 
 def put_all_back(run: Path) -> list[str]:
-    """Give all damaged checkpoints of a run their files back; the names of those. Raises as `put_back`."""
+    """Give all damaged checkpoints of a run their files back; the names of those.
+
+    Raises ValueError as `put_back`, after it has put back all that it can.
+    """
     root = run / "checkpoints"
     names = sorted(path.name.removeprefix(_BACKUP) for path in root.glob(f"{_BACKUP}*") if path.is_dir())
+    errors = []
     for name in names:
-        put_back(root / name)
+        try:
+            put_back(root / name)
+        except ValueError as error:
+            errors.append(str(error))
+    if errors:
+        raise ValueError("; ".join(errors))
     return names
 
 

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from equipoise.disk.atomic import atomic_write
+from equipoise.disk.atomic import DiskError, atomic_write
 from equipoise.faults.catalogue import Fault, from_json, to_json
 
 MAX_BYTES = 65_536  # of a request or an answer
-_ID = re.compile(r"\d{20}-[0-9a-f]{8}")
+_ID = re.compile(r"[0-9]{20}-[0-9a-f]{8}")
 _SUFFIX = ".json"
 _POLL_S = 0.02
 _AHEAD_NS = 60 * 10**9  # a posted file's clock may be so far ahead of ours; what is beyond is not believed
@@ -84,7 +84,7 @@ def from_record(record: object) -> Request:
         raise ValueError('request: expected an object with "request": "inject" or "remove"')
     inject = record["request"] == "inject"
     if unknown := set(record) - {"request", "fault" if inject else "layer"}:
-        raise ValueError(f"request: unknown field {ascii(min(unknown))[:80]}")
+        raise ValueError(f"request: unknown field {min(map(ascii, unknown))[:80]}")
     if inject:
         return Inject(from_json(record.get("fault")))
     layer = record.get("layer")
@@ -111,13 +111,15 @@ def post(run: Path, request: Request) -> str:
 def wait_for(
     run: Path, id: str, timeout_s: float, waiting: Callable[[float], None] = lambda left_s: None
 ) -> Answer | None:
-    """The answer to a request, or None when there is none in time. waiting: called now and then with the time left."""
+    """The answer to a request, or None when there is none in time. waiting: called now and then with the time left.
+
+    Raises ValueError for an answer that can't be read.
+    """
     path = _folder(run) / "answers" / f"{_checked(id)}{_SUFFIX}"
     until = time.monotonic() + timeout_s
     while True:
         with suppress(FileNotFoundError):
-            record = json.loads(path.read_bytes())
-            return Answer(bool(record["ok"]), str(record["text"]))
+            return _read_answer(path)
         left_s = until - time.monotonic()
         if left_s <= 0:
             return None
@@ -185,11 +187,14 @@ def take(run: Path) -> list[tuple[str, Request]]:
         try:
             os.rename(folder / f"{id}{_SUFFIX}", path)  # first: a request that kills us must not do so again
         except FileNotFoundError:
-            continue  # withdrawn
+            if path.parent.is_dir():
+                continue  # withdrawn
+            raise ValueError(f"{path.parent}: expected a folder for what is taken, it is gone; make it again") from None
         try:
             taken.append((id, from_record(_read(path))))
         except (ValueError, OSError, RecursionError) as error:
-            answer(run, id, f"the request was not understood: {error}", ok=False)
+            with suppress(DiskError):  # its sender waits in vain; those that were taken before it must not be lost
+                answer(run, id, f"the request was not understood: {error}", ok=False)
     return taken
 
 
@@ -217,6 +222,18 @@ def _checked(id: str) -> str:
     if not _ID.fullmatch(id):
         raise ValueError(f"request: expected an id that post returned, got {ascii(id)[:80]}")
     return id
+
+
+def _read_answer(path: Path) -> Answer:
+    try:
+        record = _read(path)
+    except FileNotFoundError:
+        raise  # there is none yet
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{path}: expected the answer of a run, it can't be read: {error}") from error
+    if not (isinstance(record, dict) and isinstance(record.get("ok"), bool) and isinstance(record.get("text"), str)):
+        raise ValueError(f'{path}: expected the answer of a run, an object with "ok" and "text", got something else')
+    return Answer(record["ok"], record["text"])
 
 
 def _read(path: Path) -> object:

@@ -5,10 +5,10 @@ All are written into tensors that training goes on with, as a bad update would. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Collapse:
     def put_in(self, model: nn.Module, run: Run | None) -> Change:
         """Add the change to the rows."""
         edit, change_D = _along_the_inputs(model, self, (self.expert, *self.also), run)
-        edit.put(lambda clean, still: clean + (self.intensity * change_D).to(clean))
+        _put(edit, self, lambda clean, still: clean + (self.intensity * change_D).to(clean))
         return Change(edit.take_out)
 
 
@@ -68,6 +68,7 @@ class Drift:
     def put_in(self, model: nn.Module, run: Run | None) -> Change:
         """Measure the direction, and be ready to move."""
         edit, change_D = _along_the_inputs(model, self, (self.expert, *self.also), run)
+        _check_holds(edit, self, lambda clean, still: clean + (self.intensity * change_D).to(clean))
         done = since = 0  # steps in all, and since the change was last found missing
 
         def advance() -> None:
@@ -102,7 +103,7 @@ class DeadExpert:
     def put_in(self, model: nn.Module, run: Run | None) -> Change:
         """Subtract the change from the row."""
         edit, change_D = _along_the_inputs(model, self, (self.expert,), run)
-        edit.put(lambda clean, still: clean - (self.intensity * change_D).to(clean))
+        _put(edit, self, lambda clean, still: clean - (self.intensity * change_D).to(clean))
         return Change(edit.take_out)
 
 
@@ -123,13 +124,8 @@ class LogitBlowUp:
 
     def put_in(self, model: nn.Module, run: Run | None) -> Change:
         """Multiply."""
-        edit, weight_ED = _weight_rows(find(model, "LogitBlowUp", self.layer), "LogitBlowUp", None, self._divided)
-        if not bool((self.intensity * weight_ED.double()).to(weight_ED.dtype).isfinite().all()):
-            raise ValueError(
-                f"LogitBlowUp.intensity: expected a factor that {weight_ED.dtype} can hold, got {self.intensity:g}; "
-                "lower it"
-            )
-        edit.put(lambda clean, still: self.intensity * clean)
+        edit, _ = _weight_rows(find(model, "LogitBlowUp", self.layer), "LogitBlowUp", None, self._divided)
+        _put(edit, self, lambda clean, still: self.intensity * clean)
         return Change(edit.take_out)
 
     def _divided(self, now: Tensor, clean: Tensor, left: Tensor) -> Tensor:
@@ -158,7 +154,7 @@ class RouterCorruption:
         edit, weight_ED = _weight_rows(find(model, "RouterCorruption", self.layer), "RouterCorruption", None)
         noise_ED = torch.randn(weight_ED.shape, generator=torch.Generator().manual_seed(self.seed))
         change_ED = self.intensity * float(weight_ED.float().std(unbiased=False)) * noise_ED
-        edit.put(lambda clean, still: clean + change_ED.to(clean))
+        _put(edit, self, lambda clean, still: clean + change_ED.to(clean))
         return Change(edit.take_out)
 
 
@@ -190,11 +186,13 @@ class BiasRunaway:
                 "balance=(BiasBalance(),), or take Collapse"
             )
         edit = Edit(lambda: tensor_at(*place), torch.tensor([self.expert]))
-        edit.put(lambda clean, still: clean + self.intensity)
+        _put(edit, self, lambda clean, still: clean + self.intensity)
         return Change(edit.take_out)
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
+
+Fault: TypeAlias = Collapse | Drift | DeadExpert | LogitBlowUp | RouterCorruption | BiasRunaway
 
 
 def constant_direction(x_TD: Tensor, ridge: float = 1e-3) -> Tensor:
@@ -205,6 +203,20 @@ def constant_direction(x_TD: Tensor, ridge: float = 1e-3) -> Tensor:
     ridge_DD = ridge * gram_DD.diagonal().mean() * torch.eye(D, dtype=x_TD.dtype, device=x_TD.device)
     direction_D: Tensor = torch.linalg.solve(gram_DD + ridge_DD, x_TD.mean(0))
     return direction_D.float()
+
+
+def _put(edit: Edit, fault: Fault, change: Callable[[Tensor, bool], Tensor]) -> None:
+    _check_holds(edit, fault, change)
+    edit.put(change)
+
+
+def _check_holds(edit: Edit, fault: Fault, change: Callable[[Tensor, bool], Tensor]) -> None:
+    """Raise ValueError when the tensor would become infinite: no gradient leads back, and nothing takes it out."""
+    if not edit.holds(change):
+        raise ValueError(
+            f"{type(fault).__name__}.intensity: expected a number that leaves {fault.layer} finite, got "
+            f"{fault.intensity:g}; lower it"
+        )
 
 
 def _check_also(owner: str, expert: int, also: tuple[int, ...]) -> None:
