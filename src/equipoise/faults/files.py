@@ -36,8 +36,8 @@ class CheckpointDamage:
 
     Imitates a disk that fails, and a copy that was cut off or is of something else. kind: "flip" (one bit), "truncate",
     "missing" (the file), or "wrong_size" (a valid file with a manifest that matches it, whose tensors have other
-    shapes, as if the checkpoint were of another model). seed: which file, and where in it. checkpoint: its name, such as
-    step-000200; empty for the newest. Taken out: the files get their bytes back.
+    shapes, as if the checkpoint were of another model). seed: which file, and where in it. checkpoint: its name, such
+    as step-000200; empty for the newest. Taken out: the files get their bytes back.
     """
 
     kind: Literal["flip", "truncate", "missing", "wrong_size"] = "flip"

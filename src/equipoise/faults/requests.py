@@ -202,7 +202,8 @@ def answer(run: Path, id: str, text: str, ok: bool) -> None:
     """Say what became of a request."""
     path = _folder(run) / "answers" / f"{_checked(id)}{_SUFFIX}"
     with atomic_write(path) as file:
-        file.write(json.dumps({"ok": ok, "text": text[: MAX_BYTES // 8]}).encode())
+        text = text[: MAX_BYTES // 16]  # JSON takes up to 12 bytes for a character
+        file.write(json.dumps({"ok": ok, "text": text}).encode())
 
 
 def _folder(run: Path) -> Path:
@@ -239,9 +240,10 @@ def _read_answer(path: Path) -> Answer:
 def _read(path: Path) -> object:
     """The JSON of a plain file of bounded size. Raises ValueError for anything else: a link, a pipe, a large file."""
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not hold up the run
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError("expected a plain file")
     with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise ValueError("expected a plain file")
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ValueError(f"expected at most {MAX_BYTES:,} bytes, got more")
