@@ -18,6 +18,7 @@ from equipoise.layer.mode import Mode
 from equipoise.ops.activation import activate
 from equipoise.ops.ragged import RaggedPlan
 
+MAX_FITTED = 4096  # inner units: 128 MB in fp64, seconds to solve
 NAME = "dense"  # in names of tensors: "layers.1.mlp.dense.down_proj.weight"
 
 
@@ -72,12 +73,13 @@ def build_dense_paths(
 ) -> dict[str, FeedForward]:
     """A dense path for each layer that has no shared experts to stand in. counts: the load of each layer.
 
-    run: distil on this traffic; None merges.
+    run: distil on this traffic; None merges. A stand-in of more than MAX_FITTED inner units is merged all the same: a fit
+    takes memory by the square of them, and time by the cube.
     """
     bare = {name: layer for name, layer in layers.items() if layer.shared is None}
-    if run is None or not bare:
-        return {name: merged(layer, counts[name]) for name, layer in bare.items()}
-    return distilled(bare, counts, run)
+    fitted = {name: each for name, each in bare.items() if run is not None and _num_units(each) <= MAX_FITTED}
+    paths = {name: merged(layer, counts[name]) for name, layer in bare.items() if name not in fitted}
+    return paths | distilled(fitted, counts, run) if run is not None and fitted else paths
 
 
 def dense_state(dense: Mapping[str, FeedForward]) -> dict[str, Tensor]:
@@ -120,6 +122,11 @@ def diverted(layers: Mapping[str, MoE], dense: Mapping[str, FeedForward]) -> Ite
 
 
 # ------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def _num_units(layer: MoE) -> int:
+    """Inner units of its stand-in: k experts' worth."""
+    return layer.k * layer.experts.down_proj.shape[2]
 
 
 def _shares(layer: MoE, counts_E: np.ndarray) -> np.ndarray:
