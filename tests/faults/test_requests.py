@@ -318,6 +318,20 @@ def test_links_pipes_and_folders_are_not_read(run):
     assert json.loads(secret.read_text()) == to_record(Remove())
 
 
+def test_what_is_not_read_is_closed_again(run):
+    def next_handle():
+        os.close(handle := os.dup(0))
+        return handle
+
+    before = next_handle()
+    for _ in range(3):
+        id = hostile(run)
+        (run / "requests" / f"{id}.json").unlink()
+        (run / "requests" / f"{id}.json").mkdir()
+        assert take(run) == []
+    assert next_handle() == before
+
+
 def test_an_answer_that_cannot_be_written_does_not_lose_the_others(run):
     good, bad = post(run, Remove("a")), hostile(run, b"[")
     (run / "requests" / "answers" / f"{bad}.json").mkdir()

@@ -238,6 +238,19 @@ def test_untouched_since_the_bits_come_back(fault, dtype):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [Collapse("1", 5, 1e30), LogitBlowUp("1", 7.3), RouterCorruption("1", 1e20), DeadExpert("1", 5, 1e30)],
+    ids=kind,
+)
+def test_bits_that_no_arithmetic_would_find_again_come_back(fault):
+    """0.3 is lost in 1e30, and 7.3 w / 7.3 is not always w: what it was is remembered."""
+    model = layers()
+    before = bits(model)
+    put(model, fault).remove()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @given(fault=st.sampled_from(ALL), moved=st.integers(0, 2**32), scale=st.sampled_from([1e-4, 0.01, 0.1]))
 def test_moved_since_what_was_learned_stays(fault, moved, scale):
     """Elements that training left alone get their bits back; others keep what they have learned, to fp32 rounding."""

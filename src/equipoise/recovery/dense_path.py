@@ -73,8 +73,8 @@ def build_dense_paths(
 ) -> dict[str, FeedForward]:
     """A dense path for each layer that has no shared experts to stand in. counts: the load of each layer.
 
-    run: distil on this traffic; None merges. A stand-in of more than MAX_FITTED inner units is merged all the same: a fit
-    takes memory by the square of them, and time by the cube.
+    run: distil on this traffic; None merges. A stand-in of more than MAX_FITTED inner units is merged all the same: a
+    fit takes memory by the square of them, and time by the cube.
     """
     bare = {name: layer for name, layer in layers.items() if layer.shared is None}
     fitted = {name: each for name, each in bare.items() if run is not None and _num_units(each) <= MAX_FITTED}
