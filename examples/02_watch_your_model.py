@@ -11,8 +11,6 @@ import equipoise as eq
 from equipoise.faults import Collapse, inject
 from equipoise.layer import reduce_and_update
 from equipoise.monitor.watch import watch
-from equipoise.recovery.actions import apply_action
-from equipoise.recovery.policy import QuantileOnCollapse
 from equipoise.types import Action, Alert
 
 
@@ -50,7 +48,7 @@ class Printer:
 if __name__ == "__main__":
     torch.manual_seed(0)
     model, x = YourModel(), torch.randn(8, 64, 32) + torch.randn(32)  # like hidden states, with a part in common
-    optimizer, policy = torch.optim.Adam(model.parameters(), lr=1e-3), QuantileOnCollapse()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     layers = {"first": model.first, "second": model.second}
     fired, resolved = [], []
     with watch(model, every=5, sinks=(Printer(),)) as eye:
@@ -63,9 +61,9 @@ if __name__ == "__main__":
             reduce_and_update(layers.values())
             for alert in eye.step(step):
                 (fired if alert.state == "firing" else resolved).append(alert)
-                if action := policy(alert):
-                    apply_action(action, layers)
-                    print(f"          repair: {action.kind} on {action.layer}")
+                if alert.state == "firing":
+                    layers[alert.finding.layer].balancer.activate()  # 04_repair.py has a whole ladder of repairs
+                    print(f"          repair: the balancer of {alert.finding.layer} is switched on")
         watched = model.eval()(x)
     assert [alert.key for alert in fired] == [alert.key for alert in resolved] == ["second:collapse"]
     assert not eye.alerts

@@ -30,6 +30,7 @@ class Twin:
     def __init__(self, config):
         self.config, self.state, self.since = config, "closed", 0.0
         self.calls = []  # (seconds, slow) since the state began
+        self.limit = math.nan  # of the last of them
         self.healthy = {}  # bucket -> seconds of the first calls
         self.baseline = {}
 
@@ -49,8 +50,8 @@ class Twin:
         return math.nan
 
     def move(self, state, now):
-        told = (self.state, state, self.slow_share(), len(self.window()), self.p99())
-        self.state, self.since, self.calls = state, now, []
+        told = (self.state, state, self.slow_share(), len(self.window()), self.limit, self.p99())
+        self.state, self.since, self.calls, self.limit = state, now, [], math.nan
         return told
 
     def tick(self, now):
@@ -60,13 +61,11 @@ class Twin:
             return [self.move("half_open", now)]
         return []
 
-    def is_slow(self, seconds, bucket):
-        if seconds > self.config.slow_s:
-            return True
+    def limit_of(self, bucket):
         known = [each for each in self.baseline if each >= bucket]
         if not known:
-            return False
-        return seconds > self.config.slow_ratio * self.baseline[min(known)] and seconds > self.config.floor_s
+            return self.config.slow_s
+        return min(max(self.config.slow_ratio * self.baseline[min(known)], self.config.floor_s), self.config.slow_s)
 
     def learn(self, seconds, bucket):
         if bucket in self.baseline:
@@ -83,7 +82,8 @@ class Twin:
         bucket = 0
         while bucket < SIZE_BUCKETS - 1 and 2 ** (bucket + 1) <= size:
             bucket += 1
-        slow = self.is_slow(seconds, bucket)
+        self.limit = self.limit_of(bucket)
+        slow = seconds > self.limit
         self.calls.append((seconds, slow))
         if self.state == "closed" and not slow:
             self.learn(seconds, bucket)
@@ -153,7 +153,7 @@ def test_equals_the_twin_call_by_call(config, history):
             twin = twins[group]
             told = twin.record(seconds_G[group], sizes_G[group], clock.now)
             mine = [
-                (each.before, each.after, each.slow_share, each.num_calls, each.p99_s)
+                (each.before, each.after, each.slow_share, each.num_calls, each.limit_s, each.p99_s)
                 for each in moved
                 if each.name == name
             ]
@@ -248,6 +248,13 @@ def test_a_size_without_a_baseline_has_that_of_the_next_larger_one():
     assert feed(real, 0.031, 0.031, size=50) == [("open", "half_open"), ("half_open", "open")]
 
 
+def test_a_size_larger_than_all_that_are_known_has_the_absolute_limit_alone():
+    real, _ = breaker(window=40, min_calls=9, slow_share=0.05)
+    feed(real, *[0.010] * 8, size=1)
+    assert feed(real, 0.499, size=2) == []
+    assert feed(real, 0.031, size=1) == [("closed", "open")]
+
+
 def test_below_the_floor_nothing_is_slow():
     real, _ = breaker(window=20, min_calls=9, slow_share=0.05, floor_s=1e-3)
     feed(real, *[1e-5] * 8)
@@ -292,6 +299,7 @@ def test_open_lasts_its_time_and_takes_no_calls():
     (moved,) = real.tick()
     assert (moved.name, moved.before, moved.after, moved.num_calls, moved.at) == ("a", "open", "half_open", 0, 1030.0)
     assert math.isnan(moved.p99_s)
+    assert math.isnan(moved.limit_s)
 
 
 def test_fast_probes_close_it():
@@ -354,7 +362,18 @@ def test_a_transition_tells_its_numbers():
     real, _ = breaker(window=4, min_calls=4)
     moved = [each for s in (0.7, 0.1, 0.9, 0.2) for each in real.record(np.array([s]), np.array([1]))]
     (told,) = moved
-    assert (told.slow_share, told.num_calls, told.p99_s, told.at) == (0.5, 4, 0.9, 1000.0)
+    assert (told.slow_share, told.num_calls, told.limit_s, told.p99_s, told.at) == (0.5, 4, 0.5, 0.9, 1000.0)
+
+
+def test_a_transition_tells_the_limit_of_its_last_call():
+    real, clock = breaker(window=20, min_calls=16, slow_share=0.5, probe_calls=1)
+    feed(real, *[0.010] * 8)
+    (told,) = [each for _ in range(8) for each in real.record(np.array([0.040]), np.array([64]))]
+    assert told.limit_s == pytest.approx(0.030)  # three times the usual
+    clock.now += 30
+    waited, closed = real.record(np.array([0.1]), np.array([128]))  # nothing is known of that size, or of larger ones
+    assert math.isnan(waited.limit_s)
+    assert (closed.after, closed.limit_s) == ("closed", 0.5)
 
 
 def test_the_share_to_keep_away():

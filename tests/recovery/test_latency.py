@@ -136,6 +136,7 @@ def test_a_slow_layer_is_bypassed_probed_and_comes_back():
     assert (opened.kind, opened.layer, opened.reason, opened.state) == ("breaker", TWO, "latency", "applied")
     assert opened.note == f"{TWO}: closed -> open; 6 of 8 calls were too slow"
     assert opened.detail["slow_share"] == 0.75
+    assert opened.detail["limit_ms"] == 1000 * LIMIT
     assert opened.detail["p99_ms"] >= 1000 * BUSY
     assert ward.states() == {TWO: "open"}
     assert ward.layers[TWO].mode == Mode(dense_share=1.0)
@@ -151,7 +152,7 @@ def test_a_slow_layer_is_bypassed_probed_and_comes_back():
     ward.clock.now = 30.0
     (half,) = ward.guard.step(100)
     assert half.note == f"{TWO}: open -> half_open; the wait is over"
-    assert "p99_ms" not in half.detail  # there are no calls to tell of
+    assert half.detail == {"slow_share": 0.0}  # there are no calls to tell of
     assert ward.layers[TWO].mode == Mode(dense_share=0.5)
     (again,) = ward.serve(4)  # still slow
     assert again.note == f"{TWO}: half_open -> open; 4 of 4 calls were too slow"
@@ -368,7 +369,9 @@ def test_detach_leaves_layers_as_they_were(granularity, half_open):
     ward.layers[TWO].set_mode(later, ward.dense[TWO])
     ward.guard.detach()  # twice is once
     assert ward.layers[TWO].mode == later
-    assert ward.guard.step(101) == []
+    ward.clock.now += 30.0
+    assert ward.guard.step(101) == []  # also when a wait would be over
+    assert (ward.layers[ONE].mode, ward.layers[TWO].mode) == (NORMAL, later)
 
 
 # -------------------------------------------------------------------------------- clocks
@@ -395,6 +398,16 @@ def test_a_layers_clock_has_the_rows_that_were_computed():
     assert 0 < sizes[2] <= 10
     assert clock.take() == []
     layer(x[:0])
+    assert clock.take() == []
+
+
+def test_what_nobody_takes_does_not_grow_for_ever(monkeypatch):
+    monkeypatch.setattr("equipoise.recovery.latency.MAX_CALLS", 3)
+    layer, x = a_layer()
+    clock = LayerClock(layer)
+    for num_tokens in range(1, 6):
+        layer(x[:num_tokens])
+    assert [call.size for call in clock.take()] == [3 * K, 4 * K, 5 * K]
     assert clock.take() == []
 
 

@@ -69,7 +69,7 @@ class BreakerConfig:
 class Transition:
     """One group's change of state. slow_share: of its calls in the window, or of its probes. p99_s: in seconds.
 
-    at: by the breaker's clock.
+    limit_s: what was too slow for the last of them, which had that size; NaN without calls. at: by the breaker's clock.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Transition:
     after: State
     slow_share: float
     num_calls: int
+    limit_s: float
     p99_s: float
     at: float
 
@@ -103,6 +104,7 @@ class Breaker:
         self._slow_WG = np.zeros((config.window, G), dtype=bool)
         self._calls_G = np.zeros(G, dtype=np.int64)  # in this state; the next one goes into row calls % window
         self._num_slow_G = np.zeros(G, dtype=np.int64)  # in the window
+        self._limit_G = np.full(G, np.nan)  # of the last call, in seconds
         self._baseline_GS = np.full((G, SIZE_BUCKETS), np.nan)
         self._learned_GS = np.zeros((G, SIZE_BUCKETS), dtype=np.int64)
         self._first_GSL = np.full((G, SIZE_BUCKETS, LEARN), np.nan)
@@ -149,7 +151,9 @@ class Breaker:
         if not len(called):
             return moved
         bucket = _bucket(sizes_G[called])
-        seconds, slow = seconds_G[called], self._is_slow(called, seconds_G[called], bucket)
+        seconds, limit = seconds_G[called], self._limits(called, bucket)
+        slow = seconds > limit
+        self._limit_G[called] = limit
         row = self._calls_G[called] % self.config.window
         self._num_slow_G[called] += slow.astype(np.int64) - self._slow_WG[row, called]
         self._slow_WG[row, called], self._seconds_WG[row, called] = slow, seconds
@@ -165,13 +169,17 @@ class Breaker:
         due = np.flatnonzero((self._state_G == OPEN) & (waited_G >= self.config.open_s))
         return [self._move(int(group), HALF_OPEN, now) for group in due]
 
-    def _is_slow(self, groups: np.ndarray, seconds: np.ndarray, bucket: np.ndarray) -> np.ndarray:
-        # Probes are smaller than what was seen before: a larger size that is known is their limit.
-        known = ~np.isnan(self._baseline_GS[groups]) & (np.arange(SIZE_BUCKETS) >= bucket[:, None])
-        nearest = np.where(known.any(1), known.argmax(1), bucket)
-        relative = self.config.slow_ratio * self._baseline_GS[groups, nearest]
-        limit = np.where(np.isnan(relative), np.inf, np.maximum(relative, self.config.floor_s))
-        return np.asarray(seconds > np.minimum(limit, self.config.slow_s))
+    def _limits(self, groups: np.ndarray, bucket: np.ndarray) -> np.ndarray:
+        """Seconds above which a call of that size is slow."""
+        baseline = self._baseline_GS[groups, bucket]
+        new = np.flatnonzero(np.isnan(baseline))
+        if len(new):  # probes are smaller than what was seen before: a larger size that is known is their limit
+            larger = ~np.isnan(self._baseline_GS[groups[new]]) & (np.arange(SIZE_BUCKETS) >= bucket[new, None])
+            baseline[new] = self._baseline_GS[groups[new], larger.argmax(1)]
+            baseline[new[~larger.any(1)]] = np.nan
+        relative = np.maximum(self.config.slow_ratio * baseline, self.config.floor_s)  # NaN stays
+        limits: np.ndarray = np.fmin(relative, self.config.slow_s)  # NaN gives way
+        return limits
 
     def _learn(self, groups: np.ndarray, seconds: np.ndarray, bucket: np.ndarray, slow: np.ndarray) -> None:
         """Move the baselines of closed groups by calls that were not slow: slowness must not become usual."""
@@ -207,6 +215,7 @@ class Breaker:
             STATES[state],
             float(self._num_slow_G[group]) / max(calls, 1),
             calls,
+            float(self._limit_G[group]),
             float(_p99(self._seconds_WG[:, [group]], np.array([calls]))[0]),  # of this group alone: there may be many
             now,
         )
@@ -217,6 +226,7 @@ class Breaker:
     def _forget(self, groups: np.ndarray) -> None:
         """Their calls, not their baselines."""
         self._calls_G[groups] = self._num_slow_G[groups] = 0
+        self._limit_G[groups] = np.nan
         self._seconds_WG[:, groups], self._slow_WG[:, groups] = np.nan, False
 
     # ------------------------------------------------------------------------------------------------- state

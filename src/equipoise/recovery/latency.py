@@ -7,6 +7,7 @@ events are read when they have passed, so that nobody waits. The numbers say whi
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +23,7 @@ from equipoise.recovery.breaker import Breaker, BreakerConfig, Granularity, Stat
 from equipoise.types import Action, Sink
 
 REASON = "latency"
+MAX_CALLS = 10_000  # kept until they are taken; the oldest go first, where nobody takes them
 
 
 @dataclass(frozen=True)
@@ -37,28 +39,29 @@ class _Stopwatch:
 
     def __init__(self) -> None:
         self._began: tuple[Any, int | Tensor] | None = None
-        self._calls: list[tuple[Any, Call]] = []
-        self._pending: list[tuple[Any, Any, Any, int | Tensor]] = []  # (key, CUDA events that have not passed, size)
+        self._calls: deque[tuple[Any, Call]] = deque(maxlen=MAX_CALLS)
+        self._pending: deque[tuple[Any, Any, Any, int | Tensor]] = deque(maxlen=MAX_CALLS)  # (key, CUDA events, size)
 
-    def begin(self, on_gpu: bool, size: int | Tensor) -> None:
-        self._began = (_event() if on_gpu else time.perf_counter()), size
+    def begin(self, device: torch.device, size: int | Tensor) -> None:
+        self._began = (_event(device) if device.type == "cuda" else time.perf_counter()), size
 
-    def end(self, on_gpu: bool, key: Any = None) -> None:
+    def end(self, device: torch.device, key: Any = None) -> None:
         """A call without rows is none; an end without its begin, a recomputation, too."""
         if self._began is None:
             return
         (began, size), self._began = self._began, None
-        if on_gpu:
-            self._pending.append((key, began, _event(), size))
+        if device.type == "cuda":
+            self._pending.append((key, began, _event(device), size))
         elif size:
             self._calls.append((key, Call(time.perf_counter() - began, int(size))))
 
     def take(self) -> list[tuple[Any, Call]]:
         while self._pending and self._pending[0][2].query():
-            key, start, end, size = self._pending.pop(0)
+            key, start, end, size = self._pending.popleft()
             if size:
                 self._calls.append((key, Call(start.elapsed_time(end) / 1000, int(size))))
-        calls, self._calls = self._calls, []
+        calls = list(self._calls)
+        self._calls.clear()
         return calls
 
 
@@ -75,11 +78,11 @@ class LayerClock:
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def _begin(self, module: nn.Module, args: tuple[Tensor, RaggedPlan]) -> None:
         if not inside_backward():
-            self._watch.begin(args[0].is_cuda, _num_rows(args[1]))
+            self._watch.begin(args[0].device, _num_rows(args[1]))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def _end(self, module: nn.Module, args: tuple[Tensor, RaggedPlan], output: Tensor) -> None:
-        self._watch.end(args[0].is_cuda)
+        self._watch.end(args[0].device)
 
     def take(self) -> list[Call]:
         """The calls that have ended since this was last asked."""
@@ -102,12 +105,12 @@ class ExpertClock:
     def begin(self, expert: int, num_rows: int) -> None:
         """Start."""
         if not inside_backward():
-            self._watch.begin(self._experts.down_proj.is_cuda, num_rows)
+            self._watch.begin(self._experts.down_proj.device, num_rows)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def end(self, expert: int) -> None:
         """Stop."""
-        self._watch.end(self._experts.down_proj.is_cuda, expert)
+        self._watch.end(self._experts.down_proj.device, expert)
 
     def take(self) -> dict[int, list[Call]]:
         """The calls since this was last asked, by expert."""
@@ -124,10 +127,10 @@ class ExpertClock:
 class LatencyGuard:
     """Clocks, a breaker, and the layers' modes: a layer, or an expert, that is too slow is bypassed by its stand-in.
 
-    granularity: "layer", or "expert", which computes experts one by one to time them; while an expert is half-open it
-    gets all of its tokens. dense: the stand-ins of layers without shared experts. strict: a layer without a stand-in is
-    an error; else it is left out, and named in `unguarded`. sinks: get each transition as an action of kind "breaker".
-    clock: of the breaker's waits, in seconds.
+    granularity: "layer", or "expert", which computes experts one by one to time them (a GPU then waits for the host in
+    every forward); while an expert is half-open it gets all of its tokens. dense: the stand-ins of layers without
+    shared experts. strict: a layer without a stand-in is an error; else it is left out, and named in `unguarded`.
+    sinks: get each transition as an action of kind "breaker". clock: of the breaker's waits, in seconds.
     It changes only `dense_share` or `shut_experts` of a layer's mode, and puts back what it found there. `step` is
     called by the loop between forwards.
     """
@@ -156,13 +159,13 @@ class LatencyGuard:
             raise ValueError("LatencyGuard.layers: expected at least one layer, got none")
         self.unguarded = tuple(bare)
         self._layers = {name: layer for name, layer in layers.items() if name not in bare}
-        self._groups = [
+        groups = [
             (name, expert)
             for name, layer in self._layers.items()
             for expert in (range(layer.num_experts) if granularity == "expert" else (None,))
         ]
-        names = [name if expert is None else f"{name}/{expert}" for name, expert in self._groups]
-        self.breaker = Breaker(names, config, granularity=granularity, clock=clock)
+        self._group_of = {name if expert is None else f"{name}/{expert}": (name, expert) for name, expert in groups}
+        self.breaker = Breaker(list(self._group_of), config, granularity=granularity, clock=clock)
         make: type[LayerClock] | type[ExpertClock] = ExpertClock if granularity == "expert" else LayerClock
         self._found: dict[str, float] = {}  # the dense_share of layers that are not closed, from before
         self._shut: set[tuple[str, int]] = set()  # what others have shut is not among it
@@ -170,23 +173,27 @@ class LatencyGuard:
 
     def step(self, step: int) -> list[Action]:
         """Feed the breaker with the calls since the last time, and act on what changed."""
-        calls = [self._calls_of(*group) for group in self._taken()]
+        if not self._clocks:  # detached
+            return []
+        calls = self._taken()
         moved: list[Transition] = []
-        for turn in range(max(map(len, calls), default=0)):
-            these = [each[turn] if turn < len(each) else Call(np.nan, 0) for each in calls]
-            moved += self.breaker.record(
-                np.array([call.seconds for call in these]), np.array([call.size for call in these])
-            )
+        for turn in range(max(map(len, calls.values()), default=0)):  # the first calls of all groups, then the second
+            seconds_G, sizes_G = np.full(len(self._group_of), np.nan), np.zeros(len(self._group_of))
+            for group, each in calls.items():
+                if turn < len(each):
+                    seconds_G[group], sizes_G[group] = each[turn].seconds, each[turn].size
+            moved += self.breaker.record(seconds_G, sizes_G)
         moved += self.breaker.tick()
         return [self._act(step, transition) for transition in moved]
 
-    def _taken(self) -> list[tuple[Any, int | None]]:
-        taken = {name: clock.take() for name, clock in self._clocks.items()}
-        return [(taken[name], expert) for name, expert in self._groups]
-
-    @staticmethod
-    def _calls_of(taken: Any, expert: int | None) -> list[Call]:
-        calls: list[Call] = taken if expert is None else taken.get(expert, [])
+    def _taken(self) -> dict[int, list[Call]]:
+        """By number of the group; groups without a call are left out."""
+        calls: dict[int, list[Call]] = {}
+        first = 0
+        for name, clock in self._clocks.items():
+            taken = clock.take()
+            calls |= {first: taken} if isinstance(taken, list) else {first + e: each for e, each in taken.items()}
+            first += 1 if self.granularity == "layer" else self._layers[name].num_experts
         return calls
 
     def states(self) -> dict[str, State]:
@@ -195,7 +202,7 @@ class LatencyGuard:
 
     def _act(self, step: int, moved: Transition) -> Action:
         """Put the transition into the layer's mode, and tell."""
-        name, expert = self._groups[self.breaker.names.index(moved.name)]
+        name, expert = self._group_of[moved.name]
         if expert is None:
             self._bypass(name, moved)
         else:
@@ -203,7 +210,7 @@ class LatencyGuard:
         slow = round(moved.slow_share * moved.num_calls)
         why = f"{slow} of {moved.num_calls} calls were too slow" if moved.num_calls else "the wait is over"
         note = f"{moved.name}: {moved.before} -> {moved.after}; {why}"
-        numbers = {"slow_share": moved.slow_share, "p99_ms": 1000 * moved.p99_s}
+        numbers = {"slow_share": moved.slow_share, "limit_ms": 1000 * moved.limit_s, "p99_ms": 1000 * moved.p99_s}
         detail = {key: value for key, value in numbers.items() if not np.isnan(value)}
         action = Action("breaker", name, step, REASON, detail, "applied", note)
         for sink in self._sinks:
@@ -244,6 +251,7 @@ class LatencyGuard:
             self._set(name, shut_experts=tuple(each for each in shut if each != expert))
         self._found.clear()
         self._shut.clear()
+        self._clocks.clear()
 
 
 def _num_rows(plan: RaggedPlan) -> int | Tensor:
@@ -254,7 +262,8 @@ def _num_rows(plan: RaggedPlan) -> int | Tensor:
     return total.to("cpu", non_blocking=True) if total.is_cuda else int(total)
 
 
-def _event() -> Any:
+def _event(device: torch.device) -> Any:
+    """Passes when the device comes to it. On that device's stream: the model may be spread over several."""
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch's
-    event.record()
+    event.record(torch.cuda.current_stream(device))
     return event
