@@ -9,16 +9,20 @@ import torch
 
 from equipoise.faults import SlowExpert, SlowRank, inject
 from equipoise.layer import MoE
-from equipoise.layer.mode import NORMAL, Mode
+from equipoise.layer.mode import NORMAL, Bypass, Mode
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.models.decoder import Decoder
 from equipoise.monitor.recorder import Recorder
+from equipoise.recovery.actions import Patient, apply_dense, apply_spill
 from equipoise.recovery.breaker import BreakerConfig
 from equipoise.recovery.dense_path import build_dense_paths
 from equipoise.recovery.latency import ExpertClock, LatencyGuard, LayerClock
+from equipoise.recovery.recovery import Recovery
 from equipoise.routing import TopK
+from equipoise.types import Finding
 
 E, K, B, S = 4, 2, 4, 16
+NOTHING = (0.0, ())
 ONE, TWO = "layers.0.mlp", "layers.1.mlp"
 BUSY, LIMIT = 0.04, 0.03  # seconds: a fault's, and what is too slow. Experts here take about a thousandth.
 # Six slow ones of the last eight open, so that a machine that stumbles now and then does not.
@@ -119,6 +123,14 @@ class Ward:
     def states(self):
         return {name: state for name, state in self.guard.states().items() if state != "closed"}
 
+    def patient(self):
+        return Patient(self.model, self.layers, dense=self.dense)
+
+    def kept_away(self, name):
+        """By the guard: (share of the tokens, experts). The mode is others'."""
+        bypass = self.layers[name].bypass
+        return bypass.dense_share, bypass.shut_experts
+
 
 def notes(actions):
     return [action.note for action in actions]
@@ -139,8 +151,8 @@ def test_a_slow_layer_is_bypassed_probed_and_comes_back():
     assert opened.detail["limit_ms"] == 1000 * LIMIT
     assert opened.detail["p99_ms"] >= 1000 * BUSY
     assert ward.states() == {TWO: "open"}
-    assert ward.layers[TWO].mode == Mode(dense_share=1.0)
-    assert ward.layers[ONE].mode == NORMAL
+    assert (ward.kept_away(ONE), ward.kept_away(TWO)) == (NOTHING, (1.0, ()))
+    assert all(layer.mode == NORMAL for layer in ward.layers.values())
 
     recorder = Recorder(ward.model)
     assert ward.serve(3) == []
@@ -153,16 +165,16 @@ def test_a_slow_layer_is_bypassed_probed_and_comes_back():
     (half,) = ward.guard.step(100)
     assert half.note == f"{TWO}: open -> half_open; the wait is over"
     assert half.detail == {"slow_share": 0.0}  # there are no calls to tell of
-    assert ward.layers[TWO].mode == Mode(dense_share=0.5)
+    assert ward.kept_away(TWO) == (0.5, ())
     (again,) = ward.serve(4)  # still slow
     assert again.note == f"{TWO}: half_open -> open; 4 of 4 calls were too slow"
-    assert ward.layers[TWO].mode == Mode(dense_share=1.0)
+    assert ward.kept_away(TWO) == (1.0, ())
 
     fault.remove()
     ward.clock.now = 60.0
     half, closed = ward.serve(5)  # the first moves it, with a call in which it had no rows
     assert re.fullmatch(TWO + r": half_open -> closed; [0-2] of 4 calls were too slow", closed.note)
-    assert ward.layers[TWO].mode == NORMAL
+    assert ward.kept_away(TWO) == NOTHING
     assert torch.equal(ward.forward(), ward.healthy)
     assert ward.inbox.actions == [opened, _half(half, ward.inbox), again, half, closed]
 
@@ -228,8 +240,8 @@ def test_exactly_the_slow_expert_is_shut():
     (opened,) = ward.serve(6)
     assert (opened.layer, ward.states()) == (TWO, {f"{TWO}/2": "open"})
     assert opened.note.startswith(f"{TWO}/2: closed -> open; 6 of 8")
-    assert ward.layers[TWO].mode == Mode(shut_experts=(2,))
-    assert ward.layers[ONE].mode == NORMAL
+    assert (ward.kept_away(ONE), ward.kept_away(TWO)) == (NOTHING, (0.0, (2,)))
+    assert all(layer.mode == NORMAL for layer in ward.layers.values())
 
     recorder = Recorder(ward.model)
     ward.serve(1)
@@ -240,9 +252,9 @@ def test_exactly_the_slow_expert_is_shut():
 
     ward.clock.now = 30.0
     assert notes(ward.guard.step(100)) == [f"{TWO}/2: open -> half_open; the wait is over"]
-    assert ward.layers[TWO].mode == NORMAL  # all of its tokens are the probes
+    assert ward.kept_away(TWO) == NOTHING  # all of its tokens are the probes
     assert ward.serve(4)[0].note == f"{TWO}/2: half_open -> open; 4 of 4 calls were too slow"
-    assert ward.layers[TWO].mode == Mode(shut_experts=(2,))
+    assert ward.kept_away(TWO) == (0.0, (2,))
 
     fault.remove()
     ward.clock.now = 60.0
@@ -250,7 +262,7 @@ def test_exactly_the_slow_expert_is_shut():
         f"{TWO}/2: open -> half_open",
         f"{TWO}/2: half_open -> closed",
     ]
-    assert ward.layers[TWO].mode == NORMAL
+    assert ward.kept_away(TWO) == NOTHING
     assert torch.equal(ward.forward(), ward.healthy)
 
 
@@ -268,78 +280,125 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
-def test_a_mode_of_another_repair_is_kept(other):
-    ward = Ward()
-    ward.layers[TWO].set_mode(other, ward.dense[TWO])
+def diverted(ward, name):
+    """Assignments of one forward that did not reach the layer's experts, and their experts' counts."""
+    recorder = Recorder(ward.model)
+    ward.forward()
+    (stats,) = [stats for stats in recorder.flush(1) if stats.layer == name]
+    recorder.detach()
+    return stats.rerouted.get("diverted", 0), stats.counts_E
+
+
+def opened_and_closed(ward, meanwhile=lambda: None):
+    """Slow for a while; what others do to the layer while it is open."""
     ward.serve(8)
     fault = inject(ward.model, SlowRank(BUSY))
     ward.serve(6)
     assert ward.states() == {ONE: "open", TWO: "open"}
-    mode = ward.layers[TWO].mode
-    assert mode.dense_share == 1.0
-    assert (mode.bias, mode.round_robin, mode.temperature) == (other.bias, other.round_robin, other.temperature)
+    meanwhile()
+    assert diverted(ward, TWO)[0] == B * S * K
     fault.remove()
-    ward.clock.now = 30.0
+    ward.clock.now += 30.0
     ward.serve(5)
     assert ward.states() == {}
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_a_mode_of_another_repair_is_kept(other):
+    ward = Ward()
+    ward.layers[TWO].set_mode(other, ward.dense[TWO])
+    opened_and_closed(ward)
     assert ward.layers[TWO].mode == other
+    assert ward.kept_away(TWO) == NOTHING
 
 
-def test_an_expert_that_another_repair_has_shut_stays_shut():
+def test_a_repair_that_is_undone_while_a_layer_is_open_does_not_let_tokens_in():
+    ward = Ward()
+    repair = apply_spill(ward.patient(), about(TWO))
+    opened_and_closed(ward, repair.undo)
+    assert ward.layers[TWO].mode == NORMAL
+    assert torch.equal(ward.forward(), ward.healthy)
+
+
+def test_a_repair_that_is_undone_later_does_not_keep_tokens_away():
+    """What it puts back is from a time when the layer was open."""
+    ward, repairs = Ward(), []
+    opened_and_closed(ward, lambda: repairs.append(apply_spill(ward.patient(), about(TWO))))
+    assert ward.layers[TWO].mode.capacity is not None
+    repairs[0].undo()
+    assert ward.layers[TWO].mode == NORMAL
+    assert torch.equal(ward.forward(), ward.healthy)
+
+
+def test_a_repair_that_bypasses_an_open_layer_too_holds_until_it_is_undone():
+    ward = Ward()
+    ward.serve(8)
+    fault = inject(ward.model, SlowExpert(TWO, expert=1, seconds=BUSY))
+    ward.serve(6)
+    repair = apply_dense(ward.patient(), about(TWO))
+    fault.remove()
+    ward.clock.now = 30.0
+    assert notes(ward.serve(5)) == [f"{TWO}: open -> half_open; the wait is over"]  # no tokens, no probes
+    assert diverted(ward, TWO)[0] == B * S * K
+    repair.undo()
+    ward.serve(4)
+    assert ward.states() == {}
+    assert torch.equal(ward.forward(), ward.healthy)
+
+
+def test_neither_checkpoints_nor_records_have_what_the_guard_does():
+    ward, states = Ward(), []
+    opened_and_closed(ward, lambda: states.append(Recovery(ward.patient()).state_dict()))
+    assert states[0]["modes"] == {}
+
+
+def about(name):
+    return Finding("collapse", name, None, "critical", 1.0, 0.5, "", "")
+
+
+def test_experts_that_others_have_shut_stay_shut():
     ward = Ward(granularity="expert")
     ward.serve(8)
     fault = BusyExpert(ward.layers[TWO], 2)
     ward.layers[TWO].set_mode(Mode(shut_experts=(0,)), ward.dense[TWO])
     ward.serve(6)
-    assert ward.layers[TWO].mode == Mode(shut_experts=(0, 2))
+    assert ward.kept_away(TWO) == (0.0, (2,))
+    number, counts_E = diverted(ward, TWO)
+    assert number == counts_E[0] + counts_E[2] > 0
     fault.remove()
     ward.clock.now = 30.0
     ward.serve(5)
     assert ward.states() == {}
+    number, counts_E = diverted(ward, TWO)
+    assert number == counts_E[0] > 0
     assert ward.layers[TWO].mode == Mode(shut_experts=(0,))
 
 
-def test_an_expert_that_is_shut_before_the_guard_acts_is_not_the_guards_to_free():
-    ward = Ward(granularity="expert")
-    ward.serve(8)
-    BusyExpert(ward.layers[TWO], 2)
-    for _ in range(6):
-        ward.forward()
-    ward.layers[TWO].set_mode(Mode(shut_experts=(2,)), ward.dense[TWO])
-    assert len(ward.guard.step(100)) == 1
-    assert ward.states() == {f"{TWO}/2": "open"}
-    assert ward.layers[TWO].mode == Mode(shut_experts=(2,))
-    ward.clock.now = 30.0
-    assert len(ward.guard.step(101)) == 1
-    assert ward.layers[TWO].mode == Mode(shut_experts=(2,))
-    ward.guard.detach()
-    assert ward.layers[TWO].mode == Mode(shut_experts=(2,))
-
-
-def test_a_guard_that_has_closed_again_has_nothing_to_put_back():
+def test_both_kinds_of_guards_on_one_layer_leave_each_others_alone():
     ward = Ward()
-    ward.serve(8)
-    fault = inject(ward.model, SlowRank(BUSY))
-    ward.serve(6)
-    fault.remove()
-    ward.clock.now = 30.0
-    ward.serve(5)
-    assert ward.states() == {}
-    ward.layers[TWO].set_mode(Mode(dense_share=0.25), ward.dense[TWO])
+    experts = LatencyGuard(ward.layers, CONFIG, granularity="expert", dense=ward.dense, clock=ward.clock)
+    ward.layers[TWO].set_bypass(Bypass(shut_experts=(1,), dense=ward.dense[TWO]))  # as if it had opened
+    opened_and_closed(ward)
+    assert ward.kept_away(TWO) == (0.0, (1,))
     ward.guard.detach()
-    assert ward.layers[TWO].mode == Mode(dense_share=0.25)
+    assert ward.kept_away(TWO) == (0.0, (1,))
+    experts.detach()
+    assert ward.kept_away(TWO) == NOTHING
 
 
 def test_the_stand_in_of_another_repair_is_kept():
     ward = Ward()
     other = build_dense_paths(ward.layers, {name: np.arange(E) for name in ward.layers})[TWO]
+    seen = []
+    for path in (other, ward.dense[ONE], ward.dense[TWO]):
+        path.register_forward_hook(lambda path, args, y: seen.append(path))
     ward.layers[TWO].set_mode(Mode(dense_share=0.25), other)
     ward.serve(8)
     inject(ward.model, SlowRank(BUSY))
     ward.serve(6)
-    assert ward.layers[ONE].dense is ward.dense[ONE]
-    assert ward.layers[TWO].dense is other
+    seen.clear()
+    ward.forward()
+    assert seen == [ward.dense[ONE], other]
 
 
 @pytest.mark.parametrize("granularity", ["layer", "expert"])
@@ -357,6 +416,7 @@ def test_detach_leaves_layers_as_they_were(granularity, half_open):
         ward.guard.step(100)
     ward.guard.detach()
     assert (ward.layers[ONE].mode, ward.layers[TWO].mode) == (NORMAL, other)
+    assert ward.kept_away(ONE) == ward.kept_away(TWO) == NOTHING
     for fault in faults:
         fault.remove()
     for layer in ward.layers.values():

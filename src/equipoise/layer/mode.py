@@ -7,7 +7,7 @@ uses. The layer reads that once per forward: a repair that comes in the middle o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -82,21 +82,54 @@ NORMAL = Mode()
 
 
 @dataclass(frozen=True, eq=False)
-class InForce:
-    """What a mode comes to in one layer. None: as the layer is configured.
+class Bypass:
+    """What is kept from a layer's experts on top of its mode, for a while: by a breaker.
 
-    bias_E: fp32. dense: computes what is spilled or diverted; None leaves that to the shared experts.
+    It is no part of the mode, so that an undo, a checkpoint or a known-good record never takes it for a repair's. Of
+    the two shares the larger holds, of shut experts those of both. dense: the stand-in, where the mode needs none.
+    """
+
+    dense_share: float = 0.0
+    shut_experts: tuple[int, ...] = ()
+    dense: FeedForward | None = None
+
+    def on(self, mode: Mode) -> Mode:
+        """Both together. Raises ValueError for a share that is none."""
+        shut = tuple(sorted({*mode.shut_experts, *self.shut_experts}))
+        return replace(mode, dense_share=max(mode.dense_share, self.dense_share), shut_experts=shut)
+
+
+NO_BYPASS = Bypass()
+
+
+@dataclass(frozen=True, eq=False)
+class InForce:
+    """What a mode and a bypass come to in one layer. None: as the layer is configured.
+
+    bias_E: fp32. dense: computes what is spilled or diverted; None leaves that to the shared experts. mode_dense: of
+    the mode alone.
     """
 
     mode: Mode = NORMAL
+    bypass: Bypass = NO_BYPASS
     router: Router | None = None
     dispatcher: Dispatcher | None = None
     bias_E: Tensor | None = None
     dense: FeedForward | None = None
+    mode_dense: FeedForward | None = None
 
 
-def in_force(mode: Mode, router: Router, num_experts: int, dense: FeedForward | None, has_shared: bool) -> InForce:
+def in_force(
+    mode: Mode,
+    router: Router,
+    num_experts: int,
+    dense: FeedForward | None,
+    has_shared: bool,
+    bypass: Bypass = NO_BYPASS,
+) -> InForce:
     """Build it. dense: the layer's dense path, if it has one. Raises ValueError for a mode that it can't take."""
+    own, mode_dense = mode, dense if mode.needs_stand_in else None
+    mode, dense = bypass.on(mode), bypass.dense if mode_dense is None else mode_dense
     traits, name = router.config.traits, type(router.config).__name__
     if mode.bias is not None and (len(mode.bias) != num_experts or not traits.takes_bias):
         raise ValueError(
@@ -126,4 +159,5 @@ def in_force(mode: Mode, router: Router, num_experts: int, dense: FeedForward | 
         dispatcher = CapacityDispatcher(mode.capacity)
     device = None if weight is None else weight.device
     bias_E = None if mode.bias is None else torch.tensor(mode.bias, dtype=torch.float32, device=device)
-    return InForce(mode, turn, dispatcher, bias_E, dense if mode.needs_stand_in else None)
+    stand_in = dense if mode.needs_stand_in else None
+    return InForce(own, bypass, turn, dispatcher, bias_E, stand_in, mode_dense)

@@ -16,7 +16,7 @@ from equipoise.layer.capacity import Capacity
 from equipoise.layer.dispatch import CapacityDispatcher, Dispatcher, DroplessDispatcher
 from equipoise.layer.experts import BackendName, Experts
 from equipoise.layer.feed_forward import FeedForward
-from equipoise.layer.mode import InForce, Mode, in_force
+from equipoise.layer.mode import Bypass, InForce, Mode, in_force
 from equipoise.layer.tokens import TokenView, tokens_of
 from equipoise.ops.attach_loss import attach_loss
 from equipoise.routing.adaptive import Adaptive
@@ -165,7 +165,12 @@ class MoE(nn.Module):
     @property
     def dense(self) -> FeedForward | None:
         """What stands in for the experts in this mode, if it is not the shared experts."""
-        return self._force.dense
+        return self._force.mode_dense
+
+    @property
+    def bypass(self) -> Bypass:
+        """What a breaker keeps from the experts at the moment, on top of the mode."""
+        return self._force.bypass
 
     def set_mode(self, mode: Mode, dense: FeedForward | None = None) -> None:
         """Replace the mode, from the next forward on. `NORMAL` is the layer as configured. Not part of the state dict.
@@ -173,12 +178,19 @@ class MoE(nn.Module):
         dense: what computes what is kept from the experts; without it the shared experts do. It is not trained.
         Raises ValueError, and changes nothing, for a mode that this layer can't take.
         """
-        force = in_force(mode, self.router, self.num_experts, dense, self.shared is not None)
+        force = in_force(mode, self.router, self.num_experts, dense, self.shared is not None, self.bypass)
         if self.balancer is not None:
             self.balancer.boost = mode.boost
         if isinstance(self.router, TopKRouter):
             self.router.temperature_in_force = mode.temperature
         self._force = force
+
+    def set_bypass(self, bypass: Bypass) -> None:
+        """Replace what is kept from the experts on top of the mode, whatever that is, from the next forward on.
+
+        Not part of the state dict. Raises ValueError, and changes nothing, for one that this layer can't take.
+        """
+        self._force = in_force(self.mode, self.router, self.num_experts, self.dense, self.shared is not None, bypass)
 
     def _shared(self, x_TD: Tensor, spilled_T: Tensor | None) -> Tensor:
         """The shared experts' part; spilled_T: weight that they take over from experts that were full."""

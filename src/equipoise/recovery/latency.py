@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,14 +125,14 @@ class ExpertClock:
 
 
 class LatencyGuard:
-    """Clocks, a breaker, and the layers' modes: a layer, or an expert, that is too slow is bypassed by its stand-in.
+    """Clocks and a breaker: a layer, or an expert, that is too slow is bypassed by its stand-in.
 
     granularity: "layer", or "expert", which computes experts one by one to time them (a GPU then waits for the host in
     every forward); while an expert is half-open it gets all of its tokens. dense: the stand-ins of layers without
     shared experts. strict: a layer without a stand-in is an error; else it is left out, and named in `unguarded`.
     sinks: get each transition as an action of kind "breaker". clock: of the breaker's waits, in seconds.
-    It changes only `dense_share` or `shut_experts` of a layer's mode, and puts back what it found there. `step` is
-    called by the loop between forwards.
+    It sets a layer's `bypass`, which is no part of its mode: repairs may come and go meanwhile. `step` is called by the
+    loop between forwards.
     """
 
     def __init__(
@@ -167,8 +167,6 @@ class LatencyGuard:
         self._group_of = {name if expert is None else f"{name}/{expert}": (name, expert) for name, expert in groups}
         self.breaker = Breaker(list(self._group_of), config, granularity=granularity, clock=clock)
         make: type[LayerClock] | type[ExpertClock] = ExpertClock if granularity == "expert" else LayerClock
-        self._found: dict[str, float] = {}  # the dense_share of layers that are not closed, from before
-        self._shut: set[tuple[str, int]] = set()  # what others have shut is not among it
         self._clocks = {name: make(layer) for name, layer in self._layers.items()}
 
     def step(self, step: int) -> list[Action]:
@@ -184,7 +182,8 @@ class LatencyGuard:
                     seconds_G[group], sizes_G[group] = each[turn].seconds, each[turn].size
             moved += self.breaker.record(seconds_G, sizes_G)
         moved += self.breaker.tick()
-        return [self._act(step, transition) for transition in moved]
+        self._keep_away(self._group_of[each.name][0] for each in moved)
+        return [self._tell(step, each) for each in moved]
 
     def _taken(self) -> dict[int, list[Call]]:
         """By number of the group; groups without a call are left out."""
@@ -200,13 +199,8 @@ class LatencyGuard:
         """By layer, or by "layer/expert"."""
         return self.breaker.states
 
-    def _act(self, step: int, moved: Transition) -> Action:
-        """Put the transition into the layer's mode, and tell."""
-        name, expert = self._group_of[moved.name]
-        if expert is None:
-            self._bypass(name, moved)
-        else:
-            self._shut_or_free(name, expert, moved.after)
+    def _tell(self, step: int, moved: Transition) -> Action:
+        name, _ = self._group_of[moved.name]
         slow = round(moved.slow_share * moved.num_calls)
         why = f"{slow} of {moved.num_calls} calls were too slow" if moved.num_calls else "the wait is over"
         note = f"{moved.name}: {moved.before} -> {moved.after}; {why}"
@@ -217,40 +211,24 @@ class LatencyGuard:
             sink.action(action)
         return action
 
-    def _bypass(self, name: str, moved: Transition) -> None:
-        if moved.before == "closed":
-            self._found[name] = self._layers[name].mode.dense_share
-        share = {"closed": 0.0, "open": 1.0, "half_open": 1.0 - self.breaker.config.probe_share}[moved.after]
-        found = self._found.get(name, 0.0)
-        if moved.after == "closed":
-            self._found.pop(name, None)
-        self._set(name, dense_share=max(share, found))
-
-    def _shut_or_free(self, name: str, expert: int, state: State) -> None:
-        shut = self._layers[name].mode.shut_experts
-        if state == "open" and expert not in shut:
-            self._shut.add((name, expert))
-            self._set(name, shut_experts=tuple(sorted((*shut, expert))))
-        elif state != "open" and (name, expert) in self._shut:
-            self._shut.remove((name, expert))
-            self._set(name, shut_experts=tuple(each for each in shut if each != expert))
-
-    def _set(self, name: str, **change: Any) -> None:
-        """What stands in for another repair's sake goes on doing so."""
-        layer = self._layers[name]
-        layer.set_mode(replace(layer.mode, **change), self._dense.get(name) if layer.dense is None else layer.dense)
+    def _keep_away(self, names: Iterable[str]) -> None:
+        """Put the breaker's states into the layers' bypasses. An expert that is half-open gets all of its tokens."""
+        states = self.breaker.states
+        for name in dict.fromkeys(names):
+            layer, dense = self._layers[name], self._dense.get(name)
+            if self.granularity == "layer":
+                share = {"closed": 0.0, "open": 1.0, "half_open": 1.0 - self.breaker.config.probe_share}[states[name]]
+                layer.set_bypass(replace(layer.bypass, dense_share=share, dense=dense))
+            else:
+                shut = tuple(e for e in range(layer.num_experts) if states[f"{name}/{e}"] == "open")
+                layer.set_bypass(replace(layer.bypass, shut_experts=shut, dense=dense))
 
     def detach(self) -> None:
         """Remove the clocks, and let tokens reach the experts from which this guard keeps them."""
-        for clock in self._clocks.values():
+        for name, clock in self._clocks.items():
             clock.detach()
-        for name, share in self._found.items():
-            self._set(name, dense_share=share)
-        for name, expert in sorted(self._shut):
-            shut = self._layers[name].mode.shut_experts
-            self._set(name, shut_experts=tuple(each for each in shut if each != expert))
-        self._found.clear()
-        self._shut.clear()
+            free = {"dense_share": 0.0} if self.granularity == "layer" else {"shut_experts": ()}
+            self._layers[name].set_bypass(replace(self._layers[name].bypass, **free))
         self._clocks.clear()
 
 

@@ -53,7 +53,7 @@ def remember(
 def _renew(patient: Patient, canary: Canary, dense: dict[str, FeedForward], health: Health) -> str:
     """Distil a stand-in for each layer whose experts have tokens; says what all of them would cost."""
     counts = {name: health.stats[name].counts_E for name in patient.layers}
-    whole = {name: layer for name, layer in patient.layers.items() if not layer.mode.diverts}
+    whole = {name: layer for name, layer in patient.layers.items() if not layer.bypass.on(layer.mode).diverts}
     dense.update(build_dense_paths(whole, counts, canary.run))
     bare = {name: layer for name, layer in patient.layers.items() if layer.shared is None}
     if not bare:
