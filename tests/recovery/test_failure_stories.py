@@ -285,14 +285,16 @@ def test_a_rollback_that_finds_no_whole_checkpoint_changes_nothing(served, tmp_p
     assert digest(served.model.state_dict()) == before
 
 
-def test_a_registry_that_is_written_while_the_process_dies_is_whole(tmp_path):
+@pytest.mark.parametrize("already", [[], [1, 2]], ids=["its first record", "a record when it is full"])
+def test_a_registry_that_is_written_while_the_process_dies_is_whole(tmp_path, already):
     # sglang#2322, vllm#32718: what was half written must never be gone back to. It dies at each call for a file
     def put(registry, step):
         tensors = {"router.weight": torch.full((4,), float(step))}
         registry.put(step=step, tensors=tensors, baselines=some_baselines(), loss=1.0 - step / 1000)
 
     before, deaths = tmp_path / "before", 0
-    for step in (1, 2):
+    before.mkdir()
+    for step in already:
         put(KnownGood(before, keep=2), step)
     with Zygote() as zygote:
         for at in range(1, 100):
@@ -301,7 +303,7 @@ def test_a_registry_that_is_written_while_the_process_dies_is_whole(tmp_path):
             ended = zygote.wait(zygote.start("put_and_die", str(folder), 3, at))
             registry = KnownGood(folder, keep=2)
             steps = [record.step for record in registry.records]
-            assert steps in ([1, 2], [2, 3])  # before, or after; nothing between
+            assert steps in (already, [*already, 3][-2:])  # before, or after; nothing between
             for record in registry.records:
                 assert registry.load(record)["router.weight"].eq(record.step).all()
             put(registry, 4)  # the next process goes on, and leaves nothing of the dead one

@@ -72,7 +72,7 @@ def test_a_change_waits_for_every_forward_and_later_forwards_for_the_change(gate
     inside, leave = threading.Event(), threading.Event()
 
     def change():
-        with gate.changing(PATIENCE):
+        with gate.changing(3 * PATIENCE):  # it has to be woken: to look again when its time is over is too late
             log.append("change")
             inside.set()
             assert leave.wait(PATIENCE)
@@ -204,10 +204,13 @@ def test_the_time_of_a_forward_does_not_count_its_waiting(gate, pool, monkeypatc
         wait_until_blocked(gate, 1)
         now[0] = 160.0  # however long the change takes
     forward.running()
+    now[0] = 161.5
+    younger = Forward(pool, gate).running()
     now[0] = 162.5
-    with pytest.raises(GateTimeoutError, match=r"the oldest for 2\.5 s"), gate.changing(0.0):
-        raise AssertionError("a forward is running")
+    with pytest.raises(GateTimeoutError, match=r"2 forwards .*, the oldest for 2\.5 s"), gate.changing(0.0):
+        raise AssertionError("two forwards are running")
     forward.finish()
+    younger.finish()
 
 
 def test_a_change_behind_another_change_says_so(gate, pool):

@@ -154,12 +154,23 @@ def test_the_same_content_of_the_same_step_is_the_record_that_is_there(registry,
 
 
 def test_the_same_content_of_another_step_is_another_record_with_one_file(registry, tmp_path):
-    first, second = put(registry, 1, value=0.0), put(registry, 2, value=0.0)
+    first = put(registry, 1, value=0.0)
+    written = registry.path(first).stat()
+    second = put(registry, 2, value=0.0)
     assert first.id == second.id
+    assert registry.path(first).stat() == written  # the file that is there is used again
     assert steps(registry) == [1, 2]
     assert files(tmp_path) == sorted([f"{first.id}.safetensors", "known_good.json"])
     registry.truncate_after(1)
     assert registry.load(first)["router.weight"].eq(0.0).all()  # the file stays while one record names it
+
+
+def test_the_same_content_with_another_checkpoint_is_another_record(registry):
+    put(registry, 5)
+    put(registry, 5, checkpoint="step-000005")
+    put(registry, 5, checkpoint="step-000005-r1")
+    assert [record.checkpoint for record in registry.records] == [None, "step-000005", "step-000005-r1"]
+    assert registry.checkpoints() == {"step-000005", "step-000005-r1"}
 
 
 def test_the_same_content_again_mends_a_damaged_file(registry):
@@ -207,6 +218,11 @@ def test_truncate_after_forgets_later_steps_and_their_files(registry, tmp_path):
     assert steps(registry) == [1, 2]
     registry.truncate_after(0)
     assert steps(registry) == []
+
+
+def test_truncating_what_is_not_there_writes_nothing(registry, tmp_path):
+    registry.truncate_after(3)
+    assert files(tmp_path) == []
 
 
 def test_an_empty_registry_says_what_to_do(registry):
@@ -276,6 +292,8 @@ def test_a_damaged_file_is_named_with_the_record_to_use_instead(registry, damage
 def test_a_damaged_record_is_never_proposed_instead(registry, damage, problem):
     oldest, middle, newest = (put(registry, step) for step in (1, 2, 3))
     damage(registry.path(newest))
+    with pytest.raises(KnownGoodError, match=f"Use the record of step 2 instead, {middle.id[:12]}"):
+        registry.load(newest)  # the newest of the others
     damage(registry.path(middle))
     with pytest.raises(KnownGoodError, match=f"Use the record of step 1 instead, {oldest.id[:12]}"):
         registry.load(newest)
@@ -346,7 +364,7 @@ def test_a_missing_registry_beside_tensors_is_an_error_and_without_them_a_beginn
             KnownGoodError, match=r"is missing, and .* holds 1 records' tensors\. Restore it from a copy"
         ):
             ask()
-    registry.path(record).unlink()
+    registry.path(record).rename(tmp_path / "known_good" / "copy of a record.safetensors")  # not a name of ours
     assert registry.records == ()
     assert put(registry, 3).step == 3
 

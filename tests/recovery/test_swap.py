@@ -304,15 +304,21 @@ def test_undo_finds_a_model_whose_buffers_were_replaced():
     assert torch.equal(model["a"].balancer.bias_E, before["a.balancer.bias_E"].double())
 
 
-class Refusing(torch.Tensor):
-    """A tensor that refuses the second copy into it, as a device that is lost would."""
+def test_undo_tells_types_apart_that_have_the_same_bytes():
+    model = Typed(torch.ones(1, dtype=torch.float16))
+    done = swap(model, {"x": torch.zeros(1)})
+    model.x = torch.tensor([0x3C00], dtype=torch.int16).view(torch.bfloat16)  # 1.0 in float16, 2**-7 in bfloat16
+    assert model.x.item() == 2**-7
+    done.undo()
+    assert model.x.item() == 1.0
 
-    copies = 0
+
+class Refusing(torch.Tensor):
+    """A tensor that refuses any copy into it, as a device that is lost would."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func is torch.Tensor.copy_:
-            cls.copies += 1
             raise RuntimeError("the device is lost")
         return super().__torch_function__(func, types, args, kwargs or {})
 
@@ -342,9 +348,10 @@ NEW = {"first": torch.tensor([-0.0, 1.0, 3.0]), "middle": torch.ones(3), "last":
 def test_a_copy_that_fails_halfway_puts_everything_back_to_the_bit(middle, message, order):
     model = three(middle)
     before = bits_of(model)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=message) as error:
         swap(model, {name: NEW[name] for name in order})
     assert bits_of(model) == before
+    assert error.value.__context__ is None  # what never took a copy was not copied into again, and failed once
 
 
 class Drifting(torch.Tensor):
