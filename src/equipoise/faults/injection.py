@@ -39,7 +39,8 @@ class ModelFault(Protocol):
 class Injection:
     """A fault that is in place. `remove` takes out what was put in, also after further training.
 
-    The fault's docstring says what that means for it. Of several faults in one router take out the last one first.
+    The fault's docstring says what that means for it. Of several faults in one router, or in one recorder, take out the
+    last one first.
     """
 
     def __init__(self, fault: Any, change: Change) -> None:
