@@ -12,7 +12,6 @@ turns their state into tensors and JSON), never pickles, and never changes a che
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -26,6 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from equipoise.disk.files import fsync, sha256_of
 
 JSON: TypeAlias = Any  # None, bool, int, float, str, and lists and str-keyed dicts of them; checked when it is saved
 
@@ -76,8 +77,8 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         _write_files(temporary, step, tensors, state)
         path = _publish(temporary, root, step)
-        _fsync(root)
-        _fsync(root.parent)  # the root may be new itself
+        fsync(root)
+        fsync(root.parent)  # the root may be new itself
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(_not_written(root, step, _num_bytes(tensors, state), error)) from error
@@ -133,11 +134,11 @@ def _write_files(
     (folder / _STATE).write_text(json.dumps({"step": step, "state": dict(state)}))
     files = sorted(folder.iterdir())
     for file in files:
-        _fsync(file)
-    described = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
+        fsync(file)
+    described = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
     (folder / _MANIFEST).write_text(json.dumps({"format": FORMAT, "files": described}, indent=1))
-    _fsync(folder / _MANIFEST)
-    _fsync(folder)
+    fsync(folder / _MANIFEST)
+    fsync(folder)
 
 
 def _own_storage(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -178,19 +179,6 @@ def _not_written(root: Path, step: int, needed: int, error: Exception) -> str:
         f"{free:,} are free there. Earlier checkpoints are untouched; make room (prune_checkpoints), or check the "
         "permissions and limits of that folder, then save again"
     )
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _name(step: int, revision: int) -> str:
@@ -254,7 +242,7 @@ def _is_ours(name: str) -> bool:
 
 def _hash_problem(path: Path) -> str | None:
     for name, entry in _manifest(path)["files"].items():
-        actual = _sha256(path / name)
+        actual = sha256_of(path / name)
         if actual != entry["sha256"]:
             return f"{name} is corrupt: sha256 {actual[:12]}..., expected {entry['sha256'][:12]}..."
     return None

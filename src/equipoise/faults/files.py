@@ -5,7 +5,6 @@ The original files are moved, not copied, into a hidden folder beside the checkp
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from equipoise.disk.atomic import atomic_write
 from equipoise.disk.checkpoint import list_checkpoints, newest_folder
+from equipoise.disk.files import sha256_of
 from equipoise.faults.injection import Change, Injection, check_seed
 
 KINDS = ("flip", "truncate", "missing", "wrong_size")
@@ -84,7 +84,7 @@ def damage(folder: Path, fault: CheckpointDamage) -> Injection:
     backup.mkdir()
     try:
         made = _damaged(folder, name, fault.kind, rng, backup)
-        left = {damaged: None if new is None else _sha256(new) for damaged, new in made.items()}
+        left = {damaged: None if new is None else sha256_of(new) for damaged, new in made.items()}
         with atomic_write(backup / _LEFT) as file:
             file.write(json.dumps(left).encode())
     except BaseException:
@@ -169,7 +169,7 @@ def _damaged(folder: Path, name: str, kind: str, rng: random.Random, where: Path
         save_file({key: _other_shape(tensor) for key, tensor in load_file(old).items()}, new)
         manifest = where / f"new-{_MANIFEST}"
         record: dict[str, Any] = json.loads((folder / _MANIFEST).read_text())
-        record["files"][name] = {"bytes": new.stat().st_size, "sha256": _sha256(new)}
+        record["files"][name] = {"bytes": new.stat().st_size, "sha256": sha256_of(new)}
         manifest.write_text(json.dumps(record, indent=1))
         return {name: new, _MANIFEST: manifest}
     shutil.copyfile(old, new)
@@ -193,9 +193,4 @@ def _other_shape(tensor: Tensor) -> Tensor:
 
 
 def _now(file: Path) -> str | None:
-    return _sha256(file) if file.is_file() else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(file) if file.is_file() else None

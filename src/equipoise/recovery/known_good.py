@@ -25,6 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from equipoise.disk.atomic import atomic_write
+from equipoise.disk.files import fsync, sha256_of
 from equipoise.monitor.baseline import Baseline, from_json, to_json
 from equipoise.recovery.swap import is_finite
 from equipoise.types import Finding
@@ -223,19 +224,19 @@ class KnownGood:
 
     def _write_blob(self, record: Record, content: bytes) -> None:
         path = self.path(record)
-        if _sha256(path) == record.id:
+        if _holds(path, record.id):
             return
         if not self._index.exists():  # a file before the registry would look like a lost one
             self._write_index(())
         with atomic_write(path) as file:
             file.write(content)
-        _fsync(self._blobs)
+        fsync(self._blobs)
 
     def _write_index(self, records: Sequence[Record]) -> None:
         text = json.dumps({"format": FORMAT, "records": [record.to_json() for record in records]}, indent=1)
         with atomic_write(self._index) as file:
             file.write(text.encode())
-        _fsync(self._folder)  # a power cut must not bring back names of files that are removed after this
+        fsync(self._folder)  # a power cut must not bring back names of files that are removed after this
 
     def _clean(self, ids: set[str]) -> None:
         """Remove files that nobody names, and what killed writers left. Only under the lock."""
@@ -257,7 +258,7 @@ class KnownGood:
 
     def _instead(self, record: Record) -> str:
         for other in reversed(self.records):
-            if other.id != record.id and _sha256(self.path(other)) == other.id:
+            if other.id != record.id and _holds(self.path(other), other.id):
                 return f"Use the record of step {other.step} instead, {other.id[:12]}"
         return "There is no other whole record: go back to a checkpoint"
 
@@ -286,17 +287,9 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _sha256(path: Path) -> str | None:
-    """Of a file's bytes; None when it can't be read."""
+def _holds(path: Path, id: str) -> bool:
+    """Whether a file can be read and has that hash."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256_of(path) == id
     except OSError:
-        return None
-
-
-def _fsync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        return False
