@@ -22,18 +22,8 @@ from statistics import median
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.chaos_runs import (
-    HEALTHY_STEPS,
-    NOBODY,
-    SCENARIOS,
-    STEPS_AFTER,
-    UNEVEN,
-    Case,
-    Outcome,
-    healthy_run,
-    run_case,
-    rungs_for,
-)
+from benchmarks.chaos_faults import NOBODY, SCENARIOS, Case, rungs_for
+from benchmarks.chaos_runs import HEALTHY_STEPS, STEPS_AFTER, UNEVEN, Outcome, healthy_run, run_case
 from benchmarks.report import Report, Table, add_output_arguments, emit
 
 MODES = ("training", "serving")

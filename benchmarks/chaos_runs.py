@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -17,26 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.chaos_faults import LAYER, NOBODY, POLICIES, SCENARIOS, Case, E, Fault, put_in
 from equipoise.disk.checkpoint import latest_checkpoint, load_checkpoint
-from equipoise.faults import (
-    BiasRunaway,
-    CheckpointDamage,
-    Collapse,
-    DeadExpert,
-    Drift,
-    Injection,
-    LogitBlowUp,
-    NaNExpert,
-    RouterCorruption,
-    SkewedInput,
-    SlowExpert,
-    StaleCounters,
-    checkpoint_of,
-    damage,
-    inject,
-    inject_counters,
-    skewed_rows,
-)
 from equipoise.models.decoder import Decoder
 from equipoise.monitor.incidents import repairs
 from equipoise.monitor.profiles import rules_of
@@ -53,7 +34,7 @@ from equipoise.recovery.recent import RecentScores
 from equipoise.recovery.recovery import Limits, Recovery
 from equipoise.recovery.weights import reload_weights
 from equipoise.train.config import TrainConfig
-from equipoise.train.data import Batch, Loader, TokenData
+from equipoise.train.data import Loader, TokenData
 from equipoise.train.diagnose import DivergenceError
 from equipoise.train.evaluate import evaluate
 from equipoise.train.loop import Trainer, load_config
@@ -63,26 +44,8 @@ from equipoise.train.report import Silent
 from equipoise.train.run import open_data
 from equipoise.types import Action, Alert, Routed
 
-LAYER, E = "layers.1.mlp", 8
 HEALTHY_STEPS, STEPS_AFTER = 500, 40
 UNEVEN = 2.0  # fair loads of the busiest expert
-POLICIES = ("ladder", "round_robin_then_reload")
-NOBODY = "nobody"  # alerts only
-
-
-@dataclass(frozen=True)
-class Case:
-    """One cell of the table. mode: "training" or "serving". rung: a repair, a policy, "breaker", or `NOBODY`."""
-
-    fault: str
-    rung: str
-    mode: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Unique, for resuming."""
-        return f"{self.mode}/{self.fault}/{self.rung}/{self.seed}"
 
 
 @dataclass
@@ -113,78 +76,6 @@ class Outcome:
     stopped: bool = False
     rules: list[str] = field(default_factory=list)
     story: list[str] = field(default_factory=list)
-
-
-# ------------------------------------------------------------------------------------------------- faults
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """A fault, as a function of the seed. blames: the layer that may be repaired; "" where nothing is damaged."""
-
-    make: Callable[[int], object]
-    blames: str = LAYER
-    modes: tuple[str, ...] = ("training", "serving")
-
-
-def _expert(seed: int) -> int:
-    return (3 * seed + 1) % E
-
-
-SCENARIOS: dict[str, Scenario] = {
-    "nothing": Scenario(lambda seed: None, blames=""),
-    "collapse onto one": Scenario(lambda seed: Collapse(LAYER, _expert(seed), 40.0)),
-    "collapse onto two": Scenario(lambda seed: Collapse(LAYER, _expert(seed), 40.0, also=((_expert(seed) + 3) % E,))),
-    "slow drift": Scenario(lambda seed: Drift(LAYER, _expert(seed), 40.0, steps=15)),
-    "dead expert": Scenario(lambda seed: DeadExpert(LAYER, _expert(seed), 40.0)),
-    "logit blow-up": Scenario(lambda seed: LogitBlowUp(LAYER, 30.0)),
-    "router corrupted": Scenario(lambda seed: RouterCorruption(LAYER, 4.0, seed=seed)),
-    "bias run-away": Scenario(lambda seed: BiasRunaway(LAYER, _expert(seed), 40.0)),
-    "NaN in an expert": Scenario(lambda seed: NaNExpert(LAYER, _expert(seed), seed=seed)),
-    "slow expert": Scenario(lambda seed: SlowExpert(LAYER, _expert(seed), 0.03), modes=("serving",)),
-    "stale counters": Scenario(lambda seed: StaleCounters("stale"), blames=""),
-    "one domain": Scenario(lambda seed: SkewedInput(domain=0, intensity=1.0, seed=seed), blames=""),
-    "collapse, and a damaged checkpoint": Scenario(lambda seed: Collapse(LAYER, _expert(seed), 40.0)),
-}
-
-
-@dataclass
-class Fault:
-    """A fault in place, in either mode. skew: what it does to batches."""
-
-    injection: Injection | None = None
-    skew: SkewedInput | None = None
-
-    def advance(self) -> None:
-        """Once per step."""
-        if self.injection is not None:
-            self.injection.advance()
-
-    def batch(self, batch: Batch) -> Batch:
-        """The batch as the model gets it."""
-        if self.skew is None:
-            return batch
-        domains = batch.domains_BS[:, 0]
-        skew = replace(self.skew, domain=int(torch.bincount(domains).argmax()))
-        rows = skewed_rows(skew, domains)
-        return Batch(batch.tokens_BS[rows], batch.targets_BS[rows], batch.domains_BS[rows])
-
-
-def put_in(case: Case, model: Decoder, watch: Watch, out: Path, run: Callable[[], object]) -> Fault:
-    """The case's fault, in the model, the monitor, the data or on the disk."""
-    fault = SCENARIOS[case.fault].make(case.seed)
-    if "damaged checkpoint" in case.fault:
-        name = KnownGood(out).latest().checkpoint
-        kinds = ("flip", "truncate", "missing", "wrong_size")
-        damage(checkpoint_of(out, name or ""), CheckpointDamage(kinds[case.seed % 4], seed=case.seed))
-    if fault is None:
-        return Fault()
-    if isinstance(fault, SkewedInput):
-        return Fault(skew=fault)
-    if isinstance(fault, StaleCounters):
-        return Fault(inject_counters(watch, fault))
-    with watch.recorder.paused():
-        return Fault(inject(model, fault, run))
 
 
 # ------------------------------------------------------------------------------------------------- the runs
@@ -234,7 +125,8 @@ def run_case(case: Case, folder: Path) -> Outcome:
 
 
 def _policy(rung: str) -> Policy:
-    return policy_of(rung) if rung in POLICIES else OneRung(rung)  # type: ignore[arg-type]
+    named = next((name for name in POLICIES if name == rung), None)
+    return OneRung(rung) if named is None else policy_of(named)
 
 
 def _bits(model: Decoder) -> dict[str, Tensor]:
@@ -437,16 +329,3 @@ def _restored(outcome: Outcome, alerts: list[Alert], loads: list[float], start: 
 def _nan(case: Case) -> bool:
     """NaN spreads: the layers after the broken one show it."""
     return case.fault.startswith("NaN")
-
-
-def rungs_for(fault: str, mode: str) -> Iterator[str]:
-    """The columns that a fault is tried against."""
-    yield NOBODY
-    if fault == "slow expert":
-        yield "breaker"
-        return
-    yield from POLICIES
-    if SCENARIOS[fault].blames:
-        yield from ("quantile_bias", "boost", "temperature", "next_choice", "spill", "router_rollback", "full_rollback")
-        yield from ("reseed", "lr_cut") if mode == "training" else ("shut_expert",)
-        yield from ("dense", "round_robin")
