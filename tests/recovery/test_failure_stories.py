@@ -20,7 +20,7 @@ from equipoise.recovery.gate import Gate
 from equipoise.recovery.known_good import KnownGood
 from equipoise.recovery.router_state import router_state
 from equipoise.recovery.swap import digest, swap
-from equipoise.recovery.weights import apply_full_rollback, reload_weights
+from equipoise.recovery.weights import apply_full_rollback, apply_router_rollback, reload_weights
 from equipoise.types import Finding
 
 LAYER = "layers.1.mlp"
@@ -283,6 +283,29 @@ def test_a_rollback_that_finds_no_whole_checkpoint_changes_nothing(served, tmp_p
     with pytest.raises(ValueError, match=rf"no known-good checkpoint can be loaded\. .*{served.b}.*{served.a}"):
         apply_full_rollback(patient, FINDING)
     assert digest(served.model.state_dict()) == before
+
+
+def test_a_router_rollback_passes_over_a_record_that_is_damaged(served, tmp_path):
+    # sglang#2322: the backup of the router was never read either
+    patient = records_of(served, tmp_path, served.a, served.b)
+    old, new = patient.known_good.records
+    content = bytearray(patient.known_good.path(new).read_bytes())
+    content[-1] ^= 1
+    patient.known_good.path(new).write_bytes(content)
+    router = served.model.moe_layers[LAYER].router
+    with torch.no_grad():
+        router.weight.fill_(float("nan"))
+    change = apply_router_rollback(patient, FINDING)
+    assert torch.equal(router.weight, patient.known_good.load(old)[f"{LAYER}.router.weight"])
+    assert change.detail == {"record_step": 1.0}
+    assert change.note.startswith(f"router of step 1, {old.id[:12]}; passed over: ")
+    assert new.id in change.note
+    change.undo()
+    assert bool(router.weight.isnan().all())
+    patient.known_good.path(old).write_bytes(b"")  # what is left has the right length and the wrong bytes
+    with pytest.raises(ValueError, match=rf"router_rollback: no known-good record can be loaded\. .*{new.id}"):
+        apply_router_rollback(patient, FINDING)
+    assert bool(router.weight.isnan().all())
 
 
 @pytest.mark.parametrize("already", [[], [1, 2]], ids=["its first record", "a record when it is full"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from equipoise.disk.checkpoint import load_checkpoint
 from equipoise.layer import MoE
 from equipoise.layer.mode import Mode
 from equipoise.recovery.actions import Change, Patient
-from equipoise.recovery.known_good import KnownGood, Record
+from equipoise.recovery.known_good import KnownGood, KnownGoodError, Record
 from equipoise.recovery.router_state import of_layer
 from equipoise.recovery.swap import swap
 from equipoise.types import Finding
@@ -45,12 +45,8 @@ def _modes_of(record: Record, patient: Patient, names: Collection[str]) -> Calla
 
 
 def apply_router_rollback(patient: Patient, finding: Finding) -> Change:
-    """The layer's router and balancer go back to the newest known-good record, exactly; experts stay as they are."""
-    known_good = _known_good(patient, "router_rollback")
-    record = known_good.latest()
-    state = of_layer(known_good.load(record), finding.layer)
-    if not state:
-        raise ValueError(f"router_rollback: the record of step {record.step} has no router of {finding.layer}")
+    """The layer's router and balancer go back to the newest whole known-good record, exactly; experts stay."""
+    record, state, problems = _newest_router(_known_good(patient, "router_rollback"), finding.layer)
     undo_modes = _modes_of(record, patient, [name for name in patient.layers if name == finding.layer])
     try:
         done = swap(patient.model, state)
@@ -62,7 +58,28 @@ def apply_router_rollback(patient: Patient, finding: Finding) -> Change:
         done.undo()
         undo_modes()
 
-    return Change(undo, {"record_step": float(record.step)}, f"router of step {record.step}, {record.id[:12]}")
+    note = f"router of step {record.step}, {record.id[:12]}" + _passed_over(problems)
+    return Change(undo, {"record_step": float(record.step)}, note)
+
+
+def _newest_router(known_good: KnownGood, layer: str) -> tuple[Record, dict[str, Tensor], list[str]]:
+    """(the newest record that is whole, its tensors of the layer, what is wrong with newer ones)."""
+    problems = []
+    for record in reversed(known_good.records):
+        try:
+            state = of_layer(known_good.load(record), layer)
+        except KnownGoodError as error:  # damaged since: an older one will do
+            problems.append(str(error))
+            continue
+        if not state:
+            raise ValueError(f"router_rollback: the record of step {record.step} has no router of {layer}")
+        return record, state, problems
+    raise ValueError(f"router_rollback: no known-good record can be loaded. {'; '.join(problems)}")
+
+
+def _passed_over(problems: Sequence[str]) -> str:
+    """The end of a note: the records that could not be used."""
+    return f"; passed over: {'; '.join(problems)}" if problems else ""
 
 
 def apply_full_rollback(patient: Patient, finding: Finding) -> Change:
@@ -89,7 +106,7 @@ def apply_full_rollback(patient: Patient, finding: Finding) -> Change:
             weights()
             modes()
 
-        note = f"checkpoint {record.checkpoint}" + (f"; passed over: {'; '.join(problems)}" if problems else "")
+        note = f"checkpoint {record.checkpoint}" + _passed_over(problems)
         return Change(undo, {"record_step": float(record.step)}, note)
     raise ValueError(f"full_rollback: no known-good checkpoint can be loaded. {'; '.join(problems)}".rstrip())
 
