@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.layer import Capacity, FeedForward, MoE
-from equipoise.layer.mode import NORMAL, Mode
+from equipoise.layer.mode import Mode
 from equipoise.recovery.canary import Health
 from equipoise.recovery.known_good import KnownGood
 from equipoise.recovery.recent import RecentScores
@@ -211,8 +211,3 @@ def apply_shut_expert(patient: Patient, finding: Finding) -> Change:
     mode = patient.layer(finding.layer).mode
     shut = tuple(sorted({*mode.shut_experts, finding.expert}))
     return replace(_mode(patient, finding.layer, replace(mode, shut_experts=shut)), detail={"expert": finding.expert})
-
-
-def lift(patient: Patient, name: str) -> Change:
-    """Put the layer back into its configuration."""
-    return _mode(patient, name, NORMAL)

@@ -163,6 +163,8 @@ class Breaker:
 
     def tick(self) -> list[Transition]:
         """Open groups whose wait is over become half-open. `record` does it too."""
+        if not (self._state_G == OPEN).any():  # nearly always: nobody waits
+            return []
         now = self._clock()
         waited_G = now - self._since_G
         self._since_G = np.where(waited_G < 0, now, self._since_G)  # the clock has jumped back: the wait begins anew
@@ -191,7 +193,8 @@ class Breaker:
         self._learned_GS[groups, bucket] += 1
         known = self._learned_GS[groups, bucket] == LEARN
         first = self._first_GSL[groups[known], bucket[known]]
-        self._baseline_GS[groups[known], bucket[known]] = np.median(first, axis=-1)
+        if len(first):  # a median of nothing takes its time too
+            self._baseline_GS[groups[known], bucket[known]] = np.median(first, axis=-1)
         old = learned >= LEARN
         before = self._baseline_GS[groups[old], bucket[old]]
         self._baseline_GS[groups[old], bucket[old]] = KEEP * before + (1 - KEEP) * seconds[old]

@@ -214,11 +214,11 @@ class LatencyGuard:
     def _keep_away(self, names: Iterable[str]) -> None:
         """Put the breaker's states into the layers' bypasses. An expert that is half-open gets all of its tokens."""
         states = self.breaker.states
+        shares = dict(zip(self.breaker.names, self.breaker.dense_share_G.tolist(), strict=True))
         for name in dict.fromkeys(names):
             layer, dense = self._layers[name], self._dense.get(name)
             if self.granularity == "layer":
-                share = {"closed": 0.0, "open": 1.0, "half_open": 1.0 - self.breaker.config.probe_share}[states[name]]
-                layer.set_bypass(replace(layer.bypass, dense_share=share, dense=dense))
+                layer.set_bypass(replace(layer.bypass, dense_share=shares[name], dense=dense))
             else:
                 shut = tuple(e for e in range(layer.num_experts) if states[f"{name}/{e}"] == "open")
                 layer.set_bypass(replace(layer.bypass, shut_experts=shut, dense=dense))
