@@ -25,7 +25,7 @@ ALLOWED = {
     "ops": {"types"},
     "routing": {"types", "ops"},
     "layer": {"types", "ops", "routing"},
-    "models": {"types", "layer", "routing"},
+    "models": {"types", "layer", "routing", "disk"},
     "parallel": {"types", "ops", "layer"},
     "monitor": {"types", "ops"},
     "disk": set(),

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from equipoise.models.attention import Attention, attention_mask, rotary_tables, rotate, token_positions
+from equipoise.models.attend import attention_mask, token_positions
+from equipoise.models.attention import Attention, rotary_tables, rotate
 from equipoise.models.cache import ContiguousCache
 
 CPU = torch.device("cpu")

@@ -6,6 +6,7 @@ import safetensors.torch
 import torch
 from torch.nn import functional as F  # noqa: N812
 
+from equipoise.models.attend import attend, attention_mask, token_positions
 from equipoise.models.cache import ContiguousCache
 from equipoise.models.config import MoEConfig
 from equipoise.models.decoder import Decoder, check_parameter_count, cross_entropy_sum
@@ -35,11 +36,18 @@ class ConcatenatingCache:
         self.stored = [()] * num_layers
         self.length = 0
 
-    def update(self, layer, k_BHSD, v_BHSD):
+    def longest(self, num_new):
+        return self.length + num_new
+
+    def place(self, num_new, padding_BK, device):
+        positions = token_positions(num_new, self.length, padding_BK, device)
+        return positions, attention_mask(num_new, self.length, padding_BK, device)
+
+    def attend(self, layer, q_BHSD, k_BHSD, v_BHSD, mask):
         new = (k_BHSD, v_BHSD)
         old = self.stored[layer]
         self.stored[layer] = tuple(torch.cat(pair, 2) for pair in zip(old, new, strict=True)) if old else new
-        return self.stored[layer]
+        return attend(q_BHSD, *self.stored[layer], mask)
 
     def advance(self, num_tokens):
         self.length += num_tokens
@@ -147,6 +155,14 @@ class TestCachedForward:
         with pytest.raises(ValueError, match="13 slots needed"):
             model(batch[:, :5], cache=cache)
         torch.testing.assert_close(model(batch[:, 8:], cache=cache), model(batch)[:, 8:], **FP32)
+
+    @STYLES
+    @pytest.mark.parametrize("tie_embeddings", [True, False])
+    def test_logits_of_some_tokens(self, make_model, style, tie_embeddings):
+        model, batch = make_model(style=style, tie_embeddings=tie_embeddings), tokens()
+        at = torch.tensor([23, 0, 11, 11])
+        torch.testing.assert_close(model(batch, logits_at=at), model(batch).flatten(0, 1)[at], **FP32)
+        assert model(batch, logits_at=at[:0]).shape == (0, 61)
 
 
 class TestPadding:

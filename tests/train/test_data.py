@@ -192,7 +192,7 @@ import resource, sys
 from pathlib import Path
 from equipoise.train.corpus import corpus
 from equipoise.train.tokens import prepare
-from equipoise.train.tokenizer import Tokenizer
+from equipoise.models.tokenizer import Tokenizer
 folder = Path(sys.argv[1])
 text, tokenizer = corpus(folder / "text.jsonl"), Tokenizer.load(folder)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # any file may grow to 1000 bytes

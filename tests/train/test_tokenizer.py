@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Learner
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from equipoise.models.tokenizer import FILE_NAME, Tokenizer, TokenizerError
 from equipoise.train.corpus import Corpus, Document, embedded
 from equipoise.train.sources import DataError, package_folder
-from equipoise.train.tokenizer import FILE_NAME, Tokenizer, corpus_bpe, gpt2, train_bpe
+from equipoise.train.tokenizer import corpus_bpe, gpt2, train_bpe
 
 VOCAB = 1500
 
@@ -98,24 +99,24 @@ def test_save_and_load(trained, tmp_path, texts):
 
 
 def test_load_names_what_is_wrong(trained, tmp_path):
-    with pytest.raises(DataError, match=r"no tokenizer at .*byte_pairs\.json"):
+    with pytest.raises(TokenizerError, match=r"no tokenizer at .*byte_pairs\.json"):
         Tokenizer.load(tmp_path)
     path = trained.save(tmp_path)
     record = json.loads(path.read_text())
     swapped = [*record["tokens"][:-2], record["tokens"][-1], record["tokens"][-2]]
     path.write_text(json.dumps(record | {"tokens": swapped}))
-    with pytest.raises(DataError, match=r"does not match its own fingerprint"):
+    with pytest.raises(TokenizerError, match=r"does not match its own fingerprint"):
         Tokenizer.load(tmp_path)
     path.write_text(json.dumps(record)[:-100])
-    with pytest.raises(DataError, match=r"byte_pairs\.json is damaged"):
+    with pytest.raises(TokenizerError, match=r"byte_pairs\.json is damaged"):
         Tokenizer.load(tmp_path)
     path.write_text(json.dumps(record | {"tokens": record["tokens"][5:]}))
-    with pytest.raises(DataError, match=r"cover all bytes"):
+    with pytest.raises(TokenizerError, match=r"cover all bytes"):
         Tokenizer.load(tmp_path)
 
 
 def test_ids_out_of_range(trained):
-    with pytest.raises(DataError, match=rf"token id {VOCAB} is not in \[0, {VOCAB}\)"):
+    with pytest.raises(TokenizerError, match=rf"token id {VOCAB} is not in \[0, {VOCAB}\)"):
         trained.decode([1, VOCAB])
 
 

@@ -1,46 +1,19 @@
 """Causal self-attention with grouped key/value heads, rotary positions and an optional per-head RMS norm.
 
-Positions, rotary tables and masks are made once per forward by the functions here and handed to every layer.
-It doesn't choose a kernel (torch's scaled_dot_product_attention does) and knows caches only by their protocol.
+Rotary tables are made once per forward by the function here and handed to every layer. The product itself is in
+attend.py; caches are known only by their protocol.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812 - the name that torch's own documentation uses
 
+from equipoise.models.attend import attend
 from equipoise.models.cache import KVCache
 from equipoise.models.config import DecoderConfig
 
 Rotary = tuple[Tensor, Tensor]
-
-
-def token_positions(num_queries: int, num_past: int, padding_BK: Tensor | None, device: torch.device) -> Tensor:
-    """Position of each new token in its own sequence: int64 (B, S), or (1, S) without padding.
-
-    padding_BK: bool (B, num_past + S), True = padding. Counting starts at the first real token, so that a
-    left-padded sequence gets the positions it has without padding. Padding itself gets any valid position.
-    """
-    if padding_BK is None:
-        return torch.arange(num_past, num_past + num_queries, device=device)[None]
-    return ((~padding_BK).cumsum(dim=1) - 1).clamp(min=0)[:, num_past:]
-
-
-def attention_mask(num_queries: int, num_past: int, padding_BK: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which keys each query may see: bool (B or 1, 1, S, num_past + S), True = visible; None where no mask is needed.
-
-    None means causal over equal lengths (nothing cached), or one query that sees every key. A query always sees
-    itself, even where it is padding: a row without any visible key would be NaN.
-    """
-    if padding_BK is None and (num_past == 0 or num_queries == 1):
-        return None
-    query_S1 = torch.arange(num_past, num_past + num_queries, device=device)[:, None]
-    key_K = torch.arange(num_past + num_queries, device=device)
-    visible = (key_K <= query_S1)[None, None]
-    if padding_BK is None:
-        return visible
-    return visible & (~padding_BK[:, None, None, :] | (key_K == query_S1))
 
 
 def rotary_tables(positions_BS: Tensor, head_dim: int, theta: float) -> Rotary:
@@ -64,7 +37,8 @@ class Attention(nn.Module):
     """Multi-head attention of one layer; several query heads share a key/value head when kv_heads < num_heads.
 
     forward(x_BSD, rotary, mask, cache) -> (B, S, D). rotary: tables of `rotary_tables`, or None for models with
-    learned positions. mask: as `attention_mask` makes it. cache: takes the new keys and values, gives all of them.
+    learned positions. mask: as `attention_mask` or the cache makes it. cache: keeps the new keys and values, and
+    attends to all that each token may see.
     """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
@@ -88,11 +62,7 @@ class Attention(nn.Module):
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = _place(q, self.q_norm, rotary).to(v.dtype), _place(k, self.k_norm, rotary).to(v.dtype)
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)
-        is_causal = mask is None and q.shape[2] > 1
-        shares_heads = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=shares_heads)
+        y = attend(q, k, v, mask) if cache is None else cache.attend(self.layer, q, k, v, mask)
         out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
         return out
 

@@ -1,6 +1,6 @@
 """Key/value caches for decoding: the protocol that attention uses, and one preallocated contiguous cache.
 
-A cache holds slots; the new tokens of a forward take the next ones. It knows nothing of positions or padding.
+A contiguous cache is for rows of one length, or left-padded to it. A serving engine has its own, in blocks.
 """
 
 from __future__ import annotations
@@ -10,25 +10,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from equipoise.models.attend import attend, attention_mask, token_positions
 from equipoise.models.config import DecoderConfig
 
 
 class KVCache(Protocol):
-    """What attention and the decoder need of a cache.
+    """What attention and the decoder need of a cache: it says where new tokens stand and what each of them sees."""
 
-    length: slots that hold the tokens of earlier forwards; the same for every row of the batch. Rows of different
-    lengths are left-padded, and a padding mask of (B, length + S) says which slots are padding.
-    """
+    def longest(self, num_new: int) -> int:
+        """Tokens of the longest sequence after `num_new` new ones, the cached ones included."""
+        ...
 
-    @property
-    def length(self) -> int: ...  # noqa: D102 - described by the class
+    def place(self, num_new: int, padding_BK: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Positions of the new tokens, int64 (B or 1, S), and the mask that `attend` will be given."""
+        ...
 
-    def update(self, layer: int, k_BHSD: Tensor, v_BHSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the S new keys and values of one layer; return all of them, (B, H, length + S, D), new ones last."""
+    def attend(self, layer: int, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None) -> Tensor:
+        """Keep the S new keys and values of one layer; what the new queries see in all of theirs, (B, H, S, D)."""
         ...
 
     def advance(self, num_tokens: int) -> None:
-        """Count the S new slots as filled. Called once per forward, after the last layer."""
+        """Count the S new tokens as kept. Called once per forward, after the last layer."""
         ...
 
 
@@ -60,6 +62,20 @@ class ContiguousCache:
     def max_len(self) -> int:
         """Slots there are."""
         return self._keys_LBHSD.shape[3]
+
+    def longest(self, num_new: int) -> int:
+        """Slots after `num_new` more."""
+        return self._length + num_new
+
+    def place(self, num_new: int, padding_BK: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Positions and mask. padding_BK: bool (B, length + S), True = padding, on either side."""
+        positions_BS = token_positions(num_new, self._length, padding_BK, device)
+        return positions_BS, attention_mask(num_new, self._length, padding_BK, device)
+
+    def attend(self, layer: int, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None) -> Tensor:
+        """Keep the new keys and values, and attend to all so far."""
+        k_BHKD, v_BHKD = self.update(layer, k_BHSD, v_BHSD)
+        return attend(q_BHSD, k_BHKD, v_BHKD, mask)
 
     def update(self, layer: int, k_BHSD: Tensor, v_BHSD: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new keys and values of one layer into the next slots; return views of all so far.

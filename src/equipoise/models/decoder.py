@@ -18,7 +18,8 @@ from torch.nn import functional as F  # noqa: N812 - the name that torch's own d
 from torch.utils.checkpoint import checkpoint
 
 from equipoise.layer import FeedForward, MoE
-from equipoise.models.attention import Attention, Rotary, attention_mask, rotary_tables, token_positions
+from equipoise.models.attend import attention_mask, token_positions
+from equipoise.models.attention import Attention, Rotary, rotary_tables
 from equipoise.models.cache import KVCache
 from equipoise.models.config import DecoderConfig, MoEConfig, parameter_counts
 from equipoise.types import BatchScope
@@ -31,7 +32,7 @@ class BatchView:
     """What every block of one forward shares: the new tokens, where they stand and what they may see.
 
     positions_BS: int64 (B or 1, S), of the new tokens. rotary: their tables; None with learned positions.
-    mask: what they may see; None where causal attention says it all.
+    mask: what they may see; None where causal attention or the cache says it all.
     padding_BS: True = padding, among the new tokens. cache: holds the keys and values of earlier tokens.
     """
 
@@ -111,12 +112,14 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         padding_mask: Tensor | None = None,
         scope: BatchScope | None = None,
+        logits_at: Tensor | None = None,
     ) -> Tensor:
         """Logits for the token after each of the S new tokens: (B, S, V).
 
         tokens_BS: int64 (B, S), the tokens after those in the cache. padding_mask: bool (B, cache.length + S),
         True = padding, on either side; it covers the cached tokens too. scope: what balancing losses know of the
-        global batch. Outputs at padding are meaningless but finite.
+        global batch. Outputs at padding are meaningless but finite. logits_at: int64 (N,), which of the B * S tokens
+        in a row to give logits for, (N, V); None is all.
         Raises ValueError for tokens of a wrong dtype, shape or (on the CPU) range, for more than max_seq_len tokens,
         and for a padding mask of a wrong shape or dtype.
         """
@@ -131,6 +134,8 @@ class Decoder(nn.Module):
             moe_index += is_moe
         if cache is not None:
             cache.advance(tokens_BS.shape[1])
+        if logits_at is not None:
+            return self._logits(self.norm(x_BSD.flatten(0, 1)[logits_at]))
         return self._logits(self.norm(x_BSD))
 
     def _logits(self, x_BSD: Tensor) -> Tensor:
@@ -140,15 +145,17 @@ class Decoder(nn.Module):
         return logits_BSV
 
     def _view(self, tokens_BS: Tensor, padding_BK: Tensor | None, cache: KVCache | None) -> BatchView:
-        num_past = 0 if cache is None else cache.length
-        _check_inputs(self.config, tokens_BS, padding_BK, num_past)
+        _check_inputs(self.config, tokens_BS, padding_BK, cache)
         length, device = tokens_BS.shape[1], tokens_BS.device
-        positions_BS = token_positions(length, num_past, padding_BK, device)
+        if cache is None:
+            positions_BS = token_positions(length, 0, padding_BK, device)
+            mask = attention_mask(length, 0, padding_BK, device)
+        else:
+            positions_BS, mask = cache.place(length, padding_BK, device)
         rotary = None
         if self.config.style == "modern":
             rotary = rotary_tables(positions_BS, self.config.head_size, self.config.rope_theta)
-        mask = attention_mask(length, num_past, padding_BK, device)
-        padding_BS = None if padding_BK is None else padding_BK[:, num_past:]
+        padding_BS = None if padding_BK is None else padding_BK[:, padding_BK.shape[1] - length :]
         return BatchView(tokens_BS, positions_BS, rotary, mask, padding_BS, cache)
 
     def init_weights(self) -> None:
@@ -232,17 +239,18 @@ def _moe(config: DecoderConfig, moe: MoEConfig, number: int) -> MoE:
     )
 
 
-def _check_inputs(config: DecoderConfig, tokens_BS: Tensor, padding_BK: Tensor | None, num_past: int) -> None:
+def _check_inputs(config: DecoderConfig, tokens_BS: Tensor, padding_BK: Tensor | None, cache: KVCache | None) -> None:
     if tokens_BS.dtype not in (torch.int64, torch.int32) or tokens_BS.dim() != 2:
         raise ValueError(
             f"tokens_BS: expected int64 tokens of shape (batch, sequence), got {tokens_BS.dtype} of shape "
             f"{tuple(tokens_BS.shape)}. Pass token ids, not embeddings or logits; one sequence needs tokens[None]."
         )
-    batch, total = tokens_BS.shape[0], num_past + tokens_BS.shape[1]
+    batch, num_new = tokens_BS.shape
+    total = num_new if cache is None else cache.longest(num_new)
     if total > config.max_seq_len:
         raise ValueError(
             f"tokens_BS: expected at most max_seq_len={config.max_seq_len} tokens per sequence, got {total} "
-            f"({num_past} of them cached). Shorten the sequence, or build the model with max_seq_len >= {total}."
+            f"({total - num_new} of them cached). Shorten the sequence, or build the model with max_seq_len >= {total}."
         )
     if padding_BK is not None and (padding_BK.dtype != torch.bool or padding_BK.shape != (batch, total)):
         raise ValueError(

@@ -38,6 +38,7 @@ from equipoise.train.interference import interference
 from equipoise.train.optim import build_optimizer, learning_rate
 from equipoise.train.repair import Repairs
 from equipoise.train.report import sentence
+from equipoise.train.self_contained import keep_with_run
 from equipoise.train.specialisation import Specialisation, check_domains, route_text, specialisation
 from equipoise.train.state import restore_run, run_state
 from equipoise.train.step import gradients, split
@@ -77,6 +78,7 @@ class Trainer:
         if config.specialisation:
             check_domains(data.val, config.batch_size, config.data.seq_len, config.eval_batches)
         self.store = _open_store(config, out, resume)
+        keep_with_run(out, config, data)
         per_flush = config.watch_every * config.batch_size * config.data.seq_len
         self.watch = Watch(self.model, every=config.watch_every, rules=(CountRule(per_flush),), sinks=(self.store,))
         self.faults = FaultDesk(out, self.model, self.show_text, self.watch.recorder) if config.accept_faults else None

@@ -1,113 +1,19 @@
-"""Byte-pair tokenizers that need no network: trained on the corpus, or GPT-2's from local files.
-
-`tokenizers` learns the merges, `tiktoken` applies them (about ten times faster). No chat templates, no special tokens
-but the one that ends a document.
-"""
+"""Where tokenizers come from, without a network: trained on the corpus, or GPT-2's from local files."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, final
 
-import numpy as np
-import tiktoken
-
-from equipoise.disk.atomic import atomic_write
+from equipoise.models.tokenizer import Tokenizer, TokenizerError
 from equipoise.train.corpus import Corpus
 from equipoise.train.sources import DataError, package_folder
 
-EOT = "<|endoftext|>"
-FILE_NAME = "byte_pairs.json"
-_FORMAT = "equipoise byte pairs 1"
-# How GPT-2 cuts text before merging: contractions, words, numbers, signs, white space (Radford et al. 2019, released
-# encoder). Byte-level `tokenizers` cut the same way, so one pattern serves both.
-_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # The released files. A file with another hash is another tokenizer, whatever its name.
 _ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 _MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 _MIN_VOCAB = 257  # every byte, and the end of a document
-
-
-@final
-class Tokenizer:
-    """Bytes to ids and back. Ids of byte pairs come first, in the order of their merges; the last id is `eot_id`.
-
-    name: for people. ranks: the id of each byte string; ids 0 to len(ranks) - 1, a lower id is merged first.
-    """
-
-    def __init__(self, name: str, ranks: Mapping[bytes, int]) -> None:
-        if sorted(ranks.values()) != list(range(len(ranks))) or not {bytes([b]) for b in range(256)} <= ranks.keys():
-            raise DataError(f"tokenizer '{name}': the ids must be 0..{len(ranks) - 1}, each once, and cover all bytes.")
-        self.name = name
-        self._ranks = dict(ranks)
-        self._encoding = tiktoken.Encoding(
-            name, pat_str=_PATTERN, mergeable_ranks=self._ranks, special_tokens={EOT: len(ranks)}
-        )
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of ids, `eot_id` included. Not padded."""
-        return len(self._ranks) + 1
-
-    @property
-    def eot_id(self) -> int:
-        """The id that ends each document. No text encodes to it."""
-        return len(self._ranks)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """uint16 where all ids fit, else uint32."""
-        return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hex sha256 over the ids of all byte strings, and the pattern. The name is not in it."""
-        return hashlib.sha256(json.dumps([_FORMAT, _PATTERN, self._tokens()]).encode()).hexdigest()
-
-    def encode(self, text: str) -> np.ndarray:
-        """Ids (N,) of `dtype`. `<|endoftext|>` in the text is encoded as the letters it is made of."""
-        return np.array(self._encoding.encode_ordinary(text), dtype=self.dtype)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids. Bytes that are no UTF-8 become U+FFFD. Raises DataError for an id out of range."""
-        numbers = [int(i) for i in ids]
-        if wrong := [i for i in numbers if not 0 <= i < self.vocab_size]:
-            raise DataError(f"token id {wrong[0]} is not in [0, {self.vocab_size}) of tokenizer '{self.name}'.")
-        return self._encoding.decode(numbers)
-
-    def save(self, folder: Path) -> Path:
-        """Write `byte_pairs.json` into `folder`, atomically. Returns its path."""
-        record = {"format": _FORMAT, "name": self.name, "fingerprint": self.fingerprint, "tokens": self._tokens()}
-        path = folder / FILE_NAME
-        with atomic_write(path) as file:
-            file.write(json.dumps(record).encode())
-        return path
-
-    @classmethod
-    def load(cls, folder: Path) -> Tokenizer:
-        """Read what `save` has written. Raises DataError when it is missing, damaged or of another format."""
-        path = folder / FILE_NAME
-        if not path.is_file():
-            raise DataError(f"no tokenizer at {path}. Pass the folder that Tokenizer.save was given.")
-        try:
-            record = json.loads(path.read_bytes())
-            tokens = [base64.b64decode(token, validate=True) for token in record["tokens"]]
-            loaded = cls(record["name"], {token: rank for rank, token in enumerate(tokens)})
-            intact = record["format"] == _FORMAT and record["fingerprint"] == loaded.fingerprint
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} is damaged ({error!r}). Restore it from the run that wrote it.") from error
-        if not intact:
-            raise DataError(f"{path} does not match its own fingerprint or format '{_FORMAT}'. Restore it.")
-        return loaded
-
-    def _tokens(self) -> list[str]:
-        by_rank = sorted(self._ranks, key=self._ranks.__getitem__)
-        return [base64.b64encode(token).decode() for token in by_rank]
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, name: str = "bpe") -> Tokenizer:
@@ -140,7 +46,7 @@ def corpus_bpe(corpus: Corpus, vocab_size: int, cache_dir: Path) -> Tokenizer:
     folder = cache_dir / f"bpe-{vocab_size}-{corpus.fingerprint[:16]}"
     try:
         return Tokenizer.load(folder)
-    except DataError:
+    except TokenizerError:
         trained = train_bpe((d.text for d in corpus.documents), vocab_size, f"{corpus.name}-bpe-{vocab_size}")
         trained.save(folder)
         return trained

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from equipoise.disk.atomic import atomic_write
+from equipoise.models.tokenizer import Tokenizer
 from equipoise.train.corpus import Corpus, Document
 from equipoise.train.sources import DataError
-from equipoise.train.tokenizer import Tokenizer
 
 _FORMAT = "equipoise tokens 1"
 _SPLITS: tuple[Literal["train"], Literal["val"]] = ("train", "val")
