@@ -1,0 +1,241 @@
+"""The thread that owns the engine, and how others reach it: submit, cancel, drain, and call between two steps.
+
+Answers go to asyncio queues, all pieces of a step in one hand-over. What a request asks for is checked before it gets
+here; the engine thread only computes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from equipoise.serve.engine import Backend, OverloadedError
+from equipoise.serve.request import FinishReason, Output, Request
+
+T = TypeVar("T")
+
+
+class DrainingError(RuntimeError):
+    """The server is on its way out and takes no new requests."""
+
+
+class StoppedError(RuntimeError):
+    """The engine's thread has ended."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """num_steps: so far. seconds: since the last step ended, while there is work; 0 without work. error: the thread has
+    ended with it."""
+
+    num_steps: int
+    seconds: float
+    num_open: int
+    error: str
+
+
+class _Listener:
+    """Where the pieces of one answer go."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.queue: asyncio.Queue[Output] = asyncio.Queue()
+
+
+class EngineLoop:
+    """Start it, submit from any number of asyncio tasks, stop it.
+
+    running: a context for each step, in which nobody else may change the model. max_open: requests at a time; more are
+    refused.
+    """
+
+    def __init__(
+        self,
+        engine: Backend,
+        *,
+        running: Callable[[], AbstractContextManager[object]] = nullcontext,
+        max_open: int = 1024,
+    ) -> None:
+        self.engine = engine
+        self._running, self._max_open = running, max_open
+        self._condition = threading.Condition()
+        self._inbox: list[Callable[[], None]] = []
+        self._listeners: dict[str, _Listener] = {}
+        self._draining = self._stopping = False
+        self._error = ""
+        self._num_steps = 0
+        self._last_progress = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    # ------------------------------------------------------------------------------------------------- others' side
+
+    async def stream(self, request: Request) -> AsyncIterator[Output]:
+        """The pieces of the answer; the last one has `finish`. Leaving early cancels the request.
+
+        Raises RequestError, OverloadedError, DrainingError or StoppedError instead of a first piece.
+        """
+        listener = _Listener(asyncio.get_running_loop())
+        added = self._submit(request, listener)
+        try:
+            await asyncio.wrap_future(added)
+            while True:
+                output = await listener.queue.get()
+                yield output
+                if output.finish is not None:
+                    return
+        finally:
+            self._close(request.id)
+
+    def _submit(self, request: Request, listener: _Listener) -> Future[None]:
+        with self._condition:
+            if self._error or self._stopping:
+                raise StoppedError(self._error or "the engine has been stopped")
+            if self._draining:
+                raise DrainingError("the server is shutting down and takes no new requests")
+            if len(self._listeners) >= self._max_open:
+                raise OverloadedError(f"{len(self._listeners)} requests are open already")
+            self._listeners[request.id] = listener
+            return self._post(lambda: self.engine.add(request))
+
+    def _close(self, id: str) -> None:
+        """Nobody waits for this answer any more."""
+        with self._condition:
+            if self._listeners.pop(id, None) is not None and not self._stopping and not self._error:
+                self._post(lambda: self.cancel(id))
+            self._condition.notify_all()
+
+    def between_steps(self, function: Callable[[], T]) -> Future[T]:
+        """Have the engine's thread call it before its next step."""
+        with self._condition:
+            if self._error or self._stopping:
+                raise StoppedError(self._error or "the engine has been stopped")
+            return self._post(function)
+
+    def cancel(self, id: str, reason: FinishReason = "cancelled") -> None:
+        """In the engine's thread: end a request."""
+        self._hand_over(self.engine.cancel(id, reason))
+
+    def progress(self) -> Progress:
+        """Whether it moves."""
+        with self._condition:
+            idle = not self._listeners
+            seconds = 0.0 if idle else time.monotonic() - self._last_progress
+            return Progress(self._num_steps, seconds, len(self._listeners), self._error)
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take no new requests, and wait for those that are open. Whether all ended in time."""
+        with self._condition:
+            self._draining = True
+            return self._condition.wait_for(lambda: not self._listeners or bool(self._error), timeout_s)
+
+    @property
+    def draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._draining
+
+    def resume(self) -> None:
+        """Take requests again."""
+        with self._condition:
+            self._draining = False
+
+    def stop(self) -> None:
+        """End the thread after its step. What is open is told that it was cancelled."""
+        with self._condition:
+            self._stopping = True
+            self._condition.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _post(self, function: Callable[[], T]) -> Future[T]:
+        """Under the lock: to the inbox of the engine's thread."""
+        future: Future[T] = Future()
+
+        def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except BaseException as error:  # it belongs to whoever asked
+                future.set_exception(error)
+
+        if not self._inbox and not self._listeners:
+            self._last_progress = time.monotonic()  # it was idle until now
+        self._inbox.append(call)
+        self._condition.notify_all()
+        return future
+
+    # ------------------------------------------------------------------------------------------------- engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+            self._end_all("cancelled", "the server has stopped")
+        except BaseException as error:  # nothing may leave those who wait without an answer
+            with self._condition:
+                self._error = f"{type(error).__name__}: {error}"
+            self._end_all("failed", self._error)
+
+    def _turn(self) -> bool:
+        """What was posted, then one step. False when it is time to end."""
+        with self._condition:
+            while not (self._inbox or self._stopping or self.engine.has_work):
+                self._condition.wait()
+            if self._stopping:
+                return False
+            inbox, self._inbox = self._inbox, []
+        for call in inbox:
+            call()
+        if self.engine.has_work:
+            with self._running():
+                outputs = self.engine.step()
+            self._hand_over(outputs)
+        with self._condition:
+            self._num_steps += 1
+            self._last_progress = time.monotonic()
+        return True
+
+    def _hand_over(self, outputs: list[Output]) -> None:
+        """All pieces to their listeners, with one call per asyncio loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue[Output], Output]]] = {}
+        with self._condition:
+            for output in outputs:
+                listener = self._listeners.get(output.id)
+                if listener is None:
+                    continue
+                by_loop.setdefault(listener.loop, []).append((listener.queue, output))
+                if output.finish is not None:
+                    del self._listeners[output.id]
+                    self._condition.notify_all()
+        for loop, pieces in by_loop.items():
+            _call(loop, _deliver, pieces)
+
+    def _end_all(self, reason: FinishReason, error: str) -> None:
+        with self._condition:
+            self._stopping = True
+            ids, inbox, self._inbox = list(self._listeners), self._inbox, []
+        for call in inbox:
+            call()  # whoever waits for it must not wait for ever; requests are ended below
+        self._hand_over([Output(id, finish=reason, error=error) for id in ids])
+
+
+def _deliver(pieces: list[tuple[asyncio.Queue[Output], Output]]) -> None:
+    for queue, output in pieces:
+        queue.put_nowait(output)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *args: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(function, *args)
+    except RuntimeError:  # that loop is closed: its listeners are gone too
+        return

@@ -1,0 +1,171 @@
+"""Keys and values in fixed blocks, and one forward over pieces of many sequences in a single row of tokens.
+
+`PagedKV` is the memory; `Ragged` is what one forward sees of it. Which block belongs to whom is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from equipoise.models.attend import attend, attention_mask
+from equipoise.models.config import DecoderConfig
+
+
+class PagedKV:
+    """Keys and values of num_blocks * block_size tokens: (L, slots, H, D) each; slot = block * block_size + offset."""
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (config.num_layers, num_blocks * block_size, config.kv_heads, config.head_size)
+        self.keys_LSHD = torch.zeros(shape, dtype=dtype, device=device)
+        self.values_LSHD = torch.zeros(shape, dtype=dtype, device=device)
+        self.block_size = block_size
+
+    @staticmethod
+    def bytes_per_block(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
+        """Memory of one block in all layers."""
+        return 2 * config.num_layers * block_size * config.kv_heads * config.head_size * dtype.itemsize
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Put zeros: what is not finite must not stay, as a masked NaN is still NaN in a sum."""
+        for block in blocks:
+            slots = slice(block * self.block_size, (block + 1) * self.block_size)
+            self.keys_LSHD[:, slots] = 0
+            self.values_LSHD[:, slots] = 0
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens of one sequence in this forward: from position `start` on, so many. blocks: of all its tokens so far."""
+
+    blocks: Sequence[int]
+    start: int
+    num_tokens: int
+
+    @property
+    def end(self) -> int:
+        """Tokens of the sequence after this forward."""
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class _Chunk:
+    """A piece of a prompt. rows: its tokens in the row. slots_K: of all that it may see; None where that is itself."""
+
+    rows: slice
+    slots_K: Tensor | None
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Decoding:
+    """Sequences of similar length with one new token each. rows_B: in the row. visible_B11K: what is theirs."""
+
+    rows_B: Tensor
+    blocks_BM: Tensor
+    visible_B11K: Tensor
+
+
+class Ragged:
+    """A `KVCache` for one forward over spans of many sequences, one after the other in a row of tokens (1, T)."""
+
+    def __init__(self, kv: PagedKV, spans: Sequence[Span]) -> None:
+        self._kv = kv
+        self._longest = max((span.end for span in spans), default=0)
+        positions: list[int] = []
+        slots: list[int] = []
+        self._chunks: list[_Chunk] = []
+        single: list[tuple[int, Span]] = []
+        for span in spans:
+            row = len(positions)
+            positions += range(span.start, span.end)
+            slots += _slots(span, kv.block_size, span.start)
+            if span.num_tokens == 1:
+                single.append((row, span))
+            else:
+                self._chunks.append(self._chunk(row, span))
+        self._positions_1T = torch.tensor([positions], device=kv.keys_LSHD.device)
+        self._slots_T = torch.tensor(slots, device=kv.keys_LSHD.device)
+        self._decoding = [self._group(group) for group in _by_length(single, kv.block_size)]
+
+    def longest(self, num_new: int) -> int:
+        """Tokens of the longest sequence."""
+        return self._longest
+
+    def place(self, num_new: int, padding_BK: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Positions; there is no one mask. Raises ValueError for other tokens than those of the spans."""
+        if padding_BK is not None or num_new != self._positions_1T.shape[1]:
+            raise ValueError(
+                f"Ragged: expected the {self._positions_1T.shape[1]} tokens of its spans without padding, got {num_new}"
+            )
+        return self._positions_1T, None
+
+    def attend(self, layer: int, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None) -> Tensor:
+        """Keep the new keys and values, then let each span see what is its own."""
+        keys_SHD, values_SHD = self._kv.keys_LSHD[layer], self._kv.values_LSHD[layer]
+        keys_SHD[self._slots_T] = k_BHSD[0].transpose(0, 1)
+        values_SHD[self._slots_T] = v_BHSD[0].transpose(0, 1)
+        out_BHSD = torch.empty_like(q_BHSD)
+        for chunk in self._chunks:
+            if chunk.slots_K is None:
+                k, v = k_BHSD[:, :, chunk.rows], v_BHSD[:, :, chunk.rows]
+            else:
+                k, v = (all_SHD[chunk.slots_K].transpose(0, 1)[None] for all_SHD in (keys_SHD, values_SHD))
+            out_BHSD[:, :, chunk.rows] = attend(q_BHSD[:, :, chunk.rows], k, v, chunk.mask)
+        for group in self._decoding:
+            out_BHSD[0, :, group.rows_B] = self._decode(group, q_BHSD, keys_SHD, values_SHD)
+        return out_BHSD
+
+    def advance(self, num_tokens: int) -> None:
+        """Nothing to do: the spans were decided before."""
+
+    def _decode(self, group: _Decoding, q_BHSD: Tensor, keys_SHD: Tensor, values_SHD: Tensor) -> Tensor:
+        """(query heads, B, D). The query heads of a key/value head are its queries: no copy of keys for each."""
+        B = len(group.rows_B)
+        num_heads, kv_heads, D = q_BHSD.shape[1], keys_SHD.shape[1], keys_SHD.shape[2]
+        k, v = (
+            all_SHD.view(-1, self._kv.block_size, kv_heads, D)[group.blocks_BM].view(B, -1, kv_heads, D).transpose(1, 2)
+            for all_SHD in (keys_SHD, values_SHD)
+        )
+        q = q_BHSD[0, :, group.rows_B].transpose(0, 1).reshape(B, kv_heads, num_heads // kv_heads, D)
+        return attend(q, k, v, group.visible_B11K).reshape(B, num_heads, D).transpose(0, 1)
+
+    def _chunk(self, row: int, span: Span) -> _Chunk:
+        rows = slice(row, row + span.num_tokens)
+        if span.start == 0:
+            return _Chunk(rows, None, None)
+        device = self._kv.keys_LSHD.device
+        slots_K = torch.tensor(_slots(span, self._kv.block_size, 0), device=device)
+        return _Chunk(rows, slots_K, attention_mask(span.num_tokens, span.start, None, device))
+
+    def _group(self, group: Sequence[tuple[int, Span]]) -> _Decoding:
+        device, size = self._kv.keys_LSHD.device, self._kv.block_size
+        width = max(-(-span.end // size) for _, span in group)
+        blocks = [[*span.blocks[:width], *[0] * (width - len(span.blocks))] for _, span in group]
+        ends_B = torch.tensor([span.end for _, span in group], device=device)
+        visible_BK = torch.arange(width * size, device=device) < ends_B[:, None]
+        rows_B = torch.tensor([row for row, _ in group], device=device)
+        return _Decoding(rows_B, torch.tensor(blocks, device=device), visible_BK[:, None, None])
+
+
+def _slots(span: Span, block_size: int, first: int) -> list[int]:
+    """Slots of the positions from `first` to the end of the span."""
+    return [span.blocks[at // block_size] * block_size + at % block_size for at in range(first, span.end)]
+
+
+def _by_length(single: Sequence[tuple[int, Span]], block_size: int) -> list[list[tuple[int, Span]]]:
+    """Groups in which no sequence has more than twice the blocks of another: what is padded is less than half."""
+    groups: dict[int, list[tuple[int, Span]]] = {}
+    for row, span in single:
+        groups.setdefault((-(-span.end // block_size)).bit_length(), []).append((row, span))
+    return list(groups.values())
