@@ -42,7 +42,8 @@ class Patient:
     layers: its equipoise MoE layers by name. recent: the newest traffic. known_good: what can be gone back to.
     dense: stand-ins of layers without shared experts. reload: takes the name of a checkpoint, loads it into the model,
     verified, and returns what undoes that; None where there are no checkpoints. training: None when serving.
-    health: of the model before the repair, on held-out text; None without a canary. seed: of noise.
+    health: of the model before the repair, on held-out text; None without a canary. seed: of noise. on_change: called
+    when a repair has changed the model or was undone, before others may use it again.
     """
 
     model: nn.Module
@@ -54,6 +55,7 @@ class Patient:
     training: Training | None = None
     health: Health | None = None
     seed: int = 0
+    on_change: Callable[[], None] = lambda: None
 
     def layer(self, name: str) -> MoE:
         """The layer of that name. Raises ValueError for another, as for layers of other libraries."""

@@ -170,6 +170,7 @@ class Recovery:
         try:
             with self._gate.changing():
                 change = REPAIRS[kind].apply(patient, finding)
+                self.patient.on_change()
         except (ValueError, RuntimeError, OSError) as error:  # a repair that fails must not take the loop with it
             self._say(replace(action, state="failed", note=str(error)))
             return
@@ -248,6 +249,7 @@ class Recovery:
         """Put back what was before; what could not be, as the end of a sentence."""
         layer = self.patient.layers.get(trial.action.layer)
         with self._gate.changing():
+            self.patient.on_change()
             if trial.change is not None:
                 trial.change.undo()
                 return ""

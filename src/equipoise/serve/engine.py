@@ -38,6 +38,8 @@ class Backend(Protocol):
 
     def step(self) -> list[Output]: ...  # noqa: D102
 
+    def forget_cache(self) -> None: ...  # noqa: D102
+
     @property
     def has_work(self) -> bool: ...  # noqa: D102
 

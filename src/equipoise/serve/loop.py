@@ -67,7 +67,7 @@ class EngineLoop:
         self._condition = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._listeners: dict[str, _Listener] = {}
-        self._draining = self._stopping = False
+        self._draining = self._stopping = self._stale = False
         self._error = ""
         self._num_steps = 0
         self._last_progress = time.monotonic()
@@ -124,6 +124,11 @@ class EngineLoop:
     def cancel(self, id: str, reason: FinishReason = "cancelled") -> None:
         """In the engine's thread: end a request."""
         self._hand_over(self.engine.cancel(id, reason))
+
+    def forget_cache(self) -> None:
+        """What was computed so far is computed anew before the next step; call it where the model is changed, while
+        no step can run."""
+        self._stale = True
 
     def progress(self) -> Progress:
         """Whether it moves."""
@@ -198,6 +203,9 @@ class EngineLoop:
             call()
         if self.engine.has_work:
             with self._running():
+                if self._stale:
+                    self._stale = False
+                    self.engine.forget_cache()
                 outputs = self.engine.step()
             self._hand_over(outputs)
         with self._condition:

@@ -107,3 +107,6 @@ class SlowEngine:
             return []
         request = self._waiting.pop(next(iter(self._waiting)))
         return [answer(self.model, self.tokenizer, request)]
+
+    def forget_cache(self) -> None:
+        """There is none."""
