@@ -19,5 +19,5 @@ def rules_of(profile: Profile, baselines: Mapping[str, Baseline] | None = None) 
     if profile == "relative":
         return (CollapseDetector(), DropRule(), LogitRule(baselines=known), LoadDriftRule(known))
     if profile == "absolute":
-        return (AbsoluteRule(baselines=known), DropRule(z=0.0, min_dropped=1))
+        return (AbsoluteRule(baselines=known), DropRule(false_alarms=None, min_dropped=1))
     raise ValueError(f"profile: expected relative or absolute, got {profile!r}")
