@@ -1,6 +1,7 @@
 """The watch: windows, alerts and sinks, from live layers; and a model that does not notice."""
 
 import json
+import threading
 from dataclasses import replace
 from math import nan
 
@@ -13,6 +14,7 @@ from equipoise.monitor.baseline import baselines_of
 from equipoise.monitor.detectors import CollapseDetector
 from equipoise.monitor.profiles import rules_of
 from equipoise.monitor.rules import LogitRule
+from equipoise.monitor.sinks.background import Background
 from equipoise.monitor.watch import Watch, watch
 from equipoise.routing import TopK
 from equipoise.types import Action, Finding
@@ -235,6 +237,68 @@ def test_the_absolute_profile_alarms_on_a_healthy_model():
     assert "utilisation_low" in {alert.finding.rule for alert in observer.flush(2)}
     with pytest.raises(ValueError, match="profile: expected relative or absolute"):
         Watch(model, profile="strict")
+
+
+class Refusing(Notebook):
+    """A sink that takes nothing."""
+
+    def routing(self, window):
+        raise OSError("no room left")
+
+    alert = routing
+
+
+def test_a_sink_that_raises_behind_a_queue_is_not_noticed_and_the_others_are_told(model):
+    book, queue = Notebook(), Background(Refusing())
+    prefer(model.second, expert=5)
+    with Watch(model, every=1, sinks=[queue, book]) as observer:
+        for step in (1, 2, 3):
+            model(inputs())
+            observer.step(step)
+        assert [alert.key for alert in observer.alerts] == ["second:collapse"]
+    assert queue.close(20)
+    assert (queue.state.errors, queue.state.last_error) == (4, "OSError: no room left")
+    assert ("alert", "second:collapse", "firing", 2) in book.pages
+
+
+def test_the_error_of_a_bare_sink_is_raised_when_all_have_been_told(model):
+    """It is the loop's own, a store that can't write for one; the watch is whole and goes on if the loop does."""
+    book = Notebook()
+    prefer(model.second, expert=5)
+    with Watch(model, every=1, sinks=[Refusing(), book]) as observer:
+        for step in (1, 2, 3):
+            model(inputs())
+            with pytest.raises(OSError, match="no room left"):
+                observer.step(step)
+        assert [alert.key for alert in observer.alerts] == ["second:collapse"]
+    assert [page for page in book.pages if page[0] == "alert"] == [("alert", "second:collapse", "firing", 2)]
+    assert [page[-1] for page in book.pages if page[0] == "routing"] == [1, 2, 3]
+
+
+def test_a_sink_that_hangs_behind_a_queue_holds_up_no_step(model):
+    """The sink has the first window and keeps it; all steps are done before it lets go."""
+
+    class Hanging(Notebook):
+        def __init__(self):
+            super().__init__()
+            self.there, self.gate = threading.Event(), threading.Event()
+
+        def routing(self, window):
+            self.there.set()
+            assert self.gate.wait(20)
+            super().routing(window)
+
+    sink = Hanging()
+    queue = Background(sink)
+    with Watch(model, every=1, sinks=[queue]) as observer:
+        for step in range(1, 6):
+            model(inputs())
+            observer.step(step)
+            assert sink.there.wait(20)
+        assert sink.pages == []
+    sink.gate.set()
+    assert queue.close(20)
+    assert [page[-1] for page in sink.pages] == [1, 2, 3, 4, 5]
 
 
 # ------------------------------------------------------------------------------------------------------ baselines

@@ -26,8 +26,9 @@ class Watch:
     single tokens are decoded, those of the flushes before it too, as far back as it takes, at most window_s seconds.
     profile: which rules judge: "relative" or "absolute" (see `rules_of`), which judges the whole window; None for none.
     rules: more rules, pure functions from a window to findings. `use_baselines` says what is normal.
-    sinks: get each flush and each change of an alert. reduce: sums a tensor over data-parallel ranks in place; None on
-    one rank. clock: seconds.
+    sinks: get each flush and each change of an alert, in the loop: the error of one is raised after all have been told.
+    Behind a `Background` a sink may hang or raise as it likes, the loop does not notice.
+    reduce: sums a tensor over data-parallel ranks in place; None on one rank. clock: seconds.
     Use it as a context manager, or call `detach` when done.
     """
 
@@ -76,11 +77,21 @@ class Watch:
         ]
         unjudged = set() if self._literal else layers_without_opinion(judged)
         changed = self._book.observe(step, findings, unjudged=unjudged)
-        for sink in self._sinks:
-            sink.routing(self._window)
-            for alert in changed:
-                sink.alert(alert)
+        self._tell(changed)
         return changed
+
+    def _tell(self, changed: Sequence[Alert]) -> None:
+        """Hand window and alerts to all sinks; one that raises keeps them from none of the others."""
+        failed: list[Exception] = []
+        for sink in self._sinks:
+            try:
+                sink.routing(self._window)
+                for alert in changed:
+                    sink.alert(alert)
+            except Exception as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
 
     def _judged(self, step: int, sums: Mapping[str, RoutingSums]) -> list[RoutingStats]:
         """What the rules look at: per layer this flush, or as many more as are needed."""
