@@ -101,6 +101,15 @@ def test_detection_benchmark_notices_every_strong_fault_and_shows_where_that_end
         assert row["windows with a finding"] == 0
 
 
+def test_learning_benchmark_compares_a_run_with_its_records():
+    (table,) = run_benchmark("learning")["tables"]
+    [row] = table["rows"]
+    assert row["flushes compared"] == 9 + 3  # of steps 55 to 95 and 105 to 115
+    assert row["largest PSI"] > 0
+    assert row["largest growth of std"] > 1
+    assert row["records"] == 3
+
+
 def test_memory_benchmark_finds_that_recomputing_keeps_less():
     (table,) = run_benchmark("memory")["tables"]
     for row in table["rows"]:

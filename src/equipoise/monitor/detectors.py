@@ -28,7 +28,7 @@ class CollapseDetector:
 
     false_alarms: the probability per window, for all layers and experts together, that chance alone makes a fair router
     a collapse; a bound, see chance.py. With 100 assignments per expert the other thresholds alone keep far more: by the
-    exact binomial below 1e-12 per layer, and 1.2e-31 per expert for dead ones. With fewer, this is what counts.
+    exact binomial below 1e-12 per layer, and 1.2e-30 per expert for dead ones. With fewer, this is what counts.
     min_expected: mu, the assignments per expert to be expected in the window; with fewer there is no opinion.
     hot_excess: how far from its fair share K/E towards all tokens the busiest expert may be, in (0, 1).
     hot_load: and at least this load relative to fair. Without it K close to E, where an expert that takes every
