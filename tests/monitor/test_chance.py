@@ -132,7 +132,7 @@ def test_what_a_capacity_loses_comes_in_clumps_which_no_such_rate_covers():
 # ------------------------------------------------------------------------------------------------- what it costs
 
 
-def test_with_enough_assignments_the_limit_is_that_of_a_small_model():
+def test_with_enough_assignments_the_limit_is_that_of_a_layer_alone():
     """128 layers of E experts at 100 assignments each: what chance explains stays below halfway to all tokens."""
     detect = CollapseDetector()
     for num_experts in (2, 4, 8, 16, 64, 256, 512):
@@ -141,8 +141,9 @@ def test_with_enough_assignments_the_limit_is_that_of_a_small_model():
             nats = needed_nats(128 * (num_experts + 1), FALSE_ALARMS)
             halfway = max(fair + 0.5 * (1 - fair), 1.5 * fair)
             assert highest_share(fair, num_tokens, nats) < halfway or halfway >= 1
-            even = record(np.full(num_experts, 100), num_tokens, 0)
-            assert detect.token_share_limit(even, nats) == pytest.approx(halfway, rel=0.01)
+            if halfway < 1:
+                even = record(np.full(num_experts, 100), num_tokens, 0)
+                assert detect.token_share_limit(even, nats) == detect.token_share_limit(even)
 
 
 def test_one_collapsed_layer_of_61_with_256_experts_is_found_at_once_and_no_other():

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from equipoise.monitor.chance import FALSE_ALARMS, check_rate, highest_share, needed_nats, uneven_nats
+from equipoise.monitor.stats import max_violation_floor
 from equipoise.types import Finding, RoutingStats
 
 MIN_EXPECTED = 100.0  # assignments per expert, with fewer there is no opinion
@@ -64,11 +65,13 @@ class CollapseDetector:
     def token_share_limit(self, stats: RoutingStats, nats: float = 0.0) -> float:
         """The share of tokens above which the busiest expert counts as collapse. Above 1 (never) for K near E.
 
-        Halfway from the fair share K/E to all tokens, at least `hot_load` fair shares, and no less than what chance
-        brings a fair router to. nats: how rarely, see `needed_nats`.
+        Halfway from the fair share K/E to all tokens, at least `hot_load` fair shares, plus what the busiest expert of
+        a fair layer has by chance: sqrt(2 ln E / mu) fair shares, times sqrt(1 - K/E) as an expert gets a token at most
+        once. And no less than what chance explains for all layers and experts. nats: how rarely, see `needed_nats`.
         """
         fair = fair_token_share(stats)
-        limit = max(fair + self.hot_excess * (1.0 - fair), self.hot_load * fair)
+        floor = max_violation_floor(stats.num_experts, expected_per_expert(stats)) * math.sqrt(max(0.0, 1.0 - fair))
+        limit = max(fair + self.hot_excess * (1.0 - fair), self.hot_load * fair) + fair * floor
         return max(limit, highest_share(fair, stats.num_tokens, nats))
 
     def _collapse(self, stats: RoutingStats, nats: float) -> Finding | None:

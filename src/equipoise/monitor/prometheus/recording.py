@@ -102,10 +102,13 @@ def _fair_share(window: str) -> str:
 
 
 def _collapse() -> dict[str, str]:
-    """The share of tokens above which an expert's is called collapse: `CollapseDetector.token_share_limit`.
-
-    Without what chance explains: with 100 assignments per expert, which the alert asks for, that is always less.
-    """
+    """The share of tokens above which an expert's is called collapse: `CollapseDetector.token_share_limit`."""
     fair = "run_layer:equipoise_fair_token_share:ratio"
     halfway, hot = f"({fair} + 0.5 * (1 - {fair}))", f"(1.5 * {fair})"
-    return {"run_layer:equipoise_max_token_share:limit": f"({halfway} >= {hot}) or {hot}"}
+    floor = (
+        f"{fair} * sqrt(2 * ln(run_layer:equipoise_layer_experts:max) "
+        f"/ run_layer:equipoise_judged_assignments:per_expert) * sqrt(clamp_min(1 - {fair}, 0))"
+    )
+    return {
+        "run_layer:equipoise_max_token_share:limit": f"(({halfway} >= {hot}) or {hot}) + {floor}",
+    }
