@@ -134,4 +134,4 @@ def delivering(alerts: Alerts, out: Path, reporter: Says) -> Iterator[Sequence[S
             if state.errors or not in_time or any(state.dropped.values()):
                 lost = sum(state.dropped.values())
                 why = f"; the last error: {state.last_error}" if state.last_error else ""
-                reporter.say(f"alerts: {state.handled} delivered, {state.errors} failed, {lost} dropped{why}")
+                reporter.say(f"alerts: {state.handled} records taken, {state.errors} failed, {lost} dropped{why}")
