@@ -20,7 +20,6 @@ from benchmarks.chaos_faults import LAYER, NOBODY, POLICIES, SCENARIOS, Case, E,
 from equipoise.disk.checkpoint import latest_checkpoint, load_checkpoint
 from equipoise.models.decoder import Decoder
 from equipoise.monitor.incidents import repairs
-from equipoise.monitor.profiles import rules_of
 from equipoise.monitor.rules import CountRule
 from equipoise.monitor.watch import Watch
 from equipoise.recovery.actions import Patient
@@ -237,8 +236,8 @@ class _Server:
         self.peek = self.loader.next_batch()
         known_good = KnownGood(out)
         record = known_good.latest()
-        rules = (*rules_of("relative", record.baselines), CountRule(batch_size * seq_len))
-        self.watch = Watch(model, every=1, profile=None, rules=rules, sinks=(self.notes,))
+        self.watch = Watch(model, every=1, rules=(CountRule(batch_size * seq_len),), sinks=(self.notes,))
+        self.watch.use_baselines(record.baselines)
         dense = dense_from_state(layers, known_good.load(record))
         patient = Patient(
             model,

@@ -1,8 +1,10 @@
-"""How surely and soon a collapse is noticed, how often a healthy router is blamed: python -m benchmarks.detection
+"""How surely and soon faults of routers are noticed, how often healthy ones are blamed: python -m benchmarks.detection
 
 Real routers on synthetic traffic whose mix of domains drifts, broken by the fault injector, watched by
 the rules and the alert book that run in training. A window is what brings 100 assignments per expert: one flush for
-batches of training, many for decoded tokens. Both profiles judge the same traffic.
+batches of training, many for decoded tokens. Three watchers judge the same traffic: both profiles, and "relative" with
+baselines taken in health. Strong faults follow long health; weaker ones show where noticing ends. Last, whole models of
+fair layers, judged by chance alone.
 """
 
 from __future__ import annotations
@@ -13,108 +15,35 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
-import torch
 from rich.progress import track
-from torch import Tensor, nn
 
+from benchmarks.detection_family import MODELS, family_table
+from benchmarks.detection_traffic import BATCHES, SHAPES, STRONG, WEAKER, Fault, Setting, Traffic
 from benchmarks.report import Report, Table, add_output_arguments, announce, emit
-from equipoise import MoE, TopK
-from equipoise.faults import Collapse, inject
 from equipoise.monitor.alerts import AlertBook
+from equipoise.monitor.baseline import baselines_of
 from equipoise.monitor.detectors import MIN_EXPECTED, layers_without_opinion
-from equipoise.monitor.profiles import Profile, rules_of
-from equipoise.monitor.stats import RoutingSums, routing_stats
+from equipoise.monitor.profiles import rules_of
+from equipoise.monitor.stats import RoutingSums, merge, routing_stats
 from equipoise.monitor.window import TimeWindow
-from equipoise.routing import QuantileBalance
+from equipoise.types import Detector, RoutingStats
 
-DIM, DOMAINS, BOOK_WINDOWS = 32, 6, 3
+BOOK_WINDOWS, SETTLE, BASELINE_WINDOWS = 3, 3, 8  # windows
 LOWEST = 0.3  # of the logarithmic axis
-PROFILES: tuple[Profile, ...] = ("relative", "absolute")
-SHAPES = ((8, 1), (8, 2), (16, 2), (64, 2), (64, 8), (128, 8), (256, 8))
-BATCHES = ("training", "decode")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """num_tokens: per flush. flushes: per window."""
-
-    num_experts: int
-    top_k: int
-    batch: str
-
-    @property
-    def num_tokens(self) -> int:
-        """A training batch brings 130 assignments per expert; a decode step has 256 sequences."""
-        return 256 if self.batch == "decode" else math.ceil(1.3 * MIN_EXPECTED * self.num_experts / self.top_k)
-
-    @property
-    def flushes(self) -> int:
-        """Flushes until each expert could expect MIN_EXPECTED assignments."""
-        return math.ceil(MIN_EXPECTED * self.num_experts / (self.num_tokens * self.top_k))
-
-
-class Traffic:
-    """Tokens of a few domains in a mix that wanders, routed by a router that was balanced on the mix it began with."""
-
-    def __init__(self, setting: Setting, seed: int) -> None:
-        torch.manual_seed(seed)
-        self.setting, self.generator = setting, torch.Generator().manual_seed(seed)
-        self.means_GD = torch.randn(DOMAINS, DIM, generator=self.generator)
-        self.mix_G = torch.zeros(DOMAINS)
-        router = TopK(k=setting.top_k)
-        self.model = nn.ModuleList([MoE(DIM, 4, setting.num_experts, router=router, balance=(QuantileBalance(),))])
-        self.layer = self.model[0]
-        assert isinstance(self.layer, MoE)
-        torch.nn.init.normal_(self.layer.router.weight, std=1 / math.sqrt(DIM))  # type: ignore[arg-type]
-        for _ in range(8):  # balanced as training would have left it
-            self.layer.balancer.observe(self._route(max(4096, 32 * setting.num_experts)))  # type: ignore[union-attr]
-            self.layer.balancer.update()  # type: ignore[union-attr]
-
-    def tokens(self, num_tokens: int) -> Tensor:
-        """The next tokens; the mix has moved on a little."""
-        step_G = 0.05 * torch.randn(DOMAINS, generator=self.generator) / math.sqrt(self.setting.flushes)
-        self.mix_G = (1 - 0.002 / self.setting.flushes) * self.mix_G + step_G
-        domains_T = torch.multinomial(self.mix_G.softmax(0), num_tokens, replacement=True, generator=self.generator)
-        noise_TD = torch.randn(num_tokens, DIM, generator=self.generator)
-        x_TD = 0.5 * self.means_GD[domains_T] + noise_TD
-        x_TD[:, 0] = 1.0  # as norms' biases make hidden states: a direction that all tokens share
-        return x_TD
-
-    def break_router(self) -> None:
-        """One expert becomes everybody's first choice."""
-        expert = int(torch.randint(self.setting.num_experts, (), generator=self.generator))
-        x_TD = self.tokens(256)
-        inject(self.model, Collapse("0", expert, intensity=20.0), lambda: self.model[0](x_TD))
-
-    def flush(self) -> RoutingSums:
-        """What a recorder would hand over after the next batch."""
-        decision = self._route(self.setting.num_tokens)
-        counts_E = np.bincount(decision.expert_ids_N.numpy(), minlength=self.setting.num_experts).astype(np.int64)
-        z = decision.logits_TE.double()
-        return RoutingSums(
-            num_tokens=decision.num_tokens,
-            counts_E=counts_E,
-            probs_sum_E=decision.probs_TE.double().sum(0).numpy(),
-            token_entropy_sum=float(torch.special.entr(decision.probs_TE).sum()),
-            logit_sum=float(z.sum()),
-            logit_sq_sum=float(z.square().sum()),
-            logsumexp_sum=float(z.logsumexp(-1).sum()),
-            dropped={},
-            losses={},
-        )
-
-    @torch.no_grad()
-    def _route(self, num_tokens: int):  # type: ignore[no-untyped-def]  # a RoutingDecision
-        return self.layer.router(self.tokens(num_tokens), self.layer.balancer.bias_E)
+Name = Literal["relative", "with baselines", "absolute"]
+WATCHERS: tuple[Name, ...] = ("relative", "with baselines", "absolute")
+COLOURS: dict[Name, str] = {"relative": "#20639b", "with baselines": "#3caea3", "absolute": "#c8321e"}
 
 
 @dataclass
 class Watcher:
-    """A profile's rules, window and alert book, as `equipoise.watch` has them."""
+    """The rules of a profile, window and alert book, as `equipoise.watch` has them."""
 
-    profile: Profile
+    name: Name
+    rules: tuple[Detector, ...]
     span: TimeWindow = field(default_factory=lambda: TimeWindow(1e9))
     book: AlertBook = field(default_factory=AlertBook)
     step: int = 0
@@ -125,15 +54,24 @@ class Watcher:
         self.span.add(float(self.step), {"0": sums})
         seen = self.span.recent(MIN_EXPECTED)
         judged = [routing_stats("0", self.step, seen["0"])]
-        findings = [finding for rule in rules_of(self.profile) for finding in rule(judged)]
-        unjudged = layers_without_opinion(judged) if self.profile == "relative" else set()
+        findings = [finding for rule in self.rules for finding in rule(judged)]
+        unjudged = set() if self.name == "absolute" else layers_without_opinion(judged)
         changed = self.book.observe(self.step, findings, unjudged=unjudged)
         return [alert.finding.rule for alert in changed if alert.state == "firing"]
 
 
+def watchers_of(healthy: list[RoutingStats]) -> dict[Name, Watcher]:
+    """One of each, the second with what is normal."""
+    return {
+        "relative": Watcher("relative", rules_of("relative")),
+        "with baselines": Watcher("with baselines", rules_of("relative", baselines_of(healthy))),
+        "absolute": Watcher("absolute", rules_of("absolute")),
+    }
+
+
 @dataclass
 class Tally:
-    """Of one setting and profile. delays: windows from the fault to the first alert after it; inf where none came."""
+    """Of one setting and watcher. delays: windows from the fault to the first alert after it; inf where none came."""
 
     delays: list[float] = field(default_factory=list)
     healthy_windows: float = 0.0
@@ -143,32 +81,43 @@ class Tally:
         """Share of the faults that were noticed within so many windows."""
         return sum(delay <= within for delay in self.delays) / max(len(self.delays), 1)
 
+    def add(self, other: Tally) -> None:
+        """Count another one's too."""
+        self.delays += other.delays
+        self.healthy_windows += other.healthy_windows
+        self.false_alarms += other.false_alarms
 
-def run_seed(setting: Setting, seed: int, healthy: int, tallies: dict[Profile, Tally]) -> None:
-    """One router: `healthy` windows in health, then the fault, then up to ten windows more."""
+
+Tallies = dict[Name, Tally]
+
+
+def run_seed(setting: Setting, fault: Fault, seed: int, healthy: int, tallies: Tallies) -> None:
+    """One router: what is normal, `healthy` windows in health, then the fault, and as many windows as it may take."""
     traffic = Traffic(setting, seed)
-    watchers = {profile: Watcher(profile) for profile in PROFILES}
+    normal = traffic.flush()
+    for _ in range(BASELINE_WINDOWS * setting.flushes - 1):
+        normal = merge(normal, traffic.flush())
+    watchers = watchers_of([routing_stats("0", 0, normal)])
     for _ in range(healthy * setting.flushes):
         sums = traffic.flush()
-        for profile, watcher in watchers.items():
-            tallies[profile].false_alarms.update(watcher.see(sums))
-    traffic.break_router()
-    waiting = set(PROFILES)
-    for flush in range(1, 10 * setting.flushes + 1):
+        for name, watcher in watchers.items():
+            tallies[name].false_alarms.update(watcher.see(sums))
+    injection = traffic.break_by(fault)
+    waiting = set(WATCHERS)
+    for flush in range(1, fault.windows * setting.flushes + 1):
+        injection.advance()
         sums = traffic.flush()
-        for profile in sorted(waiting):
-            if any(rule in NOTICED for rule in watchers[profile].see(sums)):
-                tallies[profile].delays.append(flush / setting.flushes)
-                waiting.discard(profile)
+        for name in sorted(waiting):
+            noticed = fault.noticed | ({"load_drift"} if name == "with baselines" else set())
+            if noticed & set(watchers[name].see(sums)):
+                tallies[name].delays.append(flush / setting.flushes)
+                waiting.discard(name)
         if not waiting:
             break
-    for profile in PROFILES:
-        tallies[profile].healthy_windows += healthy
-        if profile in waiting:
-            tallies[profile].delays.append(math.inf)
-
-
-NOTICED = {"collapse", "one_bin", "utilisation_high", "entropy"}  # what pages; a warning that is always there does not
+    for name in WATCHERS:
+        tallies[name].healthy_windows += healthy
+        if name in waiting:
+            tallies[name].delays.append(math.inf)
 
 
 def settings(smoke: bool) -> Iterator[Setting]:
@@ -178,28 +127,39 @@ def settings(smoke: bool) -> Iterator[Setting]:
             yield Setting(num_experts, top_k, batch)
 
 
-def measure(seeds: int, healthy: int, smoke: bool) -> dict[Setting, dict[Profile, Tally]]:
-    """All settings, with a progress bar on the terminal."""
-    results: dict[Setting, dict[Profile, Tally]] = {}
-    work = [(setting, seed) for setting in settings(smoke) for seed in range(seeds)]
-    for setting, seed in track(work, description="routers", disable=smoke):
-        windows = healthy if setting.batch == "training" else max(healthy // 8, 1)  # these take many flushes each
-        tallies = results.setdefault(setting, {profile: Tally() for profile in PROFILES})
-        run_seed(setting, seed, windows, tallies)
+@dataclass(frozen=True)
+class Amount:
+    """How much to measure. seeds, weak_seeds: routers per setting for the strong fault, and for each weaker one."""
+
+    seeds: int
+    weak_seeds: int
+    healthy: int
+    family_windows: int
+    smoke: bool
+
+
+def measure(amount: Amount) -> dict[str, dict[Setting, Tallies]]:
+    """By fault and setting, with a progress bar on the terminal."""
+    results: dict[str, dict[Setting, Tallies]] = {}
+    work = [(STRONG, setting, seed) for setting in settings(amount.smoke) for seed in range(amount.seeds)]
+    weaker = [(fault, setting) for fault in WEAKER for setting in settings(amount.smoke)]
+    work += [(fault, setting, seed) for fault, setting in weaker for seed in range(amount.weak_seeds)]
+    for fault, setting, seed in track(work, description="routers", disable=amount.smoke):
+        long = amount.healthy if setting.batch == "training" else max(amount.healthy // 8, 1)  # many flushes each
+        tallies = results.setdefault(fault.name, {}).setdefault(setting, {name: Tally() for name in WATCHERS})
+        run_seed(setting, fault, seed, long if fault is STRONG else min(SETTLE, long), tallies)
     return results
 
 
-def table_of(results: dict[Setting, dict[Profile, Tally]], profile: Profile) -> Table:
+# ------------------------------------------------------------------------------------------------- what came of it
+
+
+def table_of(results: dict[Setting, Tallies], name: Name) -> Table:
     """One row per setting, and one for all."""
     rows = []
-    total = Tally()
     for setting, tallies in results.items():
-        tally = tallies[profile]
-        rows.append((f"E={setting.num_experts} k={setting.top_k} {setting.batch}", *_cells(tally)))
-        total.delays += tally.delays
-        total.healthy_windows += tally.healthy_windows
-        total.false_alarms += tally.false_alarms
-    rows.append(("all", *_cells(total)))
+        rows.append((f"E={setting.num_experts} k={setting.top_k} {setting.batch}", *_cells(tallies[name])))
+    rows.append(("all", *_cells(_sum(results, name))))
     columns = (
         "router",
         "faults",
@@ -209,7 +169,35 @@ def table_of(results: dict[Setting, dict[Profile, Tally]], profile: Profile) -> 
         "false alarms",
         "which",
     )
-    return Table(f'profile="{profile}"', columns, tuple(rows))
+    return Table(f"{STRONG.name}, {name}", columns, tuple(rows))
+
+
+def faults_table(results: dict[str, dict[Setting, Tallies]]) -> Table:
+    """One row per fault: where noticing ends."""
+    rows = []
+    for fault in (STRONG, *WEAKER):
+        totals = [_sum(results[fault.name], name) for name in WATCHERS]
+        shares = [round(100 * total.caught(within), 1) for total in totals for within in (BOOK_WINDOWS, fault.windows)]
+        medians = [round(float(np.median(total.delays)), 2) for total in totals]
+        rows.append((fault.name, len(totals[0].delays), fault.windows, *shares, *medians))
+    columns = (
+        "fault",
+        "faults",
+        "windows",
+        *(f"{name}, {when} [%]" for name in WATCHERS for when in ("in 3 windows", "ever")),
+        *(f"{name}, windows, median" for name in WATCHERS),
+    )
+    note = (
+        "All settings together. A fault counts as noticed when an alert fires that says what it is; inf: most were not."
+    )
+    return Table("faults of all sizes", columns, tuple(rows), note)
+
+
+def _sum(results: dict[Setting, Tallies], name: Name) -> Tally:
+    total = Tally()
+    for tallies in results.values():
+        total.add(tallies[name])
+    return total
 
 
 def _cells(tally: Tally) -> tuple[str | float | int, ...]:
@@ -219,31 +207,43 @@ def _cells(tally: Tally) -> tuple[str | float | int, ...]:
     return len(tally.delays), caught, round(median, 2), int(tally.healthy_windows), tally.false_alarms.total(), which
 
 
-def draw(results: dict[Setting, dict[Profile, Tally]], path: Path) -> None:
-    """Share noticed against windows since the fault, and false alarms per healthy window, for both profiles."""
+def draw(results: dict[str, dict[Setting, Tallies]], path: Path) -> None:
+    """Share noticed against windows since the strong fault; by size of the fault; false alarms per healthy window."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(13, 4.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    for profile, colour in zip(PROFILES, ("#20639b", "#c8321e"), strict=True):
-        delays = np.sort([delay for tallies in results.values() for delay in tallies[profile].delays])
-        share = np.arange(1, len(delays) + 1) / len(delays) * 100
-        left.step(delays, share, where="post", color=colour, linewidth=2, label=profile)
-        false = sum(tallies[profile].false_alarms.total() for tallies in results.values())
-        windows = sum(tallies[profile].healthy_windows for tallies in results.values())
-        rate = 1e5 * false / max(windows, 1)
-        right.bar([profile], [rate], color=colour)  # none where there was none: the axis is logarithmic
-        right.annotate(f"{false:,} in {windows:,.0f}", (profile, max(rate, LOWEST)), ha="center", va="bottom")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+    sized = [fault.name for fault in (STRONG, *WEAKER) if fault.name.startswith("+")][::-1]
+    for name, colour in COLOURS.items():
+        strong = _sum(results[STRONG.name], name)
+        delays = np.sort(strong.delays)
+        left.step(delays, np.arange(1, len(delays) + 1) / len(delays) * 100, where="post", color=colour, label=name)
+        caught = [100 * _sum(results[fault], name).caught(STRONG.windows) for fault in sized]
+        middle.plot([fault.split()[0] for fault in sized], caught, color=colour, marker="o")
+        rate = 1e5 * strong.false_alarms.total() / max(strong.healthy_windows, 1)
+        right.bar([name], [rate], color=colour)  # none where there was none: the axis is logarithmic
+        text = f"{strong.false_alarms.total():,} in {strong.healthy_windows:,.0f}"
+        right.annotate(text, (name, max(rate, LOWEST)), ha="center", va="bottom", fontsize="small")
     left.axvline(BOOK_WINDOWS, color="#666666", linewidth=1, linestyle=":")
-    left.set(xlim=(0, 5), ylim=(0, 102), xlabel="windows since the router broke", ylabel="noticed, % of the faults")
+    left.set(xlim=(0, 5), ylim=(0, 102), xlabel="windows since +20 logits", ylabel="noticed, % of the faults")
     left.legend(frameon=False, loc="lower right")
+    middle.set(ylim=(-2, 102), xlabel="logits, one expert", ylabel=f"noticed within {STRONG.windows} windows, %")
     right.set(yscale="log", ylim=(LOWEST, 1e5), ylabel="false alarms per 100,000 healthy windows")
-    for axes in (left, right):
+    for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
+
+
+def amount_of(arguments: argparse.Namespace) -> Amount:
+    """What the options ask for."""
+    if arguments.smoke:
+        return Amount(2, 1, 3, 40, smoke=True)
+    if arguments.quick:
+        return Amount(10, 5, 8, 50, smoke=False)
+    return Amount(arguments.seeds, arguments.weak_seeds, arguments.healthy, arguments.family_windows, smoke=False)
 
 
 def main() -> None:
@@ -251,18 +251,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.detection", description=__doc__)
     parser.add_argument("--seeds", type=int, default=200, help="routers per setting, each broken once (default 200)")
     parser.add_argument(
+        "--weak-seeds", type=int, default=40, help="routers per setting for each weaker fault (default 40)"
+    )
+    parser.add_argument(
         "--healthy", type=int, default=64, help="healthy windows before each fault, an eighth for decode (default 64)"
     )
+    parser.add_argument(
+        "--family-windows", type=int, default=2000, help="windows of each model of fair layers (default 2000)"
+    )
+    parser.add_argument("--quick", action="store_true", help="all settings and faults, few routers of each; no picture")
     parser.add_argument("--picture", type=Path, default=Path("docs/img/detection.png"), help="where to draw")
     add_output_arguments(parser)
     arguments = parser.parse_args()
-    seeds, healthy = (2, 3) if arguments.smoke else (arguments.seeds, arguments.healthy)
-    announce(f"{seeds} routers per setting")
-    results = measure(seeds, healthy, arguments.smoke)
-    if not arguments.smoke:
+    amount = amount_of(arguments)
+    announce(f"{amount.seeds} routers per setting, {amount.weak_seeds} for each weaker fault")
+    results = measure(amount)
+    family = family_table(amount.family_windows, MODELS[:2] if amount.smoke else MODELS, quiet=amount.smoke)
+    if not (amount.smoke or arguments.quick):
         draw(results, arguments.picture)
-    tables = tuple(table_of(results, profile) for profile in PROFILES)
-    emit(Report({"seeds": seeds, "healthy windows per router": healthy}, tables), arguments)
+    strong = tuple(table_of(results[STRONG.name], name) for name in WATCHERS)
+    told = {
+        "seeds": amount.seeds,
+        "seeds of weaker faults": amount.weak_seeds,
+        "healthy windows per router": amount.healthy,
+        "windows per model": amount.family_windows,
+    }
+    emit(Report(told, (*strong, faults_table(results), family)), arguments)
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def test_commands_and_their_options_exist(capsys, monkeypatch):
             main([command, "--help"])
         shown = capsys.readouterr().out
         options = {word for word in words if word.startswith("--")}
-        assert options <= set(re.findall(r"--[a-z-]+", shown))
+        assert options <= set(re.findall(r"--[a-z]+(?:[.-][a-z]+)*", shown))
 
 
 def test_the_table_of_parts_is_the_rule_that_is_enforced():

@@ -17,6 +17,7 @@ import tyro
 from equipoise.commands import metrics, watching
 from equipoise.commands.inject import inject
 from equipoise.dashboard.command import dashboard
+from equipoise.train.alerts import NOWHERE, Alerts
 from equipoise.train.config import Overrides
 from equipoise.train.grid import Grid
 
@@ -28,7 +29,13 @@ WIDE = 120  # columns of the sweep's tables where there is no terminal
 RecipeName = Literal["demo", "tiny", "tiny_two_experts", "base"]
 
 
-def demo(out: Path | None = None, quick: bool = False, seed: int = 0, json_: Json = False) -> int:
+def demo(
+    out: Path | None = None,
+    quick: bool = False,
+    seed: int = 0,
+    alerts: Alerts = NOWHERE,
+    json_: Json = False,
+) -> int:
     """Train a small MoE on real text, break one router on purpose, see it caught and repaired.
 
     Takes about five minutes on two cores. The exit code is 0 only if the monitor named the right layer and expert and
@@ -38,13 +45,14 @@ def demo(out: Path | None = None, quick: bool = False, seed: int = 0, json_: Jso
         out: Run folder. Default: the first of runs/demo, runs/demo-2, ... that is free.
         quick: A smaller model, under a minute.
         seed: Of weights, data order and noise.
+        alerts: Where alerts and repairs go, beside the run folder.
         json_: Print the result as one JSON object, and nothing else.
     """
     from equipoise.demo import demonstration, run_demo
 
     out = out or free_folder(Path("runs/demo"))
     with _reporter(json_) as reporter:
-        result = run_demo(demonstration(quick, seed), out, reporter)
+        result = run_demo(demonstration(quick, seed), out, reporter, alerts)
     if json_:
         print(json.dumps(result.fields()))
     else:
@@ -63,6 +71,7 @@ def train(
     /,
     *,
     change: Annotated[Overrides, tyro.conf.OmitArgPrefixes] = Overrides(),  # noqa: B008 - frozen
+    alerts: Alerts = NOWHERE,
     out: Path | None = None,
     resume: bool = False,
     json_: Json = False,
@@ -77,6 +86,7 @@ def train(
     Args:
         recipe: demo, tiny, tiny_two_experts or base. Not needed with --resume.
         change: What to change in the recipe.
+        alerts: Where alerts and repairs go, beside the run folder.
         out: Run folder. Default: runs/RECIPE.
         resume: Go on from the newest whole checkpoint in --out, with the configuration saved there.
         json_: Print the result as one JSON object, and nothing else.
@@ -97,7 +107,8 @@ def train(
         )
     out = out or Path("runs") / (recipe or "demo")
     with _reporter(json_) as reporter:
-        result = run(change.apply(named(recipe)) if recipe and not resume else None, out, reporter, resume=resume)
+        config = change.apply(named(recipe)) if recipe and not resume else None
+        result = run(config, out, reporter, resume=resume, alerts=alerts)
     if json_:
         print(json.dumps(result.fields()))
     elif result.signal is not None:

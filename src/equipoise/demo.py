@@ -6,7 +6,7 @@ the repair is the ladder that any run with recover=True has. What every rung of 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from equipoise.monitor.incidents import repairs
 from equipoise.monitor.plot import plot_layer_load
 from equipoise.monitor.store import RunStore
 from equipoise.recovery.rehearsal import Rehearsal
+from equipoise.train.alerts import NOWHERE, Alerts, delivering
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import TokenData
 from equipoise.train.evaluate import sample_text
@@ -23,7 +24,7 @@ from equipoise.train.recipes import recipe
 from equipoise.train.report import ConsoleReporter, Silent, perplexity
 from equipoise.train.run import PROMPT, interruptible, open_data
 from equipoise.train.sources import require
-from equipoise.types import Finding
+from equipoise.types import Finding, Sink
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,20 @@ def demonstration(quick: bool = False, seed: int = 0) -> Demonstration:
     return Demonstration(config, inject_at=int(config.steps * 0.6), fault=fault)
 
 
-def run_demo(plan: Demonstration, out: Path, reporter: ConsoleReporter | Silent) -> DemoResult:
-    """Run it in the folder `out`, which must not hold a run yet."""
+def run_demo(
+    plan: Demonstration, out: Path, reporter: ConsoleReporter | Silent, alerts: Alerts = NOWHERE
+) -> DemoResult:
+    """Run it in the folder `out`, which must not hold a run yet. alerts: where they go beside it."""
     require("matplotlib", "plot")
+    with delivering(alerts, out, reporter) as sinks:
+        return _run_demo(plan, out, reporter, sinks)
+
+
+def _run_demo(plan: Demonstration, out: Path, reporter: ConsoleReporter | Silent, sinks: Sequence[Sink]) -> DemoResult:
     reporter.say("preparing the text: files that this Python installation already has")
     config, data = open_data(plan.config)
     _introduce(config, data, reporter.say)
-    trainer = Trainer(config, data, out, reporter)
+    trainer = Trainer(config, data, out, reporter, sinks=sinks)
     if isinstance(reporter, ConsoleReporter):
         reporter.follow(trainer.store)
     status = "failed"

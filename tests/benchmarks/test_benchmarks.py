@@ -80,12 +80,34 @@ def test_breaker_benchmark_reports_both_granularities_and_the_record():
     assert all(row["record [us]"]["median"] > 0 for row in record["rows"])
 
 
-def test_detection_benchmark_notices_every_fault():
-    relative, absolute = run_benchmark("detection")["tables"]
-    for table in (relative, absolute):
+def test_detection_benchmark_notices_every_strong_fault_and_shows_where_that_ends():
+    *strong, faults, family = run_benchmark("detection")["tables"]
+    assert [table["title"].split(", ")[1] for table in strong] == ["relative", "with baselines", "absolute"]
+    for table in strong:
         assert rows_by_name(table)["all"]["faults"] == 8  # 2 shapes, 2 kinds of batch, 2 seeds
-    assert rows_by_name(relative)["all"]["caught in 3 windows [%]"] == 100
-    assert rows_by_name(relative)["all"]["false alarms"] == 0
+    for table in strong[:2]:
+        assert rows_by_name(table)["all"]["caught in 3 windows [%]"] == 100
+    assert rows_by_name(strong[0])["all"]["false alarms"] == 0
+    by_fault = rows_by_name(faults)
+    assert len(by_fault) == 8
+    shares = [by_fault[f"+{logits} logits"]["relative, ever [%]"] for logits in (20, 10, 5, 3, 2, 1)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == 100
+    assert shares[-1] < 100
+    assert by_fault["one dead expert"]["relative, ever [%]"] == 100
+    assert by_fault["half of the experts starve"]["relative, ever [%]"] == 100
+    for row in family["rows"]:
+        assert row["collapse [%]"] <= 5
+        assert row["windows with a finding"] == 0
+
+
+def test_learning_benchmark_compares_a_run_with_its_records():
+    (table,) = run_benchmark("learning")["tables"]
+    [row] = table["rows"]
+    assert row["flushes compared"] == 9 + 3  # of steps 55 to 95 and 105 to 115
+    assert row["largest PSI"] > 0
+    assert row["largest growth of std"] > 1
+    assert row["records"] == 3
 
 
 def test_memory_benchmark_finds_that_recomputing_keeps_less():

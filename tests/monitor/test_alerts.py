@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.monitor.alerts import AlertBook, alert_key
-from equipoise.types import Finding
+from equipoise.monitor.alerts import AlertBook, alert_key, still_firing
+from equipoise.types import Alert, Finding
 
 
 def finding(rule="collapse", layer="a", expert=None, value=0.9):
@@ -137,3 +137,23 @@ def test_a_damaged_state_is_refused_and_changes_nothing():
 
 def test_the_key_names_layer_and_rule():
     assert alert_key(finding("collapse", "blocks.3.moe", expert=7)) == "blocks.3.moe:collapse"
+
+
+def test_what_still_fires_at_the_end_of_a_history_is_as_it_was_when_it_fired():
+    def alert(layer, state, step, expert=None):
+        return Alert(f"{layer}:collapse", state, 1, step, finding(layer=layer, expert=expert))
+
+    history = [
+        alert("a", "firing", 2, expert=3),
+        alert("b", "firing", 2),
+        alert("b", "resolved", 4),
+        alert("a", "firing", 6, expert=5),  # said again while it fires, as pages may be
+        alert("c", "firing", 6, expert=1),
+        alert("c", "resolved", 8),
+        alert("c", "firing", 9, expert=2),
+    ]
+    assert [(each.key, each.step, each.finding.expert) for each in still_firing(history)] == [
+        ("a:collapse", 2, 3),
+        ("c:collapse", 9, 2),
+    ]
+    assert still_firing([]) == []

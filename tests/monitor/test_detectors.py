@@ -142,3 +142,30 @@ def test_collapsed_layers_come_before_dead_experts():
 def test_thresholds_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"{name}: expected a number between .* got {value}"):
         CollapseDetector(**{name: value})
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_a_rate_that_is_no_probability_is_refused(rate):
+    with pytest.raises(
+        ValueError, match=rf"false_alarms: expected a probability per window between 0 and 1, got {rate}"
+    ):
+        CollapseDetector(false_alarms=rate)
+
+
+def test_fewer_assignments_take_a_clearer_collapse():
+    """Eight experts are nine opinions, ln(9 / 1e-6) = 16.0 nats; those of sixteen layers need ln(144 / 1e-6) = 18.8."""
+    detect = CollapseDetector(min_expected=1.0)
+    few = record([9, 0, 1, 0, 0, 0, 1, 0], 11)  # 11 (0.818 ln 6.545 + 0.182 ln 0.208) = 13.8 nats
+    clear = record([11, 0, 1, 0, 0, 0, 1, 0], 13)  # 13 (0.846 ln 6.769 + 0.154 ln 0.176) = 17.6 nats
+    assert detect([few]) == []
+    assert [finding.rule for finding in detect([clear])] == ["collapse"]
+    assert detect([clear] * 16) == []
+    assert len(detect([clear] * 2)) == 2  # ln(18 / 1e-6) = 16.7
+
+
+def test_a_load_on_few_experts_must_be_more_than_chance_too():
+    """Half of E experts with one assignment each are what chance does with few; with many it is a collapse."""
+    detect = CollapseDetector(min_expected=0.1)
+    few, many = [1] * 30 + [0] * 34, [10] * 30 + [0] * 34
+    assert detect([record(few, 30)]) == []
+    assert [finding.rule for finding in detect([record(many, 300)])] == ["collapse"]

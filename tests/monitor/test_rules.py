@@ -41,7 +41,7 @@ class TestDrops:
 
     def test_a_few_among_few_say_nothing(self):
         assert DropRule()([record([50, 50], 100, dropped=2)]) == []
-        assert DropRule(z=0.0, min_dropped=1)([record([50, 50], 100, dropped=2)])[0].severity == "warning"
+        assert DropRule(false_alarms=None, min_dropped=1)([record([50, 50], 100, dropped=2)])[0].severity == "warning"
 
 
 class TestLogits:

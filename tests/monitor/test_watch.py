@@ -1,13 +1,20 @@
 """The watch: windows, alerts and sinks, from live layers; and a model that does not notice."""
 
 import json
+import threading
+from dataclasses import replace
+from math import nan
 
 import pytest
 import torch
 from torch import nn
 
 from equipoise.layer import MoE
+from equipoise.monitor.baseline import baselines_of
 from equipoise.monitor.detectors import CollapseDetector
+from equipoise.monitor.profiles import rules_of
+from equipoise.monitor.rules import LogitRule
+from equipoise.monitor.sinks.background import Background
 from equipoise.monitor.watch import Watch, watch
 from equipoise.routing import TopK
 from equipoise.types import Action, Finding
@@ -230,3 +237,168 @@ def test_the_absolute_profile_alarms_on_a_healthy_model():
     assert "utilisation_low" in {alert.finding.rule for alert in observer.flush(2)}
     with pytest.raises(ValueError, match="profile: expected relative or absolute"):
         Watch(model, profile="strict")
+
+
+class Refusing(Notebook):
+    """A sink that takes nothing."""
+
+    def routing(self, window):
+        raise OSError("no room left")
+
+    alert = routing
+
+
+def test_a_sink_that_raises_behind_a_queue_is_not_noticed_and_the_others_are_told(model):
+    book, queue = Notebook(), Background(Refusing())
+    prefer(model.second, expert=5)
+    with Watch(model, every=1, sinks=[queue, book]) as observer:
+        for step in (1, 2, 3):
+            model(inputs())
+            observer.step(step)
+        assert [alert.key for alert in observer.alerts] == ["second:collapse"]
+    assert queue.close(20)
+    assert (queue.state.errors, queue.state.last_error) == (4, "OSError: no room left")
+    assert ("alert", "second:collapse", "firing", 2) in book.pages
+
+
+def test_the_error_of_a_bare_sink_is_raised_when_all_have_been_told(model):
+    """It is the loop's own, a store that can't write for one; the watch is whole and goes on if the loop does."""
+    book = Notebook()
+    prefer(model.second, expert=5)
+    with Watch(model, every=1, sinks=[Refusing(), book]) as observer:
+        for step in (1, 2, 3):
+            model(inputs())
+            with pytest.raises(OSError, match="no room left"):
+                observer.step(step)
+        assert [alert.key for alert in observer.alerts] == ["second:collapse"]
+    assert [page for page in book.pages if page[0] == "alert"] == [("alert", "second:collapse", "firing", 2)]
+    assert [page[-1] for page in book.pages if page[0] == "routing"] == [1, 2, 3]
+
+
+def test_a_sink_that_hangs_behind_a_queue_holds_up_no_step(model):
+    """The sink has the first window and keeps it; all steps are done before it lets go."""
+
+    class Hanging(Notebook):
+        def __init__(self):
+            super().__init__()
+            self.there, self.gate = threading.Event(), threading.Event()
+
+        def routing(self, window):
+            self.there.set()
+            assert self.gate.wait(20)
+            super().routing(window)
+
+    sink = Hanging()
+    queue = Background(sink)
+    with Watch(model, every=1, sinks=[queue]) as observer:
+        for step in range(1, 6):
+            model(inputs())
+            observer.step(step)
+            assert sink.there.wait(20)
+        assert sink.pages == []
+    sink.gate.set()
+    assert queue.close(20)
+    assert [page[-1] for page in sink.pages] == [1, 2, 3, 4, 5]
+
+
+# ------------------------------------------------------------------------------------------------------ baselines
+
+
+def healthy_baselines(model):
+    with Watch(model, every=1) as observer:
+        model(inputs())
+        observer.flush(1)
+        return baselines_of(observer.stats())
+
+
+def fired(observer, model, flushes=2):
+    """What fires in so many flushes of the same inputs."""
+    keys = []
+    for step in range(1, flushes + 1):
+        model(inputs())
+        keys += [alert.key for alert in observer.flush(step) if alert.state == "firing"]
+    return keys
+
+
+def move_load(layer):
+    """Five experts of eight get more than they had, none of them all: no collapse, and nobody dies."""
+    with torch.no_grad():
+        layer.router.weight[:5, 0] += 0.1
+
+
+def test_baselines_say_what_is_normal(model):
+    baselines = healthy_baselines(model)
+    with watch(model, every=1, baselines=baselines) as observer:
+        assert fired(observer, model) == []
+        move_load(model.second)
+        assert fired(observer, model) == ["second:load_drift"]
+    with watch(model, every=1) as observer:
+        assert fired(observer, model) == []
+
+
+def test_new_baselines_take_the_place_of_old_ones_and_alerts_go_on_until_they_resolve(model):
+    observer = watch(model, every=1, baselines=healthy_baselines(model))
+    move_load(model.second)
+    assert fired(observer, model) == ["second:load_drift"]
+    observer.use_baselines(healthy_baselines(model))
+    assert [alert.key for alert in observer.alerts] == ["second:load_drift"]
+    assert fired(observer, model) == []
+    assert observer.alerts == []
+    observer.use_baselines(None)
+    with torch.no_grad():
+        model.first.router.weight *= 8.0
+    assert fired(observer, model) == []
+    observer.detach()
+
+
+def test_a_model_that_learns_is_not_compared_with_what_it_was(model):
+    """Its loads and logits move; that its logits are numbers stays true."""
+    baselines = healthy_baselines(model)
+    with torch.no_grad():
+        model.first.router.weight *= 8.0
+    move_load(model.second)
+    with Watch(model, every=1) as observer:
+        observer.use_baselines(baselines)
+        assert sorted(fired(observer, model)) == ["first:logits", "second:load_drift"]
+    with Watch(model, every=1) as observer:
+        observer.use_baselines(baselines, learning=True)
+        assert fired(observer, model) == []
+    [rule] = [rule for rule in rules_of("relative", baselines, learning=True) if isinstance(rule, LogitRule)]
+    assert [each.rule for each in rule([replace(observer.stats()[0], logit_std=nan, logit_logsumexp=nan)])] == [
+        "not_finite"
+    ]
+
+
+def test_rules_of_ones_own_stay_when_baselines_change(model):
+    def always(window):
+        return [Finding("odd", window[0].layer, None, "info", 1.0, 0.0, "odd", "none")]
+
+    with Watch(model, every=1, rules=[always]) as observer:
+        observer.use_baselines(healthy_baselines(model))
+        assert fired(observer, model) == ["first:odd"]
+
+
+def test_the_absolute_profile_compares_too(model):
+    baselines = healthy_baselines(model)
+    with torch.no_grad():
+        model.first.router.weight *= 8.0
+    with Watch(model, every=1, profile="absolute") as observer:
+        assert "first:logit_std" not in fired(observer, model)
+    for learning, compared in ((False, True), (True, False)):
+        with Watch(model, every=1, profile="absolute") as observer:
+            observer.use_baselines(baselines, learning=learning)
+            assert ("first:logit_std" in fired(observer, model)) is compared
+
+
+def test_baselines_of_another_model_are_refused_and_nothing_is_left(model):
+    strange = {f"model.{name}": baseline for name, baseline in healthy_baselines(model).items()}
+    with pytest.raises(
+        ValueError, match=r"baselines: expected layers of this model, such as first, got model\.first, "
+    ):
+        watch(model, baselines=strange)
+    assert not any(module._forward_hooks for module in model.modules())
+    with (
+        Watch(model, profile=None) as observer,
+        pytest.raises(ValueError, match=r"baselines: expected a profile whose rules compare, got profile=None"),
+    ):
+        observer.use_baselines(strange)

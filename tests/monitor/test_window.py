@@ -48,8 +48,27 @@ def test_a_clock_that_jumps_back_loses_nothing():
     window = TimeWindow(10.0)
     window.add(100.0, {"a": sums(1, 0)})
     window.add(5.0, {"a": sums(1, 0)})
-    window.add(101.0, {"a": sums(1, 0)})
+    window.add(6.0, {"a": sums(1, 0)})
     assert window.whole()["a"].counts_E.tolist() == [3, 0]
+
+
+def test_a_clock_that_jumps_back_by_an_hour_still_ages_what_was_seen():
+    """Somebody sets the time: from then on it is that time which passes, not an hour of nothing forgotten."""
+    window = TimeWindow(10.0)
+    for second in (7200.0, 7201.0, 3600.0, 3601.0, 3609.0):  # ages at the end: 10, 9, 9, 8, 0 seconds
+        window.add(second, {"a": sums(1, 0)})
+    assert window.whole()["a"].counts_E.tolist() == [4, 0]
+    assert window.seconds == 9.0
+    window.add(3619.0, {"a": sums(1, 0)})
+    assert window.whole()["a"].counts_E.tolist() == [1, 0]
+
+
+def test_a_clock_that_jumps_ahead_forgets_what_is_then_too_old():
+    """A machine that slept: what it saw before is as old as the clock says."""
+    window = TimeWindow(10.0)
+    for second in (0.0, 1.0, 1e9):
+        window.add(second, {"a": sums(1, 0)})
+    assert window.whole()["a"].counts_E.tolist() == [1, 0]
 
 
 @given(gaps=st.lists(st.floats(0.0, 5.0), max_size=80), max_spans=st.integers(2, 9))

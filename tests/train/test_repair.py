@@ -10,6 +10,7 @@ from equipoise.disk.checkpoint import list_checkpoints
 from equipoise.faults import Collapse, LogitBlowUp, NaNExpert, StaleCounters, inject, inject_counters
 from equipoise.layer.mode import NORMAL
 from equipoise.monitor.incidents import incidents, repairs
+from equipoise.monitor.watch import Watch
 from equipoise.recovery.known_good import KnownGood
 from equipoise.recovery.policy import OneRung
 from equipoise.routing import SwitchLoss, TopK
@@ -234,6 +235,23 @@ def test_a_blow_up_alone_is_not_mistaken(going_on):
     put_in(trainer, LogitBlowUp(LAYER, 5.0))
     trainer.run(until=130)
     assert story(trainer) == []
+
+
+def test_the_newest_record_is_what_the_monitor_compares_with(going_on, monkeypatch):
+    """After a checkpoint that is known to be good, and after a resume; as a model that learns."""
+    used, use = [], Watch.use_baselines
+
+    def noted(self, baselines, *, learning):
+        used.append((baselines, learning))
+        use(self, baselines, learning=learning)
+
+    monkeypatch.setattr(Watch, "use_baselines", noted)
+    trainer = going_on()
+    registry = trainer.repairs.known_good
+    assert used == [(registry.latest().baselines, True)]
+    trainer.run(until=160)
+    assert registry.latest().step == 160
+    assert used[1:] == [(registry.latest().baselines, True)]
 
 
 def test_a_record_that_a_kill_left_out_is_made_at_the_resume(going_on):

@@ -5,7 +5,7 @@ A state machine over flushes. It doesn't judge statistics (detectors.py) and sen
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -116,6 +116,17 @@ class AlertBook:
         if not entry.firing:
             return []
         return [Alert(key, "resolved", entry.since_step, step, entry.finding)]
+
+
+def still_firing(history: Iterable[Alert]) -> list[Alert]:
+    """Of all changes of alerts, oldest first: those that fire at the end, each as it was when it fired."""
+    firing: dict[str, Alert] = {}
+    for alert in history:
+        if alert.state == "resolved":
+            firing.pop(alert.key, None)
+        else:
+            firing.setdefault(alert.key, alert)
+    return list(firing.values())
 
 
 def alert_key(finding: Finding) -> str:

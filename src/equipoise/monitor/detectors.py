@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from equipoise.monitor.chance import FALSE_ALARMS, check_rate, highest_share, needed_nats, uneven_nats
 from equipoise.monitor.stats import max_violation_floor
 from equipoise.types import Finding, RoutingStats
 
@@ -20,13 +21,15 @@ MIN_EXPECTED = 100.0  # assignments per expert, with fewer there is no opinion
 class CollapseDetector:
     """Finds layers whose router has collapsed onto few experts, and experts that have died.
 
-    Finding "collapse" (critical), if either holds:
-    - the busiest expert takes more of the tokens than `token_share_limit` plus what chance explains. Shares of
-      tokens, because with K distinct experts per token a share of assignments never exceeds 1/K.
-    - effective_experts / E is below `effective_ratio`: the load fits on half of the experts. A fair router is at
-      exp(-1 / (2 mu)), above 0.99 once mu >= 100, so chance never gets there.
+    Finding "collapse" (critical), if either holds and chance does not explain it:
+    - the busiest expert takes more of the tokens than `token_share_limit`. Shares of tokens, because with K distinct
+      experts per token a share of assignments never exceeds 1/K.
+    - effective_experts / E is below `effective_ratio`: the load fits on half of the experts.
     Finding "dead_experts" (warning): experts below a tenth of the fair load, as RoutingStats.dead_experts has them.
 
+    false_alarms: the probability per window, for all layers and experts together, that chance alone makes a fair router
+    a collapse; a bound, see chance.py. With 100 assignments per expert the other thresholds alone keep far more: by the
+    exact binomial below 1e-12 per layer, and 1.2e-30 per expert for dead ones. With fewer, this is what counts.
     min_expected: mu, the assignments per expert to be expected in the window; with fewer there is no opinion.
     hot_excess: how far from its fair share K/E towards all tokens the busiest expert may be, in (0, 1).
     hot_load: and at least this load relative to fair. Without it K close to E, where an expert that takes every
@@ -38,6 +41,7 @@ class CollapseDetector:
     effective_ratio: float = 0.5
     hot_excess: float = 0.5
     hot_load: float = 1.5
+    false_alarms: float = FALSE_ALARMS
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -49,29 +53,33 @@ class CollapseDetector:
             value = getattr(self, name)
             if not low < value < high:
                 raise ValueError(f"{name}: expected a number between {low:g} and {high:g}, got {value!r}")
+        check_rate("false_alarms", self.false_alarms)
 
     def __call__(self, window: Sequence[RoutingStats]) -> list[Finding]:
         """Judge one flush, a record per layer. Collapsed layers come first, then dead experts."""
         judged = [stats for stats in window if expected_per_expert(stats) >= self.min_expected]
-        collapsed = [self._collapse(stats) for stats in judged]
+        nats = needed_nats(sum(stats.num_experts + 1 for stats in judged), self.false_alarms)
+        collapsed = [self._collapse(stats, nats) for stats in judged]
         return [f for f in collapsed if f is not None] + [_dead(stats) for stats in judged if stats.dead_experts]
 
-    def token_share_limit(self, stats: RoutingStats) -> float:
+    def token_share_limit(self, stats: RoutingStats, nats: float = 0.0) -> float:
         """The share of tokens above which the busiest expert counts as collapse. Above 1 (never) for K near E.
 
-        Halfway from the fair share K/E to all tokens, at least `hot_load` fair shares, plus the sampling floor of a
-        fair router: sqrt(2 ln E / mu) fair shares, times sqrt(1 - K/E) as an expert gets a token at most once.
+        Halfway from the fair share K/E to all tokens, at least `hot_load` fair shares, plus what the busiest expert of
+        a fair layer has by chance: sqrt(2 ln E / mu) fair shares, times sqrt(1 - K/E) as an expert gets a token at most
+        once. And no less than what chance explains for all layers and experts. nats: how rarely, see `needed_nats`.
         """
         fair = fair_token_share(stats)
         floor = max_violation_floor(stats.num_experts, expected_per_expert(stats)) * math.sqrt(max(0.0, 1.0 - fair))
-        return max(fair + self.hot_excess * (1.0 - fair), self.hot_load * fair) + fair * floor
+        limit = max(fair + self.hot_excess * (1.0 - fair), self.hot_load * fair) + fair * floor
+        return max(limit, highest_share(fair, stats.num_tokens, nats))
 
-    def _collapse(self, stats: RoutingStats) -> Finding | None:
-        share, share_limit = stats.max_token_share, self.token_share_limit(stats)
+    def _collapse(self, stats: RoutingStats, nats: float) -> Finding | None:
+        share, share_limit = stats.max_token_share, self.token_share_limit(stats, nats)
         ratio = stats.effective_experts / stats.num_experts
         if share > share_limit:
             value, threshold = share, share_limit
-        elif ratio < self.effective_ratio:
+        elif ratio < self.effective_ratio and uneven_nats(stats.counts_E) >= nats:
             value, threshold = ratio, self.effective_ratio
         else:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -13,11 +14,20 @@ from equipoise.types import Detector
 Profile = Literal["relative", "absolute"]
 
 
-def rules_of(profile: Profile, baselines: Mapping[str, Baseline] | None = None) -> tuple[Detector, ...]:
-    """The rules of a profile. baselines: by layer, for those that compare. Raises ValueError for another name."""
+def rules_of(
+    profile: Profile, baselines: Mapping[str, Baseline] | None = None, *, learning: bool = False
+) -> tuple[Detector, ...]:
+    """The rules of a profile. baselines: by layer, of the model in health, for the rules that compare.
+
+    learning: the model is still being trained. Its loads move and its logits grow though nothing is wrong, so neither
+    is compared; logits that are no longer numbers are still a finding. docs/monitoring.md has what healthy runs show.
+    Raises ValueError for another name.
+    """
     known = dict(baselines or {})
+    settled = {} if learning else known
     if profile == "relative":
-        return (CollapseDetector(), DropRule(), LogitRule(baselines=known), LoadDriftRule(known))
+        logits = LogitRule(baselines=known, std_ratio=math.inf) if learning else LogitRule(baselines=known)
+        return (CollapseDetector(), DropRule(), logits, LoadDriftRule(settled))
     if profile == "absolute":
-        return (AbsoluteRule(baselines=known), DropRule(z=0.0, min_dropped=1))
+        return (AbsoluteRule(baselines=settled), DropRule(false_alarms=None, min_dropped=1))
     raise ValueError(f"profile: expected relative or absolute, got {profile!r}")

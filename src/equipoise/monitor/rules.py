@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from equipoise.monitor.baseline import Baseline
+from equipoise.monitor.chance import FALSE_ALARMS, check_rate, needed_nats, share_nats
 from equipoise.monitor.stats_drift import drift_floor, population_stability_index
 from equipoise.types import Finding, RoutingStats, Severity
 
@@ -31,22 +32,30 @@ def drop_rate(stats: RoutingStats) -> float:
 class DropRule:
     """Assignments are dropped: more than the levels, surely.
 
-    levels: (share, severity), the highest first. z: standard errors that the share must exceed a level by, and
-    min_dropped: drops to be seen at all, so that a few among few tokens say nothing.
+    levels: (share, severity), the highest first. false_alarms: the probability per window that chance alone brings a
+    layer above a level that it is at, for all layers and levels together, where assignments are lost one by one; a
+    bound, see chance.py. None takes levels literally. A capacity loses them in clumps, by batch and expert, which no
+    such rate covers: layers a little below a level may be above it by chance. min_dropped: drops to be seen at all.
+    Raises ValueError for a rate that is no probability.
     """
 
     levels: Levels = DROP_LEVELS
-    z: float = 4.0
+    false_alarms: float | None = FALSE_ALARMS
     min_dropped: int = 20
+
+    def __post_init__(self) -> None:
+        if self.false_alarms is not None:
+            check_rate("false_alarms", self.false_alarms)
 
     def __call__(self, window: Sequence[RoutingStats]) -> list[Finding]:
         """One finding per layer, of the highest level that is passed."""
-        return [finding for stats in window if (finding := self._judge(stats)) is not None]
+        nats = 0.0 if self.false_alarms is None else needed_nats(len(window) * len(self.levels), self.false_alarms)
+        return [finding for stats in window if (finding := self._judge(stats, nats)) is not None]
 
-    def _judge(self, stats: RoutingStats) -> Finding | None:
+    def _judge(self, stats: RoutingStats, nats: float) -> Finding | None:
         rate, total = drop_rate(stats), max(int(stats.counts_E.sum()), 1)
         for limit, severity in self.levels:
-            if rate * total >= self.min_dropped and rate > limit + self.z * math.sqrt(limit * (1 - limit) / total):
+            if rate > limit and rate * total >= self.min_dropped and share_nats(rate, limit, total) >= nats:
                 return Finding(
                     rule="drops",
                     layer=stats.layer,
@@ -106,22 +115,30 @@ class LoadDriftRule:
     """The load has moved away from the baseline, by more than the noise of both samples.
 
     Measured by PSI (`population_stability_index`), the usual index of drift; 0.25 is usually called a large one.
-    quantile: of what two samples of one load show, see `drift_floor`; it is added to the limit.
+    false_alarms: the probability per window that two samples of one load, in any layer, show more than what is added to
+    the limit for it: see `drift_floor`, whose tail is right within a factor of 1.5 where it was simulated.
+    Raises ValueError for a rate that is no probability.
     """
 
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
     limit: float = 0.25
-    quantile: float = 1 - 1e-9
+    false_alarms: float = FALSE_ALARMS
+
+    def __post_init__(self) -> None:
+        check_rate("false_alarms", self.false_alarms)
 
     def __call__(self, window: Sequence[RoutingStats]) -> list[Finding]:
         """At most one finding per layer that has a baseline."""
-        return [finding for stats in window if (finding := self._judge(stats)) is not None]
+        known = [(stats, baseline) for stats in window if (baseline := self._of(stats)) is not None]
+        quantile = 1.0 - self.false_alarms / max(len(known), 1)
+        return [finding for each in known if (finding := self._judge(*each, quantile)) is not None]
 
-    def _judge(self, stats: RoutingStats) -> Finding | None:
+    def _of(self, stats: RoutingStats) -> Baseline | None:
         baseline = self.baselines.get(stats.layer)
-        if baseline is None or len(baseline.counts_E) != stats.num_experts:
-            return None
-        moved, floor = load_moved(stats.counts_E, np.array(baseline.counts_E), self.quantile)
+        return baseline if baseline is not None and len(baseline.counts_E) == stats.num_experts else None
+
+    def _judge(self, stats: RoutingStats, baseline: Baseline, quantile: float) -> Finding | None:
+        moved, floor = load_moved(stats.counts_E, np.array(baseline.counts_E), quantile)
         if not moved > self.limit + floor:
             return None
         return Finding(

@@ -10,9 +10,10 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from equipoise.monitor.alerts import AlertBook
+from equipoise.monitor.baseline import Baseline
 from equipoise.monitor.detectors import MIN_EXPECTED, layers_without_opinion
 from equipoise.monitor.profiles import Profile, rules_of
-from equipoise.monitor.recorder import Recorder
+from equipoise.monitor.recorder import Recorder, observable_layers
 from equipoise.monitor.stats import RoutingSums, routing_stats
 from equipoise.monitor.window import TimeWindow
 from equipoise.types import Alert, Detector, RoutingStats, Sink
@@ -24,10 +25,10 @@ class Watch:
     every: steps per flush. What is judged after a flush are its tokens; where they are too few for an opinion, as when
     single tokens are decoded, those of the flushes before it too, as far back as it takes, at most window_s seconds.
     profile: which rules judge: "relative" or "absolute" (see `rules_of`), which judges the whole window; None for none.
-    rules: more rules, pure functions from a window to findings. With baselines of the layers in health:
-    profile=None, rules=rules_of("relative", baselines).
-    sinks: get each flush and each change of an alert. reduce: sums a tensor over data-parallel ranks in place; None on
-    one rank. clock: seconds.
+    rules: more rules, pure functions from a window to findings. `use_baselines` says what is normal.
+    sinks: get each flush and each change of an alert, in the loop: the error of one is raised after all have been told.
+    Behind a `Background` a sink may hang or raise as it likes, the loop does not notice.
+    reduce: sums a tensor over data-parallel ranks in place; None on one rank. clock: seconds.
     Use it as a context manager, or call `detach` when done.
     """
 
@@ -45,9 +46,11 @@ class Watch:
     ) -> None:
         if every < 1:
             raise ValueError(f"every: expected at least 1 step per flush, got {every}")
-        self._detectors = (rules_of(profile) if profile else ()) + tuple(rules)
+        self._profile, self._rules = profile, tuple(rules)
+        self._detectors = (rules_of(profile) if profile else ()) + self._rules
         self._literal = profile == "absolute"
         self._span, self._clock = TimeWindow(window_s), clock
+        self._layers = tuple(observable_layers(model))
         self.recorder = Recorder(model, reduce)
         self._every = every
         self._sinks = tuple(sinks)
@@ -74,11 +77,21 @@ class Watch:
         ]
         unjudged = set() if self._literal else layers_without_opinion(judged)
         changed = self._book.observe(step, findings, unjudged=unjudged)
-        for sink in self._sinks:
-            sink.routing(self._window)
-            for alert in changed:
-                sink.alert(alert)
+        self._tell(changed)
         return changed
+
+    def _tell(self, changed: Sequence[Alert]) -> None:
+        """Hand window and alerts to all sinks; one that raises keeps them from none of the others."""
+        failed: list[Exception] = []
+        for sink in self._sinks:
+            try:
+                sink.routing(self._window)
+                for alert in changed:
+                    sink.alert(alert)
+            except Exception as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
 
     def _judged(self, step: int, sums: Mapping[str, RoutingSums]) -> list[RoutingStats]:
         """What the rules look at: per layer this flush, or as many more as are needed."""
@@ -89,6 +102,24 @@ class Watch:
             flushed[layer] if seen[layer] is each else routing_stats(layer, step, seen[layer])
             for layer, each in sums.items()
         ]
+
+    def use_baselines(self, baselines: Mapping[str, Baseline] | None, *, learning: bool = False) -> None:
+        """Compare with these layers in health from the next flush on, as `KnownGood(run).latest().baselines` has them.
+
+        Takes the place of those before; None compares with nothing. Alerts go on. learning: see `rules_of`. May be
+        called by another thread than the one that flushes.
+        Raises ValueError when none of them is about a layer of this model, or no profile is there to use them.
+        """
+        if baselines and self._profile is None:
+            raise ValueError(
+                "baselines: expected a profile whose rules compare, got profile=None; give your own rules theirs"
+            )
+        if baselines and not set(baselines) & set(self._layers):
+            raise ValueError(
+                f"baselines: expected layers of this model, such as {self._layers[0]}, got {', '.join(baselines)}"
+                "; record them on this model, or rename them"
+            )
+        self._detectors = (rules_of(self._profile, baselines, learning=learning) if self._profile else ()) + self._rules
 
     def stats(self) -> list[RoutingStats]:
         """The last flush, a record per layer; empty before the first."""
@@ -128,9 +159,16 @@ def watch(
     profile: Profile | None = "relative",
     rules: Sequence[Detector] = (),
     sinks: Sequence[Sink] = (),
+    baselines: Mapping[str, Baseline] | None = None,
 ) -> Watch:
-    """Attach to every MoE layer of the model. See `Watch`.
+    """Attach to every MoE layer of the model. See `Watch`, and `Watch.use_baselines` for what baselines are.
 
-    Raises ValueError when the model has no layer that can be watched.
+    Raises ValueError when the model has no layer that can be watched, and for baselines of another one.
     """
-    return Watch(model, every=every, window_s=window_s, profile=profile, rules=rules, sinks=sinks)
+    watching = Watch(model, every=every, window_s=window_s, profile=profile, rules=rules, sinks=sinks)
+    try:
+        watching.use_baselines(baselines)
+    except ValueError:
+        watching.detach()
+        raise
+    return watching

@@ -6,6 +6,7 @@ the window. Sums of flushes are kept apart while there are few, and neighbours i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class TimeWindow:
     """Sums of the last window_s seconds, in at most max_spans pieces.
 
     Memory: max_spans * layers * experts * 16 bytes and a little; 61 layers of 256 experts and 64 spans are 16 MB.
-    A clock that jumps back stands still until it has caught up. Raises ValueError for a window that can't be.
+    A clock that jumps back goes on from there: the jump takes no time. Raises ValueError for a window that can't be.
     """
 
     def __init__(self, window_s: float = 600.0, max_spans: int = 64) -> None:
@@ -37,13 +38,14 @@ class TimeWindow:
             raise ValueError(f"max_spans: expected at least 2, got {max_spans}")
         self.window_s, self.max_spans = window_s, max_spans
         self._spans: list[_Span] = []
+        self._clock, self._now = -math.inf, 0.0  # what the clock said last, and seconds since the first flush
 
     def add(self, now: float, sums: Sums) -> None:
         """Take the sums of one flush at `now`, in seconds of any clock; forget what is older than the window."""
-        if self._spans:
-            now = max(now, self._spans[-1].last)
-        self._spans.append(_Span(now, now, sums))
-        self._spans = [span for span in self._spans if span.last > now - self.window_s]
+        passed = now - self._clock if math.isfinite(self._clock) else 0.0
+        self._clock, self._now = now, self._now + max(0.0, passed)
+        self._spans.append(_Span(self._now, self._now, sums))
+        self._spans = [span for span in self._spans if span.last > self._now - self.window_s]
         if len(self._spans) > self.max_spans:
             self._merge_nearest()
 

@@ -26,6 +26,7 @@ from equipoise.disk.checkpoint import (
 from equipoise.faults import FaultDesk
 from equipoise.layer import reduce_and_update
 from equipoise.models.decoder import Decoder
+from equipoise.monitor.alerts import still_firing
 from equipoise.monitor.rules import CountRule
 from equipoise.monitor.store import RunStore
 from equipoise.monitor.watch import Watch
@@ -42,7 +43,7 @@ from equipoise.train.self_contained import keep_with_run
 from equipoise.train.specialisation import Specialisation, check_domains, route_text, specialisation
 from equipoise.train.state import restore_run, run_state
 from equipoise.train.step import gradients, split
-from equipoise.types import Action, Alert
+from equipoise.types import Action, Alert, Sink
 
 
 class Reporter(Protocol):
@@ -61,11 +62,18 @@ class Trainer:
     """A training run in a folder.
 
     config: with the vocabulary of data.tokenizer. out: the run folder. resume: go on from its newest whole checkpoint.
+    sinks: get what the store gets of windows, alerts and repairs, and after a resume the alerts that still fire.
     Raises ValueError when `out` holds a run already and resume is off, or none and resume is on.
     """
 
     def __init__(
-        self, config: TrainConfig, data: TokenData, out: Path, reporter: Reporter, resume: bool = False
+        self,
+        config: TrainConfig,
+        data: TokenData,
+        out: Path,
+        reporter: Reporter,
+        resume: bool = False,
+        sinks: Sequence[Sink] = (),
     ) -> None:
         self.config, self.data, self.out, self.reporter = config, data, out, reporter
         torch.manual_seed(config.seed)
@@ -80,14 +88,16 @@ class Trainer:
         self.store = _open_store(config, out, resume)
         keep_with_run(out, config, data)
         per_flush = config.watch_every * config.batch_size * config.data.seq_len
-        self.watch = Watch(self.model, every=config.watch_every, rules=(CountRule(per_flush),), sinks=(self.store,))
+        told = (self.store, *sinks)
+        self.watch = Watch(self.model, every=config.watch_every, rules=(CountRule(per_flush),), sinks=told)
         self.faults = FaultDesk(out, self.model, self.show_text, self.watch.recorder) if config.accept_faults else None
-        self.repairs = Repairs(config, self.model, self.optimizer, data, out, self.watch, (self.store,))
+        self.repairs = Repairs(config, self.model, self.optimizer, data, out, self.watch, told)
         self.step_number = 0
         self._clock = (time.perf_counter(), 0)  # when the speed was last taken, and at which step
         if resume:
             try:
                 self._resume()
+                self._hand_over(sinks)
             except BaseException:
                 self.close("failed")
                 raise
@@ -262,6 +272,15 @@ class Trainer:
             self.repairs.remember(checkpoint.step, path)  # killed between the checkpoint and its record, or refused
         self._clock = (time.perf_counter(), self.step_number)
         self.reporter.say(f"resumed from {path}")
+
+    def _hand_over(self, sinks: Sequence[Sink]) -> None:
+        """Tell what is still firing to those who may have forgotten it since, a pager that timed out say.
+
+        As it was when it fired: then labels and keys are the same.
+        """
+        for alert in still_firing(self.store.alerts()):
+            for sink in sinks:
+                sink.alert(alert)
 
     def _where(self, batch: Batch) -> str:
         with self.watch.recorder.paused():

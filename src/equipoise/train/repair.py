@@ -103,11 +103,14 @@ class Repairs:
         return now, rehearse(patient, self._canary, finding, rungs, quiet=self._watch.recorder.paused)
 
     def remember(self, step: int, checkpoint: Path) -> str | None:
-        """Keep this moment as known-good, if held-out text shows that it is; a sentence when it is refused."""
+        """Keep this moment as known-good, if held-out text shows that it is; a sentence when it is refused.
+
+        The monitor compares with it from now on, as far as a model that goes on learning can be compared.
+        """
         patient = self.recovery.patient
         try:
             with self._watch.recorder.paused(), self._recent.paused():
-                remember(
+                record = remember(
                     patient,
                     self._canary,
                     self._dense,
@@ -118,6 +121,7 @@ class Repairs:
                 )
         except RefusedError as refused:
             return f"step {step}: not kept as known-good: {refused}"
+        self._watch.use_baselines(record.baselines, learning=True)
         return None
 
     def protected(self) -> list[str]:
@@ -159,11 +163,12 @@ class Repairs:
         return {"recovery": self.recovery.state_dict(), "rate_scale": self.rate_scale}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` returned. Stand-ins come from the newest known-good record."""
+        """Go on from what `state_dict` returned. Stand-ins and baselines come from the newest known-good record."""
         records: Sequence[Record] = self.known_good.records
         if records:
             kept: Mapping[str, Tensor] = self.known_good.load(records[-1])
             self._dense.update(dense_from_state(self._model.moe_layers, kept))
+            self._watch.use_baselines(records[-1].baselines, learning=True)
         self.recovery.load_state_dict(state["recovery"])
         self.rate_scale = float(state["rate_scale"])
 

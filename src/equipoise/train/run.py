@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+from equipoise.train.alerts import NOWHERE, Alerts, delivering
 from equipoise.train.config import TrainConfig
 from equipoise.train.corpus import corpus
 from equipoise.train.data import TokenData, prepare
@@ -17,6 +18,7 @@ from equipoise.train.loop import Trainer, load_config
 from equipoise.train.report import ConsoleReporter, Silent
 from equipoise.train.specialisation import Specialisation
 from equipoise.train.tokenizer import corpus_bpe, gpt2
+from equipoise.types import Sink
 
 PROMPT = "In the beginning"
 
@@ -54,14 +56,32 @@ def open_data(config: TrainConfig) -> tuple[TrainConfig, TokenData]:
 
 
 def train(
-    config: TrainConfig | None, out: Path, reporter: ConsoleReporter | Silent, *, resume: bool = False
+    config: TrainConfig | None,
+    out: Path,
+    reporter: ConsoleReporter | Silent,
+    *,
+    resume: bool = False,
+    alerts: Alerts = NOWHERE,
 ) -> RunResult:
     """Run to the end, or to the first SIGINT or SIGTERM, which writes a checkpoint and returns.
 
-    config: None takes the one in `out`, as --resume does. A second signal ends the process at once.
+    config: None takes the one in `out`, as --resume does. alerts: where they go beside the run folder. A second signal
+    ends the process at once.
     """
-    config, data = open_data(load_config(out) if config is None else config)
-    trainer = Trainer(config, data, out, reporter, resume)
+    config = load_config(out) if config is None else config
+    with delivering(alerts, out, reporter) as sinks:
+        return _train(*open_data(config), out, reporter, resume, sinks)
+
+
+def _train(
+    config: TrainConfig,
+    data: TokenData,
+    out: Path,
+    reporter: ConsoleReporter | Silent,
+    resume: bool,
+    sinks: Sequence[Sink],
+) -> RunResult:
+    trainer = Trainer(config, data, out, reporter, resume, sinks)
     if isinstance(reporter, ConsoleReporter):
         reporter.follow(trainer.store)
     status = "failed"

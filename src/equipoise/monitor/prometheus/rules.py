@@ -17,6 +17,8 @@ from equipoise.types import Severity
 
 JOB = "equipoise"  # what the scrape job has to be called for ExporterDown to know it
 RUNBOOKS = "docs/runbooks.md"
+# Standard errors: the normal form of `DropRule`'s bound, sqrt(2 ln(61 layers * 3 levels / a false alarm in a million))
+DROP_Z = 6.2
 _RUNNING = "on (job, run) (run:equipoise_run_running:max == 1)"
 _ENOUGH = f"on ({BY}) (run_layer:equipoise_judged_assignments:per_expert >= 100)"
 _LAYER = "{{ $labels.run }}: {{ $labels.layer }}"
@@ -75,7 +77,7 @@ def alert_rules(profile: Profile, timing: Timing) -> list[AlertRule]:
         return [
             *_balance(timing),
             *_experts(timing),
-            *_drops(timing, z=4.0, least=20),
+            *_drops(timing, z=DROP_Z, least=20),
             *_logits(timing),
             *_health(timing),
         ]

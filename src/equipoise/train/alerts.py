@@ -1,0 +1,137 @@
+"""Where the alerts and repairs of a training run go, as options of the command line, and their sinks while it runs.
+
+Each sink is behind a bounded queue and a thread of its own, so that none holds up a step; what could not be delivered
+over HTTP is kept in the run folder. Secrets are read from environment variables and are never options.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from equipoise.monitor.sinks.alertmanager import Alertmanager
+from equipoise.monitor.sinks.background import Background
+from equipoise.monitor.sinks.delivery import Effort
+from equipoise.monitor.sinks.jsonl import JsonLines
+from equipoise.monitor.sinks.labels import Naming
+from equipoise.monitor.sinks.pagerduty import ENQUEUE, PagerDuty
+from equipoise.monitor.sinks.session import otlp, wandb
+from equipoise.monitor.sinks.slack import Slack
+from equipoise.monitor.sinks.tensorboard import TensorBoard
+from equipoise.monitor.sinks.webhook import Webhook
+from equipoise.types import Sink
+
+DEAD_LETTERS = "dead_letters.jsonl"
+SLACK_BURST = 3  # Slack takes about one message per second
+CLOSE_S = 5.0  # for all sinks together, at the end of a run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alerts:
+    """Where alerts and repairs go, beside the run folder. They are no part of the run: name them again with --resume.
+
+    Raises ValueError for an option that needs another one.
+    """
+
+    slack: bool = False
+    """To the Slack channel of the incoming webhook in SLACK_WEBHOOK_URL."""
+    pagerduty: bool = False
+    """To PagerDuty, with the integration key in PAGERDUTY_ROUTING_KEY."""
+    pagerduty_url: str = ENQUEUE
+    """PagerDuty's address, for another service region."""
+    alertmanager: str | None = None
+    """Address of Prometheus' Alertmanager, such as http://localhost:9093."""
+    alertmanager_token_env: str | None = None
+    """Name of the environment variable with a bearer token for it."""
+    webhook: str | None = None
+    """Address that gets each alert as Alertmanager's webhooks send it."""
+    webhook_url_env: str | None = None
+    """Name of the environment variable with that address, if it is a secret."""
+    webhook_token_env: str | None = None
+    """Name of the environment variable with a bearer token for it."""
+    jsonl: Path | None = None
+    """File for all alerts, repairs and routing statistics, a JSON object per line."""
+    tensorboard: Path | None = None
+    """Folder for TensorBoard's event files."""
+    otel: bool = False
+    """To an OpenTelemetry collector over OTLP; OTEL_EXPORTER_OTLP_ENDPOINT names it, and its like the rest."""
+    wandb: bool = False
+    """To Weights & Biases; WANDB_API_KEY, WANDB_PROJECT and their like say who and where."""
+    run: str | None = None
+    """Name of the run in every message. Default: the name of its folder."""
+
+    def __post_init__(self) -> None:
+        if self.alertmanager_token_env is not None and self.alertmanager is None:
+            raise ValueError("alerts.alertmanager_token_env: expected an address in alerts.alertmanager too, got none")
+        if self.webhook_token_env is not None and self.webhook is None and self.webhook_url_env is None:
+            raise ValueError(
+                "alerts.webhook_token_env: expected an address in alerts.webhook or alerts.webhook_url_env too, "
+                "got none"
+            )
+
+    def sinks(self, out: Path) -> list[Sink]:
+        """Those that are asked for, without their queues. `out` is the run folder.
+
+        Raises ValueError for an address that is none, a secret that is not set and a library that is not installed.
+        Nothing is sent.
+        """
+        try:
+            return self._sinks(self.run or out.resolve().name, out)
+        except ImportError as error:
+            raise ValueError(f"alerts: {error}") from error
+
+    def _sinks(self, run: str, out: Path) -> list[Sink]:
+        naming, effort = Naming(run), Effort(dead_letters=out / DEAD_LETTERS)
+        found: list[Sink] = []
+        if self.slack:
+            found.append(Slack(naming, effort=replace(effort, burst=SLACK_BURST)).build())
+        if self.pagerduty:
+            found.append(PagerDuty(naming, url=self.pagerduty_url, effort=effort).build())
+        if self.alertmanager is not None:
+            token = self.alertmanager_token_env
+            found.append(Alertmanager(self.alertmanager, naming, token_env=token, effort=effort).build())
+        if self.webhook is not None or self.webhook_url_env is not None:
+            urls, token = (self.webhook, self.webhook_url_env), self.webhook_token_env
+            found.append(Webhook(naming, *urls, token_env=token, effort=effort).build())
+        if self.jsonl is not None:
+            found.append(JsonLines(self.jsonl))
+        if self.tensorboard is not None:
+            found.append(TensorBoard(self.tensorboard))
+        if self.otel:
+            found.append(otlp(run))
+        if self.wandb:
+            found.append(wandb(run, out))
+        return found
+
+
+NOWHERE = Alerts()
+
+
+class Says(Protocol):
+    """Shows a line to a person."""
+
+    def say(self, text: str) -> None: ...  # noqa: D102 - described by the class
+
+
+@contextmanager
+def delivering(alerts: Alerts, out: Path, reporter: Says) -> Iterator[Sequence[Sink]]:
+    """The sinks, each behind its queue. At the end all have `CLOSE_S` seconds; what is not delivered is said.
+
+    Raises what `Alerts.sinks` does.
+    """
+    queues = [Background(sink) for sink in alerts.sinks(out)]
+    try:
+        yield queues
+    finally:
+        deadline = time.monotonic() + CLOSE_S
+        for queue in queues:
+            in_time = queue.close(max(0.0, deadline - time.monotonic()))
+            state = queue.state
+            if state.errors or not in_time or any(state.dropped.values()):
+                lost = sum(state.dropped.values())
+                why = f"; the last error: {state.last_error}" if state.last_error else ""
+                reporter.say(f"alerts: {state.handled} records taken, {state.errors} failed, {lost} dropped{why}")
