@@ -79,15 +79,19 @@ class EngineLoop:
 
     # ------------------------------------------------------------------------------------------------- others' side
 
-    async def stream(self, request: Request) -> AsyncGenerator[Output, None]:
+    async def stream(
+        self, request: Request, on_added: Callable[[], None] = lambda: None
+    ) -> AsyncGenerator[Output, None]:
         """The pieces of the answer; the last one has `finish`. Leaving early cancels the request.
 
+        on_added: is called when the engine has taken the request, which may be long before the first piece.
         Raises RequestError, OverloadedError, DrainingError or StoppedError instead of a first piece.
         """
         listener = _Listener(asyncio.get_running_loop())
         added = self._submit(request, listener)
         try:
             await asyncio.wrap_future(added)
+            on_added()
             while True:
                 output = await listener.queue.get()
                 yield output

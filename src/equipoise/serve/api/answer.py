@@ -112,29 +112,36 @@ async def _pieces(
 ) -> AsyncGenerator[tuple[int, Output], None]:
     """Pieces of all answers as they come, with the index of their request. Leaving early cancels what is left.
 
+    There is no piece before the engine has taken all requests, so that a refusal comes first.
     Raises what `EngineLoop.stream` raises, and ApiError for a request that the engine gave up.
     """
-    queue: asyncio.Queue[tuple[int, Output | Exception]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Output | Exception | None]] = asyncio.Queue()  # None: taken
 
     async def follow(index: int, request: Request) -> None:
         try:
-            async with aclosing(loop.stream(request)) as outputs:
+            async with aclosing(loop.stream(request, lambda: queue.put_nowait((index, None)))) as outputs:
                 async for output in outputs:
                     queue.put_nowait((index, output))
         except Exception as error:  # it is raised below, where the answers are awaited
             queue.put_nowait((index, error))
 
     tasks = [asyncio.create_task(follow(index, request)) for index, request in enumerate(requests)]
-    left = len(tasks)
+    left = not_taken = len(tasks)
+    early: list[tuple[int, Output]] = []
     try:
         while left:
             index, got = await queue.get()
             if isinstance(got, Exception):
                 raise got
-            tally.piece(index, got)
-            _check(got)
-            left -= got.finish is not None
-            yield index, got
+            if got is None:
+                not_taken -= 1
+            else:
+                tally.piece(index, got)
+                _check(got)
+                left -= got.finish is not None
+                early.append((index, got))
+            while early and not not_taken:
+                yield early.pop(0)
     finally:
         for task in tasks:
             task.cancel()

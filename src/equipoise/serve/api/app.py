@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 
 def create_app(served: Served) -> Starlette:
-    """The public API for one model, as an ASGI application. Raises ImportError without the extra."""
+    """The public API for one model, as an ASGI application. Raises ImportError without the extra,
+    ValueError for a chat template that is none."""
     try:
         import pydantic_core  # noqa: F401 - reads what clients send
         from starlette.applications import Starlette
@@ -24,6 +25,7 @@ def create_app(served: Served) -> Starlette:
         raise ImportError(
             "the API needs Starlette and pydantic, which are not installed; pip install 'equipoise[serve]'"
         ) from error
+    served.template.check()
     routes = [
         Route(each.path.replace("}", ":path}"), Conversations(served, each), methods=[each.method])
         for each in ENDPOINTS

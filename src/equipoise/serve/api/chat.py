@@ -12,7 +12,7 @@ from equipoise.serve.api.read import read
 from equipoise.serve.api.served import Served
 from equipoise.serve.api.tally import Usage
 from equipoise.serve.api.template import TemplateRefusedError
-from equipoise.serve.api.tokens import bytes_of, finite, name_of
+from equipoise.serve.api.tokens import bytes_of, encode, finite, name_of
 from equipoise.serve.request import Logprob, Output
 
 
@@ -91,16 +91,19 @@ def plan_chat(served: Served, caller: Caller, raw: bytes) -> tuple[Plan, Form]:
     if not messages:
         raise invalid("messages", "expected at least one, got an empty list")
     try:
-        prompt = served.template.tokens(messages, served.tokenizer)
+        first, *others = served.template.render(messages)
     except TemplateRefusedError as error:
         raise invalid("messages", str(error)) from error
+    tokens = encode(served.tokenizer, "messages", first)
+    for part in others:
+        tokens += [served.tokenizer.eot_id, *encode(served.tokenizer, "messages", part)]
     wanted = Wanted(
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         default_tokens=None,
         num_logprobs=_num_logprobs(body),
         stops=served.template.stops,
     )
-    prompts = Prompts((prompt or (served.tokenizer.eot_id,),), "messages")
+    prompts = Prompts((tuple(tokens) or (served.tokenizer.eot_id,),), "messages")
     plan = make_plan(served, caller, body, prompts, wanted)
     writers = [ChatWriter(served, index, wanted.num_logprobs is not None) for index in range(len(plan.requests))]
     return plan, Form("chat.completion", "chat.completion.chunk", writers)

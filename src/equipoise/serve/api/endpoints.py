@@ -21,6 +21,7 @@ from equipoise.serve.api.plan import Caller, Plan, check_model, check_tokens
 from equipoise.serve.api.read import read
 from equipoise.serve.api.served import Served
 from equipoise.serve.api.tally import Tally
+from equipoise.serve.api.tokens import encode
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ async def _tokenize(served: Served, call: Call) -> Reply:
     def work() -> Tokens:
         body = read(TokenizeBody, call.body)
         check_model(served, body.model)
-        ids = served.tokenizer.encode(body.prompt).tolist()
+        ids = encode(served.tokenizer, "prompt", body.prompt)
         return {"tokens": ids, "count": len(ids), "max_model_len": served.max_tokens}
 
     return Reply(await asyncio.to_thread(work))

@@ -1,4 +1,4 @@
-"""Chat messages to the tokens of a prompt, by a Jinja2 template in a sandbox.
+"""Chat messages to a prompt, by a Jinja2 template in a sandbox.
 
 The end of a document is what the template writes as `eos_token` or `bos_token`. Nothing that a message says can be that
 token: the template is given a random text in its place, and the prompt is cut there.
@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
-
-from equipoise.models.tokenizer import Tokenizer
 
 FILE_NAME = "chat_template.jinja"
 _PLAIN = """\
@@ -38,25 +36,30 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> Any:
-        try:
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError as error:
-            raise ImportError("chat needs Jinja2, which is not installed; pip install 'equipoise[serve]'") from error
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _refuse
         return environment.from_string(self.source)
 
     def check(self) -> None:
-        """Raise ValueError for a template that is not Jinja2."""
-        from jinja2 import TemplateSyntaxError
-
+        """Raise ValueError for a template that is not Jinja2, ImportError without the extra."""
+        try:
+            from jinja2 import TemplateSyntaxError
+        except ImportError as error:
+            raise ImportError("chat needs Jinja2, which is not installed; pip install 'equipoise[serve]'") from error
         try:
             _ = self._compiled
         except TemplateSyntaxError as error:
             raise ValueError(f"chat template: expected Jinja2, got line {error.lineno}: {error.message}") from error
 
-    def tokens(self, messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> tuple[int, ...]:
-        """The prompt after which the model answers. Raises TemplateRefusedError for messages it does not take."""
+    def render(self, messages: Sequence[Mapping[str, str]]) -> list[str]:
+        """The prompt after which the model answers: texts, with an end of a document between each and the next.
+
+        messages: role and content. Raises TemplateRefusedError for those that the template does not take.
+        """
         mark = f"<{secrets.token_hex(16)}>"
         try:
             text = self._compiled.render(
@@ -64,10 +67,8 @@ class ChatTemplate:
             )
         except Exception as error:  # templates come with models; whatever one raises is about these messages
             raise TemplateRefusedError(f"the chat template does not take them: {error}") from error
-        first, *others = [tokenizer.encode(part).tolist() for part in text.split(mark)]
-        for part in others:
-            first += [tokenizer.eot_id, *part]
-        return tuple(first)
+        parts: list[str] = text.split(mark)
+        return parts
 
 
 BUILT_IN = ChatTemplate(_PLAIN, stops=("\nUser:", "\nSystem:", "\nAssistant:"))

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import codecs
+import re
 
 from equipoise.models.tokenizer import EOT, Tokenizer
+from equipoise.serve.api.errors import invalid
 from equipoise.serve.request import Logprob
 
+MAX_BLANKS = 100_000  # in a row; at a million tiktoken's regular expression overflows its stack
+
 _LEAST = -9999.0  # what clients read for "as good as impossible"; JSON has no infinity
+
+
+def encode(tokenizer: Tokenizer, field: str, text: str) -> list[int]:
+    """Its tokens. Raises ApiError for a text that would bring the tokenizer down."""
+    if len(text) > MAX_BLANKS:
+        longest = max((len(run) for run in re.findall(r"\s+", text)), default=0)
+        if longest > MAX_BLANKS:
+            raise invalid(field, f"expected at most {MAX_BLANKS} white-space characters in a row, got {longest}")
+    ids: list[int] = tokenizer.encode(text).tolist()
+    return ids
 
 
 def name_of(tokenizer: Tokenizer, id: int) -> str:
