@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from equipoise.serve.engine import Backend, OverloadedError
 from equipoise.serve.request import FinishReason, Output, Request
@@ -79,15 +79,19 @@ class EngineLoop:
 
     # ------------------------------------------------------------------------------------------------- others' side
 
-    async def stream(self, request: Request) -> AsyncIterator[Output]:
+    async def stream(
+        self, request: Request, on_added: Callable[[], None] = lambda: None
+    ) -> AsyncGenerator[Output, None]:
         """The pieces of the answer; the last one has `finish`. Leaving early cancels the request.
 
+        on_added: is called when the engine has taken the request, which may be long before the first piece.
         Raises RequestError, OverloadedError, DrainingError or StoppedError instead of a first piece.
         """
         listener = _Listener(asyncio.get_running_loop())
         added = self._submit(request, listener)
         try:
             await asyncio.wrap_future(added)
+            on_added()
             while True:
                 output = await listener.queue.get()
                 yield output
@@ -136,6 +140,13 @@ class EngineLoop:
             idle = not self._listeners
             seconds = 0.0 if idle else time.monotonic() - self._last_progress
             return Progress(self._num_steps, seconds, len(self._listeners), self._error)
+
+    @property
+    def state(self) -> Literal["new", "running", "ended"]:
+        """Of the thread: not started yet, at work, or gone."""
+        if self._thread.ident is None:
+            return "new"
+        return "running" if self._thread.is_alive() else "ended"
 
     def drain(self, timeout_s: float) -> bool:
         """Take no new requests, and wait for those that are open. Whether all ended in time."""
