@@ -16,6 +16,7 @@ import tyro
 
 from equipoise.commands import metrics, watching
 from equipoise.commands.inject import inject
+from equipoise.commands.serve import serve
 from equipoise.dashboard.command import dashboard
 from equipoise.train.alerts import NOWHERE, Alerts
 from equipoise.train.config import Overrides
@@ -203,6 +204,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "triage": watching.triage,
     "diagnose": watching.diagnose,
     "dashboard": dashboard,
+    "serve": serve,
     "exporter": metrics.exporter,
     "export": metrics.export,
     "inject": inject,

@@ -50,7 +50,7 @@ def serve(
     check_paths(runs)
     check_binding(host, port, token)
     uvicorn = _uvicorn()
-    with contextlib.closing(_bind(host, port)) as bound:
+    with contextlib.closing(bind(host, port)) as bound:
         port = bound.getsockname()[1]
         app = build_app(runs, Access(token, port))
         config = uvicorn.Config(
@@ -62,7 +62,7 @@ def serve(
             timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
         if ready is not None:
-            ready(_address(host, port, token))
+            ready(address(host, port, token))
         with warnings.catch_warnings():
             # NiceGUI looks at every object for its server, torch's deprecated ones too
             warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op", category=FutureWarning)
@@ -168,7 +168,7 @@ def _uvicorn() -> ModuleType:
     return uvicorn
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """A bound socket. Raises ValueError when the port is taken or the host is none of this machine's."""
     bare = host.strip("[]")
     try:
@@ -190,6 +190,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def _address(host: str, port: int, token: str | None) -> str:
+def address(host: str, port: int, token: str | None) -> str:
+    """What to open in a browser."""
     shown = f"[{host.strip('[]')}]" if ":" in host else host
     return f"http://{shown}:{port}/" + (f"?{urlencode({'token': token})}" if token else "")

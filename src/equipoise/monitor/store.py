@@ -146,6 +146,12 @@ class RunStore:
             for table in ("scalars", "routing", "alerts", "actions"):
                 self._db.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
 
+    def forget_before(self, step: int) -> None:
+        """Forget numbers and routing before `step`; alerts and repairs stay. For what runs for ever."""
+        with self.transaction():
+            for table in ("scalars", "routing"):
+                self._db.execute(f"DELETE FROM {table} WHERE step < ?", (step,))
+
     # -------------------------------------------------------------------------------------------------- reading
 
     @contextmanager

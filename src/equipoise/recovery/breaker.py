@@ -127,6 +127,11 @@ class Breaker:
         return _p99(self._seconds_WG, np.minimum(self._calls_G, self.config.window))
 
     @property
+    def p50_s(self) -> np.ndarray:
+        """float64 (G,), their median, in seconds; NaN without calls."""
+        return _quantile(self._seconds_WG, np.minimum(self._calls_G, self.config.window), 0.5)
+
+    @property
     def slow_share_G(self) -> np.ndarray:
         """float64 (G,), the share of slow calls in the window; 0 without calls."""
         return self._num_slow_G / np.maximum(np.minimum(self._calls_G, self.config.window), 1)
@@ -270,11 +275,15 @@ class Breaker:
 
 
 def _p99(seconds_WG: np.ndarray, count_G: np.ndarray) -> np.ndarray:
-    """float64 (G,), the smallest of the calls that 99 % do not exceed; NaN without calls."""
+    return _quantile(seconds_WG, count_G, 0.99)
+
+
+def _quantile(seconds_WG: np.ndarray, count_G: np.ndarray, share: float) -> np.ndarray:
+    """float64 (G,), the smallest of the calls that this share does not exceed; NaN without calls."""
     sorted_WG = np.sort(seconds_WG, axis=0)  # NaN goes last
-    place_G = np.maximum(np.ceil(0.99 * count_G).astype(int) - 1, 0)
-    p99_G: np.ndarray = np.where(count_G > 0, sorted_WG[place_G, np.arange(len(place_G))], np.nan)
-    return p99_G
+    place_G = np.maximum(np.ceil(share * count_G).astype(int) - 1, 0)
+    quantile_G: np.ndarray = np.where(count_G > 0, sorted_WG[place_G, np.arange(len(place_G))], np.nan)
+    return quantile_G
 
 
 def _bucket(sizes: np.ndarray) -> np.ndarray:

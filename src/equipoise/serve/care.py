@@ -230,6 +230,11 @@ class Care:
         finally:
             self.recovery.act = before
 
+    def set_act(self, act: bool) -> bool:
+        """Whether repairs are made, or only proposed. For `call`."""
+        self.recovery.act = act
+        return act
+
     def rollback_router(self, layer: str | None = None) -> list[Action]:
         """Routers and balancers of one layer, or of all, from the newest known-good record. For `call`."""
         step = self._num_steps()

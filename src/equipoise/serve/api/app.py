@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from equipoise.serve.api.conversation import Receive, Scope, Send, converse
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 
-def create_app(served: Served) -> Starlette:
-    """The public API for one model, as an ASGI application. Raises ImportError without the extra,
+def create_app(served: Served, endpoints: Sequence[Endpoint] = ENDPOINTS) -> Starlette:
+    """The public API for one model, or other endpoints, as an ASGI application. Raises ImportError without the extra,
     ValueError for a chat template that is none."""
     try:
         import pydantic_core  # noqa: F401 - reads what clients send
@@ -28,7 +29,7 @@ def create_app(served: Served) -> Starlette:
     served.template.check()
     routes = [
         Route(each.path.replace("}", ":path}"), Conversations(served, each), methods=[each.method])
-        for each in ENDPOINTS
+        for each in endpoints
     ]
 
     async def nowhere(request: Any, error: Any) -> Any:

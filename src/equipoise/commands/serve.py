@@ -1,0 +1,277 @@
+"""The command `equipoise serve`: its arguments, sockets and signals. What it serves is put together in serve/server.py.
+
+The public port has the API, /metrics and the dashboard; the admin port listens on this machine only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from equipoise.monitor.profiles import Profile
+from equipoise.recovery.policy import PolicyName
+
+if TYPE_CHECKING:
+    from equipoise.serve.server import Server, ServerConfig
+
+API_PATHS = ("/v1", "/tokenize", "/detokenize", "/health", "/openapi.json")
+DTYPES = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions:
+    """How to serve it."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. One that other machines can reach needs --keys-file."""
+    port: int = 8000
+    """Of the API, /metrics and the dashboard; 0 takes any that is free."""
+    admin_port: int = 8001
+    """Of the operators' verbs, on this machine only; 0 takes any that is free."""
+    name: str | None = None
+    """Of the model in the API; the run folder's name if none is given."""
+    out: Path | None = None
+    """Folder of the server's own records. Default: the first of RUN/serving, RUN/serving-2, ... that is free."""
+    keys_file: Path | None = None
+    """API keys, one a line; clients must bring one. EQUIPOISE_API_KEYS works too."""
+    token_file: Path | None = None
+    """Token of the dashboard, needed where --host is reachable; without it there is no dashboard there."""
+    dtype: DTYPES = "auto"
+    """Of the weights; auto is what the checkpoint has. Routers stay fp32."""
+    cache_gb: float = 1.0
+    """Memory for keys and values."""
+    max_running: int = 64
+    """Requests in a batch; more wait."""
+    max_waiting: int = 256
+    """Requests in the queue; more get 429 and when to try again."""
+    tokens_per_step: int = 512
+    """Tokens in one forward, prompts and answers together."""
+    decode_batch: int | None = None
+    """Answers that go on in one step; all of them if none is given."""
+    group_by_experts: bool = False
+    """With --decode-batch: prefer answers whose last tokens went to the same experts."""
+    prefix_reuse: bool = True
+    """Use keys and values of prompts that begin alike again."""
+    recover: bool = False
+    """Repair a router in trouble, not only propose to."""
+    policy: PolicyName = "ladder"
+    """Which repairs, in which order."""
+    profile: Profile = "relative"
+    """Which rules judge the routing."""
+    flush_s: float = 2.0
+    """Seconds between two looks at the routing."""
+    breaker: bool = True
+    """Bypass a layer's experts while they are too slow, where something can stand in for them."""
+    detail: Literal["summary", "layer", "expert"] = "layer"
+    """Of the experts' metrics for Prometheus."""
+    drain_s: float = 30.0
+    """Seconds that open requests get after SIGTERM or Ctrl-C."""
+
+
+def serve(
+    run: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    options: Annotated[ServeOptions, tyro.conf.OmitArgPrefixes] = ServeOptions(),
+) -> int:
+    """Serve a model that was trained here: an OpenAI-compatible API, with the router under watch.
+
+    For example: equipoise serve runs/demo, then
+    curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' -d '{"model":"demo","prompt":"The"}'
+
+    Args:
+        run: A run folder (its newest whole checkpoint), or a checkpoint in one.
+    """
+    from equipoise.serve.server import Server
+
+    loaded, config = _prepare(run, options)
+    server = Server(loaded, config, os.environ)
+    return Front(server, options).run()
+
+
+def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
+    """The model, and everything that can be wrong with the options, before anything listens."""
+    import torch
+
+    from equipoise.dashboard.access import is_loopback
+    from equipoise.models.run_files import load
+    from equipoise.recovery.breaker import BreakerConfig
+    from equipoise.serve.api.access import read_keys
+    from equipoise.serve.api.template import read_template
+    from equipoise.serve.care import CareConfig
+    from equipoise.serve.scheduler import Limits
+    from equipoise.serve.server import ServerConfig
+
+    keys = read_keys(options.keys_file, os.environ)
+    if not keys and not is_loopback(options.host):
+        raise ValueError(
+            f"host: {options.host} can be reached from other machines, and there are no API keys; leave out --host for "
+            "this machine only, or add --keys-file"
+        )
+    limits = Limits(
+        max_running=options.max_running,
+        tokens_per_step=options.tokens_per_step,
+        max_waiting=options.max_waiting,
+        decode_batch=options.decode_batch,
+        group_by_experts=options.group_by_experts,
+    )
+    care = CareConfig(
+        flush_s=options.flush_s,
+        profile=options.profile,
+        recover=options.recover,
+        policy=options.policy,
+        breaker=BreakerConfig() if options.breaker else None,
+    )
+    loaded = load(run, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype))
+    config = ServerConfig(
+        name=options.name or loaded.folder.resolve().name,
+        folder=options.out or _free(loaded.folder / "serving"),
+        cache_gb=options.cache_gb,
+        prefix_reuse=options.prefix_reuse,
+        limits=limits,
+        care=care,
+        detail=options.detail,
+        keys=keys,
+        template=read_template(loaded.folder),
+    )
+    return loaded, config
+
+
+class Front:
+    """The sockets of one server, until a signal."""
+
+    def __init__(self, server: Server, options: ServeOptions) -> None:
+        self._server, self._options = server, options
+        self._asked = threading.Event()
+        self._failed: list[BaseException] = []
+
+    def run(self) -> int:
+        """Serve until SIGTERM or Ctrl-C, then finish what is open. A second signal ends it at once."""
+        import uvicorn
+
+        from equipoise.dashboard.server import address, bind
+        from equipoise.serve.api.wire import uvicorn_config
+
+        options, bounds = self._options, self._server.config.bounds
+        public, admin = bind(options.host, options.port), bind("127.0.0.1", options.admin_port)
+        port, admin_port = public.getsockname()[1], admin.getsockname()[1]
+        app = Public(self._server, self._dashboard(port))
+        configs = [uvicorn_config(app, bounds, lifespan="on", ws="auto")]
+        admin_app = self._server.admin_app()
+        if admin_app is not None:
+            configs.append(uvicorn_config(admin_app, bounds))
+        servers = [uvicorn.Server(config) for config in configs]
+        self._catch_signals()
+        self._server.start()
+        thread = threading.Thread(target=self._listen, args=(servers, [public, admin]), name="http", daemon=True)
+        thread.start()
+        self._announce(address(options.host, port, None), f"http://127.0.0.1:{admin_port}/admin")
+        self._asked.wait()
+        code = self._drain(servers, thread)
+        if self._failed:
+            raise self._failed[0]
+        return code
+
+    def _listen(self, servers: list[Any], sockets: list[Any]) -> None:
+        async def both() -> None:
+            await asyncio.gather(*(each.serve(sockets=[one]) for each, one in zip(servers, sockets, strict=False)))
+
+        try:
+            asyncio.run(both())
+        except BaseException as error:
+            self._failed.append(error)
+        finally:
+            self._asked.set()
+
+    def _drain(self, servers: list[Any], thread: threading.Thread) -> int:
+        number = self._server.loop.progress().num_open
+        print(f"stopping: {number} open requests get {self._options.drain_s:g} s", flush=True)
+        finished = self._server.stop(self._options.drain_s)
+        for each in servers:
+            each.should_exit = True
+        thread.join(10.0)
+        print("stopped" if finished else "stopped; some requests were cut off", flush=True)
+        return 0 if finished else 1
+
+    def _catch_signals(self) -> None:
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def note(number: int, frame: object) -> None:
+            for each, handler in before.items():
+                signal.signal(each, handler)
+            self._asked.set()
+
+        for number in before:
+            signal.signal(number, note)
+
+    def _dashboard(self, port: int) -> Any | None:
+        """The pages; None, with the reason said, where they can't be shown."""
+        from equipoise.dashboard.access import Access, is_loopback
+
+        token = None
+        if self._options.token_file is not None:
+            lines = self._options.token_file.read_text(encoding="utf-8").splitlines()
+            token = lines[0].strip() if lines else ""
+        if token is None and not is_loopback(self._options.host):
+            print("no dashboard: --host can be reached from other machines; add --token-file", file=sys.stderr)
+            return None
+        try:
+            from equipoise.dashboard.server import build_app
+
+            return build_app([self._server.config.folder, self._server.loaded.folder], Access(token, port))
+        except ImportError as error:
+            print(f"no dashboard: {error}", file=sys.stderr)
+            return None
+
+    def _announce(self, url: str, admin: str) -> None:
+        server = self._server
+        print(f"{server.config.name} at {url}v1  (weights of {server.loaded.checkpoint.name}; Ctrl-C ends it)")
+        print(f"dashboard at {url}  metrics at {url}metrics")
+        if server.care is not None:
+            print(f"admin at {admin}, token in {server.config.folder / 'admin_token'}")
+            for note in server.care.notes:
+                print(f"note: {note}")
+        sys.stdout.flush()
+
+
+class Public:
+    """The application of the public port: the API, the metrics, and pages for whatever else is asked for."""
+
+    def __init__(self, server: Server, dashboard: Any | None) -> None:
+        self._server, self._api, self._dashboard = server, server.public_app(), dashboard
+
+    async def __call__(self, scope: Any, receive: Callable[..., Any], send: Callable[..., Any]) -> None:
+        """Hand it to whom it is for."""
+        path = scope.get("path", "")
+        if scope["type"] == "http" and path == "/metrics":
+            await self._metrics(send)
+        elif scope["type"] == "http" and (path.startswith(API_PATHS) or self._dashboard is None):
+            await self._api(scope, receive, send)
+        elif self._dashboard is not None:
+            await self._dashboard(scope, receive, send)
+        else:
+            await self._api(scope, receive, send)
+
+    async def _metrics(self, send: Callable[..., Any]) -> None:
+        text, kind = await asyncio.to_thread(self._server.metrics_text)
+        headers = [(b"content-type", kind.encode()), (b"content-length", str(len(text)).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": text})
+
+
+def _free(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-2, wanted-3, ... that does not exist."""
+    folder, number = wanted, 1
+    while folder.exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder

@@ -1,0 +1,155 @@
+"""A server: one model's engine, care, metrics and the two applications, put together, started and drained.
+
+Signals, sockets and pages are the command's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from equipoise.models.run_files import Loaded
+from equipoise.monitor.prometheus.collector import Detail, RoutingCollector
+from equipoise.monitor.prometheus.live import LiveSource
+from equipoise.recovery.gate import Gate
+from equipoise.serve.admin import admin_token, endpoints, for_operators
+from equipoise.serve.api.app import create_app
+from equipoise.serve.api.served import Bounds, Served
+from equipoise.serve.api.template import BUILT_IN, ChatTemplate
+from equipoise.serve.care import Care, CareConfig
+from equipoise.serve.engine import Engine, blocks_that_fit
+from equipoise.serve.loop import EngineLoop
+from equipoise.serve.metrics import ServingMetrics
+from equipoise.serve.record import ServerRecord
+from equipoise.serve.scheduler import Limits
+from equipoise.types import Sink
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """name: of the model in the API. folder: of the server's own records. cache_gb: for keys and values. detail: of
+    the experts' metrics. keys: whoever has one of them may use the API; empty for everybody."""
+
+    name: str
+    folder: Path
+    cache_gb: float = 1.0
+    block_size: int = 16
+    prefix_reuse: bool = True
+    limits: Limits = field(default_factory=Limits)
+    care: CareConfig = field(default_factory=CareConfig)
+    detail: Detail = "layer"
+    keys: tuple[str, ...] = field(default=(), repr=False)
+    template: ChatTemplate = BUILT_IN
+    bounds: Bounds = field(default_factory=Bounds)
+
+
+class Server:
+    """Built, then `start`, then `stop`. sinks: get alerts and repairs besides the server's own record."""
+
+    def __init__(
+        self, loaded: Loaded, config: ServerConfig, environment: Mapping[str, str], sinks: Sequence[Sink] = ()
+    ) -> None:
+        self.config, self.loaded = config, loaded
+        model, layers = loaded.model, tuple(loaded.model.moe_layers)
+        gate = Gate()
+        self.record = ServerRecord(config.folder, config.name, model.config)
+        self.metrics = ServingMetrics(layers, self._num_open)
+        self.engine = Engine(
+            model,
+            loaded.tokenizer,
+            limits=config.limits,
+            num_blocks=blocks_that_fit(model, config.block_size, config.cache_gb),
+            block_size=config.block_size,
+            prefix_reuse=config.prefix_reuse,
+            on_step=self.metrics.on_step,
+        )
+        self.loop = EngineLoop(self.engine, running=gate.running)
+        live = LiveSource(config.name)
+        self.metrics.registry.register(RoutingCollector(live, detail=config.detail))
+        self.care: Care | None = None
+        if layers:
+            self.care = Care(
+                loaded,
+                gate,
+                config.care,
+                folder=config.folder,
+                num_steps=lambda: self.loop.progress().num_steps,
+                forget=self.loop.forget_cache,
+                sinks=(self.record, live, *sinks),
+                at_flush=self._at_flush,
+            )
+            self.care.remember()
+        self.served = self._served(layers)
+        self.token = admin_token(config.folder, environment)
+
+    def public_app(self) -> Starlette:
+        """For clients."""
+        return create_app(self.served)
+
+    def admin_app(self) -> Starlette | None:
+        """For operators; None for a model without experts, which has nothing to operate on."""
+        return None if self.care is None else create_app(for_operators(self.served, self.token), endpoints(self.care))
+
+    def start(self) -> None:
+        """Take requests from now on."""
+        self.loop.start()
+        if self.care is not None:
+            self.care.start()
+
+    def stop(self, drain_s: float = 30.0) -> bool:
+        """Finish what is open, at most for so long, and end. Whether all was finished."""
+        finished = self.loop.drain(drain_s)
+        self.loop.stop()
+        if self.care is not None:
+            self.care.call(self.record.close)
+            self.care.stop()
+        self.engine.close()
+        return finished
+
+    def metrics_text(self) -> tuple[bytes, str]:
+        """(for Prometheus, its content type)."""
+        return self.metrics.exposition()
+
+    def _num_open(self) -> int:
+        return self.loop.progress().num_open
+
+    def _served(self, layers: tuple[str, ...]) -> Served:
+        care: Any = self.care
+        degraded: Callable[[], tuple[str, ...]] = (lambda: ()) if care is None else care.fallbacks
+        return Served(
+            name=self.config.name,
+            loop=self.loop,
+            tokenizer=self.loaded.tokenizer,
+            max_tokens=self.engine.max_tokens,
+            created=int(time.time()),
+            layers=layers,
+            template=self.config.template,
+            degraded=degraded,
+            retry_after=self.metrics.retry_after,
+            count=self.metrics.count,
+            keys=self.config.keys,
+            bounds=self.config.bounds,
+        )
+
+    def _at_flush(self, step: int) -> None:
+        """In the care thread."""
+        assert self.care is not None
+        guard, scalars = self.care.guard, self.metrics.scalars()
+        p99_s: dict[str, float] = {}
+        if guard is not None:
+            for name, half, most in zip(guard.breaker.names, guard.breaker.p50_s, guard.breaker.p99_s, strict=True):
+                if most == most:  # NaN: no calls
+                    p99_s[name] = float(most)
+                    scalars |= {
+                        f"experts_ms.{name}.p50": 1000 * float(half),
+                        f"experts_ms.{name}.p99": 1000 * p99_s[name],
+                    }
+        self.metrics.guarded({} if guard is None else guard.states(), p99_s, self.care.weights.version.number)
+        if scalars:
+            self.record.scalars(step, scalars)
