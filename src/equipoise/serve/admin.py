@@ -1,7 +1,7 @@
 """What an operator may do: on a port of its own, for whoever has the token.
 
-The same conversations as the public API's, with other endpoints. Whatever changes the model is done by `Care`, in its
-thread, and is recorded.
+The same conversations as the public API's, with other endpoints. Whatever changes the model is done in the
+care thread, and is recorded.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from equipoise.serve.api.errors import ApiError, invalid
 from equipoise.serve.api.read import read
 from equipoise.serve.api.served import Served
 from equipoise.serve.care import Care
+from equipoise.serve.operator import Operator
 from equipoise.serve.weights import MOST_WORSE
 from equipoise.types import Action
 
@@ -100,48 +101,48 @@ def for_operators(served: Served, token: str) -> Served:
 class Verbs:
     """What can be done, each a handler of an endpoint."""
 
-    def __init__(self, care: Care) -> None:
-        self._care = care
+    def __init__(self, care: Care, operator: Operator) -> None:
+        self._care, self._operator = care, operator
 
     async def state(self, served: Served, call: Call) -> Reply:
         """All there is to know."""
-        state = await _do(self._care.call(self._care.state))
+        state = await _do(self._care.call(self._operator.state))
         return Reply({**state, "engine": vars(served.loop.progress()), "draining": served.loop.draining})
 
     async def reload(self, served: Served, call: Call) -> Reply:
         """Other weights."""
         body = _body(ReloadBody, call)
         worse = MOST_WORSE if body.max_loss_increase is None else body.max_loss_increase
-        return Reply(vars(await _do(self._care.call(lambda: self._care.reload(body.checkpoint, worse)))))
+        return Reply(vars(await _do(self._care.call(lambda: self._operator.reload(body.checkpoint, worse)))))
 
     async def undo(self, served: Served, call: Call) -> Reply:
         """Those from before."""
-        return Reply(vars(await _do(self._care.call(self._care.undo_reload))))
+        return Reply(vars(await _do(self._care.call(self._operator.undo_reload))))
 
     async def rollback(self, served: Served, call: Call) -> Reply:
         """The router alone."""
         body = _body(LayerBody, call)
-        return Reply(_actions(await _do(self._care.call(lambda: self._care.rollback_router(body.layer)))))
+        return Reply(_actions(await _do(self._care.call(lambda: self._operator.rollback_router(body.layer)))))
 
     async def put_in(self, served: Served, call: Call) -> Reply:
         """A fault."""
         body = _body(FaultBody, call)
-        return Reply({"fault": await _do(self._care.call(lambda: self._care.put_in(body.fault)))})
+        return Reply({"fault": await _do(self._care.call(lambda: self._operator.put_in(body.fault)))})
 
     async def take_out(self, served: Served, call: Call) -> Reply:
         """All faults."""
-        return Reply({"faults": await _do(self._care.call(self._care.take_out))})
+        return Reply({"faults": await _do(self._care.call(self._operator.take_out))})
 
     async def recovery(self, served: Served, call: Call) -> Reply:
         """On or off."""
         body = _body(RecoveryBody, call)
-        return Reply({"act": await _do(self._care.call(lambda: self._care.set_act(body.act)))})
+        return Reply({"act": await _do(self._care.call(lambda: self._operator.set_act(body.act)))})
 
     async def alerts(self, served: Served, call: Call) -> Reply:
         """Of an alert manager."""
         done: list[Action] = []
         for alert in _firing(_body(AlertsBody, call)):
-            done += await _do(self._care.call(partial(self._care.repair_now, *alert)))
+            done += await _do(self._care.call(partial(self._operator.repair, *alert)))
         return Reply(_actions(done))
 
     async def drain(self, served: Served, call: Call) -> Reply:
@@ -155,9 +156,9 @@ class Verbs:
         return Reply({"draining": False, "open": served.loop.progress().num_open})
 
 
-def endpoints(care: Care) -> tuple[Endpoint, ...]:
+def endpoints(care: Care, operator: Operator) -> tuple[Endpoint, ...]:
     """The verbs by path."""
-    verbs = Verbs(care)
+    verbs = Verbs(care, operator)
     get = Endpoint("GET", "/admin/state", "Weights, repairs, breakers", verbs.state, dict[str, Any], None, _STATUSES)
     posts: tuple[tuple[str, str, Handler, Any], ...] = (
         ("reload", "Take other weights, verified and judged", verbs.reload, ReloadBody),

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from equipoise.models.run_files import Loaded
 from equipoise.monitor.prometheus.collector import Detail, RoutingCollector
@@ -19,10 +19,12 @@ from equipoise.serve.admin import admin_token, endpoints, for_operators
 from equipoise.serve.api.app import create_app
 from equipoise.serve.api.served import Bounds, Served
 from equipoise.serve.api.template import BUILT_IN, ChatTemplate
-from equipoise.serve.care import Care, CareConfig
+from equipoise.serve.care import Care, CareConfig, Shared
 from equipoise.serve.engine import Engine, blocks_that_fit
+from equipoise.serve.equipment import equip
 from equipoise.serve.loop import EngineLoop
 from equipoise.serve.metrics import ServingMetrics
+from equipoise.serve.operator import Operator
 from equipoise.serve.record import ServerRecord
 from equipoise.serve.scheduler import Limits
 from equipoise.types import Sink
@@ -72,19 +74,13 @@ class Server:
         self.loop = EngineLoop(self.engine, running=gate.running)
         live = LiveSource(config.name)
         self.metrics.registry.register(RoutingCollector(live, detail=config.detail))
-        self.care: Care | None = None
+        self.care, self.operator = None, None
         if layers:
-            self.care = Care(
-                loaded,
-                gate,
-                config.care,
-                folder=config.folder,
-                num_steps=lambda: self.loop.progress().num_steps,
-                forget=self.loop.forget_cache,
-                sinks=(self.record, live, *sinks),
-                at_flush=self._at_flush,
-            )
-            self.care.remember()
+            equipment = equip(loaded, config.folder)
+            shared = Shared(gate, lambda: self.loop.progress().num_steps, self.loop.forget_cache)
+            self.care = Care(loaded, equipment, shared, config.care, (self.record, live, *sinks))
+            self.care.after_look = self._after_look
+            self.operator = Operator(loaded, self.care, equipment.canary)
         self.served = self._served(layers)
         self.token = admin_token(config.folder, environment)
 
@@ -94,7 +90,9 @@ class Server:
 
     def admin_app(self) -> Starlette | None:
         """For operators; None for a model without experts, which has nothing to operate on."""
-        return None if self.care is None else create_app(for_operators(self.served, self.token), endpoints(self.care))
+        if self.care is None or self.operator is None:
+            return None
+        return create_app(for_operators(self.served, self.token), endpoints(self.care, self.operator))
 
     def start(self) -> None:
         """Take requests from now on."""
@@ -120,8 +118,7 @@ class Server:
         return self.loop.progress().num_open
 
     def _served(self, layers: tuple[str, ...]) -> Served:
-        care: Any = self.care
-        degraded: Callable[[], tuple[str, ...]] = (lambda: ()) if care is None else care.fallbacks
+        nothing: Callable[[], tuple[str, ...]] = lambda: ()  # noqa: E731 - typed
         return Served(
             name=self.config.name,
             loop=self.loop,
@@ -130,16 +127,18 @@ class Server:
             created=int(time.time()),
             layers=layers,
             template=self.config.template,
-            degraded=degraded,
+            degraded=nothing if self.care is None else self.care.reasons,
             retry_after=self.metrics.retry_after,
             count=self.metrics.count,
             keys=self.config.keys,
             bounds=self.config.bounds,
         )
 
-    def _at_flush(self, step: int) -> None:
+    def _after_look(self, step: int) -> None:
         """In the care thread."""
         assert self.care is not None
+        assert self.operator is not None
+        self.operator.advance_faults()
         guard, scalars = self.care.guard, self.metrics.scalars()
         p99_s: dict[str, float] = {}
         if guard is not None:
@@ -150,6 +149,6 @@ class Server:
                         f"experts_ms.{name}.p50": 1000 * float(half),
                         f"experts_ms.{name}.p99": 1000 * p99_s[name],
                     }
-        self.metrics.guarded({} if guard is None else guard.states(), p99_s, self.care.weights.version.number)
+        self.metrics.guarded({} if guard is None else guard.states(), p99_s, self.operator.weights.version.number)
         if scalars:
             self.record.scalars(step, scalars)

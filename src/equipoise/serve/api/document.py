@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from http import HTTPStatus
+from importlib.metadata import version
 from typing import Any
 
 from equipoise.serve.api.endpoints import ENDPOINTS, Endpoint
@@ -28,8 +29,6 @@ def document() -> dict[str, Any]:
     """OpenAPI 3.1."""
     from pydantic import TypeAdapter
 
-    from equipoise import __version__
-
     kinds = [kind for each in ENDPOINTS for kind in (each.body, each.answer) if kind is not None]
     adapters = [(kind, "validation", TypeAdapter(kind)) for kind in dict.fromkeys([*kinds, ErrorBody])]
     schemas, shared = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
@@ -39,7 +38,11 @@ def document() -> dict[str, Any]:
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = operation
     return {
         "openapi": "3.1.0",
-        "info": {"title": "equipoise", "version": __version__, "description": "OpenAI's completions, and experts."},
+        "info": {
+            "title": "equipoise",
+            "version": version("equipoise"),
+            "description": "OpenAI's completions, and experts.",
+        },
         "paths": paths,
         "components": {
             "schemas": shared.get("$defs", {}),

@@ -1,0 +1,149 @@
+"""A router that collapses while it is served is noticed, repaired, and told of; a healthy one is left alone."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from equipoise.faults import Collapse, inject
+from equipoise.layer.mode import NORMAL, Mode
+from equipoise.monitor.profiles import rules_of
+from equipoise.serve.care import CareConfig
+
+LAYER = "layers.1.mlp"
+COLLAPSE = Collapse(layer=LAYER, expert=3, intensity=30.0)
+
+
+def break_router(served):
+    with served.care.quietly():
+        return inject(served.loaded.model, COLLAPSE, served.equipment.canary.run)
+
+
+def test_a_healthy_model_is_left_alone(serve):
+    served = serve(CareConfig(recover=True))
+    before = {name: tensor.clone() for name, tensor in served.loaded.model.state_dict().items()}
+    for _ in range(4):
+        served.traffic()
+        assert served.care.look() == []
+    assert served.care.reasons() == ()
+    assert all(tensor.equal(before[name]) for name, tensor in served.loaded.model.state_dict().items())
+    assert sum(stats.num_tokens for stats in served.heard.flushes[0]) > 0
+
+
+def test_collapse_is_noticed_repaired_and_resolved(serve):
+    served = serve(CareConfig(recover=True))
+    served.traffic()
+    served.care.look()
+    break_router(served)
+    looks = 0
+    while not any(alert.state == "resolved" for alert in served.heard.alerts):
+        looks += 1
+        assert looks <= 8, served.heard.actions
+        served.traffic()
+        served.care.look()
+        if any(alert.finding.rule == "collapse" for alert in served.care.watch.alerts):
+            assert f"{LAYER}: collapse" in served.care.reasons()
+    assert served.heard.alerts[0].finding.rule == "collapse"
+    assert {action.state for action in served.heard.actions} >= {"applied", "kept"}
+    assert served.forgotten, "keys and values of the broken router were kept"
+
+
+def test_without_leave_it_only_proposes(serve):
+    served = serve()
+    break_router(served)
+    for _ in range(3):
+        served.traffic()
+        served.care.look()
+    assert [action.state for action in served.heard.actions] == ["proposed"]
+    assert all(layer.mode == NORMAL for layer in served.care.layers.values())
+    assert served.forgotten == []
+
+
+def test_an_alert_manager_may_ask_for_the_repair(serve):
+    served = serve()
+    break_router(served)
+    served.traffic()
+    [action] = served.operator.repair(LAYER, "collapse", "one expert takes all")
+    assert action.state == "applied"
+    assert served.care.recovery.act is False
+    with pytest.raises(ValueError, match=r"expected an equipoise layer \(layers.0.mlp, layers.1.mlp\), got 'nowhere'"):
+        served.operator.repair("nowhere", "collapse", "")
+
+
+def test_baselines_come_from_the_record(serve):
+    served = serve()
+    assert set(served.equipment.baselines) == set(served.care.layers)
+    assert len(served.care.watch._detectors) == len(rules_of("relative", served.equipment.baselines))
+
+
+def test_a_repair_in_force_and_a_breaker_are_reasons(serve):
+    served = serve()
+    served.care.layers[LAYER].set_mode(Mode(round_robin=True))
+    assert served.care.reasons() == (f"{LAYER}: a repair is in force",)
+
+
+def test_the_breaker_opens_on_a_slow_layer_and_closes_again(serve):
+    served = serve()
+    guard = served.care.guard
+    assert guard is not None
+    assert guard.unguarded == ()
+    for _ in range(3):
+        served.traffic(4)
+        served.care.look()
+    config = served.care.config.breaker
+    group = guard.breaker.names.index(LAYER)
+    slow = np.full(len(guard.breaker.names), np.nan)
+    slow[group] = 10.0
+    for _ in range(config.window):
+        moved = guard.breaker.record(slow, np.full(len(slow), 8.0))
+        if moved:
+            break
+    guard._keep_away([LAYER])
+    assert served.care.reasons() == (f"{LAYER}: the breaker is open",)
+    served.traffic(4)  # the stand-in computes
+    served.care.look()
+    diverted = [stats.rerouted.get("diverted", 0) for stats in served.heard.flushes[-1] if stats.layer == LAYER]
+    assert diverted[0] > 0
+
+
+class TestThread:
+    def test_looks_by_itself_and_stops(self, serve):
+        served = serve(CareConfig(flush_s=0.01))
+        looked = threading.Event()
+        served.care.after_look = lambda step: looked.set()
+        served.care.start()
+        served.traffic()
+        assert looked.wait(30)
+        served.care.stop()
+        with pytest.raises(RuntimeError, match="the server is stopping"):
+            served.care.call(lambda: None)
+
+    def test_what_fails_is_told_and_does_not_end_it(self, serve):
+        served = serve(CareConfig(flush_s=0.01))
+        calls, again = [], threading.Event()
+
+        def fail(step):
+            calls.append(step)
+            if len(calls) == 1:
+                raise OSError("the disk is full")
+            again.set()
+
+        told = []
+        served.care.after_look = fail
+        original = served.care.look
+        served.care.look = lambda: (told.append(served.care.reasons()), original())[1]
+        served.care.start()
+        assert again.wait(30)
+        assert ("the monitor fails: OSError: the disk is full",) in told
+
+    def test_calls_are_made_in_its_thread_and_errors_are_the_callers(self, serve):
+        served = serve(CareConfig(flush_s=60.0))
+        served.care.start()
+        assert served.care.call(lambda: threading.current_thread().name).result(30) == "care"
+        with pytest.raises(KeyError):
+            served.care.call(lambda: {}["x"]).result(30)
+
+
+def test_bad_config():
+    with pytest.raises(ValueError, match=r"flush_s: expected seconds, more than 0, got 0"):
+        CareConfig(flush_s=0)
