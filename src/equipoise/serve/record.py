@@ -37,6 +37,10 @@ class ServerRecord:
             self._store.set_meta(name=self._name, kind="server", status="running")
         return self._store
 
+    def open(self) -> None:
+        """The server is running: views may say so."""
+        _ = self.store
+
     def routing(self, window: Sequence[RoutingStats]) -> None:
         """Keep one flush; a silent one says nothing."""
         if any(stats.num_tokens for stats in window):

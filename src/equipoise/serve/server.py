@@ -98,6 +98,7 @@ class Server:
         """Take requests from now on."""
         self.loop.start()
         if self.care is not None:
+            self.care.call(self.record.open)
             self.care.start()
 
     def stop(self, drain_s: float = 30.0) -> bool:
