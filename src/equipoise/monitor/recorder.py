@@ -115,6 +115,13 @@ class _Buffers:
             integers, floats = integers[num_integers:], floats[num_floats:]
         return views
 
+    def reduce(self, reduce: Callable[[Tensor], object]) -> None:
+        """Sum over ranks, as one tensor: counts are whole numbers in float64 too, up to 2^53 of them."""
+        both = torch.cat([self.integers.double(), self.floats])
+        reduce(both)
+        self.integers.copy_(both[: self.num_integers])
+        self.floats.copy_(both[self.num_integers :])
+
     def to_host(self) -> _Buffers:
         return _Buffers(self.words.cpu(), self.num_integers, self.layers)
 
@@ -138,10 +145,10 @@ def observable_layers(model: nn.Module) -> dict[str, Observable]:
 class Recorder:
     """Counts every real token of every MoE layer once. Outputs are bit-identical with and without it.
 
-    reduce: sums a tensor over data-parallel ranks in place at `flush`; None on one rank.
+    reduce: sums a float64 tensor over data-parallel ranks in place, once per `flush`; None on one rank.
     """
 
-    def __init__(self, model: nn.Module, reduce: Callable[[Tensor], None] | None = None) -> None:
+    def __init__(self, model: nn.Module, reduce: Callable[[Tensor], object] | None = None) -> None:
         self._reduce = reduce
         self._paused = False
         layers = observable_layers(model)
@@ -179,8 +186,7 @@ class Recorder:
     def flush_sums(self) -> dict[str, RoutingSums]:
         """The sums behind `flush`, by layer, for whoever adds up several flushes."""
         if self._reduce is not None:
-            self._reduce(self._buffers.integers)
-            self._reduce(self._buffers.floats)
+            self._buffers.reduce(self._reduce)
         layers = self._buffers.to_host().by_layer()
         sums = {name: layer.sums() for name, layer in layers.items()}
         self._buffers.words.zero_()  # not before: on a CPU the host's view is the same memory

@@ -28,7 +28,9 @@ class Watch:
     rules: more rules, pure functions from a window to findings. `use_baselines` says what is normal.
     sinks: get each flush and each change of an alert, in the loop: the error of one is raised after all have been told.
     Behind a `Background` a sink may hang or raise as it likes, the loop does not notice.
-    reduce: sums a tensor over data-parallel ranks in place; None on one rank. clock: seconds.
+    reduce: sums a tensor over data-parallel ranks in place, once per flush: torch.distributed.all_reduce, with a group
+    partial(all_reduce, group=...). Each rank then sees the whole batch, and each must flush at the same steps: give the
+    sinks to one of them. None counts this rank alone. clock: seconds.
     Use it as a context manager, or call `detach` when done.
     """
 
@@ -41,7 +43,7 @@ class Watch:
         profile: Profile | None = "relative",
         rules: Sequence[Detector] = (),
         sinks: Sequence[Sink] = (),
-        reduce: Callable[[Tensor], None] | None = None,
+        reduce: Callable[[Tensor], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if every < 1:
@@ -160,12 +162,15 @@ def watch(
     rules: Sequence[Detector] = (),
     sinks: Sequence[Sink] = (),
     baselines: Mapping[str, Baseline] | None = None,
+    reduce: Callable[[Tensor], object] | None = None,
 ) -> Watch:
-    """Attach to every MoE layer of the model. See `Watch`, and `Watch.use_baselines` for what baselines are.
+    """Attach to every MoE layer of the model, before or after it is wrapped for data parallelism.
+
+    See `Watch`, and `Watch.use_baselines` for what baselines are.
 
     Raises ValueError when the model has no layer that can be watched, and for baselines of another one.
     """
-    watching = Watch(model, every=every, window_s=window_s, profile=profile, rules=rules, sinks=sinks)
+    watching = Watch(model, every=every, window_s=window_s, profile=profile, rules=rules, sinks=sinks, reduce=reduce)
     try:
         watching.use_baselines(baselines)
     except ValueError:
