@@ -156,7 +156,7 @@ class RunPage:
         if step is None:
             await self.refresh()
         else:
-            frame = await self.view.hub.read(self.ref, lambda db: reader.frame(db, step))
+            frame = await self.view.hub.read(self.ref, lambda run: reader.frame(run, step))
             if isinstance(frame, Frame) and self.choice.step == step:
                 self._show_frame(frame)
         self._keep_address()
@@ -187,7 +187,7 @@ class RunPage:
     async def refresh(self) -> None:
         """Read, and show what was read or why it could not be."""
         version, began, choice = self.view.hub.version(self.ref.id), time.monotonic(), self.choice
-        data = await self.view.hub.read(self.ref, lambda db: read_run(db, self.ref, choice))
+        data = await self.view.hub.read(self.ref, lambda run: read_run(run, self.ref, choice))
         if choice != self.choice:
             return  # chosen again meanwhile: that read is under way
         self.error.set_visibility(isinstance(data, StoreError))

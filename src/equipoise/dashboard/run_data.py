@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ from equipoise.dashboard import reader
 from equipoise.dashboard.records import Evenness, Frame, Head, Series
 from equipoise.dashboard.runs import RunRef
 from equipoise.monitor.incidents import Incident, incidents, repairs
+from equipoise.monitor.store import RunStore
 from equipoise.types import Action, RoutingStats
 
 MAX_KEPT = 20  # newest alerts whose flush is in every map
@@ -47,32 +47,32 @@ class Choice:
     scalar: str = ""
 
 
-def read_run(db: sqlite3.Connection, ref: RunRef, choice: Choice) -> RunData:
+def read_run(run: RunStore, ref: RunRef, choice: Choice) -> RunData:
     """Read the run for its page."""
-    head = reader.head(db, ref.path)
-    changes, actions = reader.alerts(db), reader.actions(db)
+    head = reader.head(run, ref.path)
+    changes, actions = reader.alerts(run), reader.actions(run)
     found = tuple(incidents(changes, actions))
     events = [step for incident in found for step in (incident.since, incident.fired)] + [a.step for a in actions]
-    steps, layers = reader.flush_steps(db, keep=events), reader.layers(db)
+    steps, layers = reader.flush_steps(run, keep=events), run.layers()
     layer = choice.layer if choice.layer in layers else _first_choice(head, found, layers)
-    history = reader.history(db, layer, steps)
+    history = reader.history(run, layer, steps)
     num_experts = max((stats.num_experts for stats in history), default=1)
     fired = [incident.fired for incident in found[:MAX_KEPT]]
     columns = min(reader.MAX_COLUMNS, max(16, reader.MAX_CELLS // max(1, num_experts)))
     map_columns = min(reader.MAX_COLUMNS, max(16, reader.MAX_CELLS // max(1, len(layers))))
     near = set(thinned([stats.step for stats in history], columns, fired))
-    names = reader.scalar_names(db)
+    names = reader.scalar_names(run)
     wanted = [name for name in dict.fromkeys((*MAIN_SCALARS, choice.scalar)) if name in names]
     return RunData(
         head=head,
         steps=tuple(steps),
         layers=tuple(layers),
-        frame=reader.newest_frame(db) if choice.step is None else reader.frame(db, choice.step),
+        frame=reader.frame(run) if choice.step is None else reader.frame(run, choice.step),
         layer=layer,
         history=tuple(history),
         map_history=tuple(stats for stats in history if stats.step in near),
-        evenness=reader.evenness(db, thinned(steps, map_columns, fired), layers),
-        scalars={name: reader.scalar(db, name) for name in wanted},
+        evenness=reader.evenness(run, thinned(steps, map_columns, fired), layers),
+        scalars={name: reader.scalar(run, name) for name in wanted},
         scalar_names=tuple(names),
         incidents=found,
         repairs=tuple(repairs(actions)),
