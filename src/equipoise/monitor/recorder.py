@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from equipoise.monitor.adapters.transformers_moe import attach, experts_layers
-from equipoise.monitor.stats import RoutingSums, routing_stats
+from equipoise.monitor.stats import RoutingSums, all_routing_stats
 from equipoise.ops.count import accumulate, accumulate_counts, inside_backward
 from equipoise.types import DROP_REASONS, REROUTE_REASONS, Observable, Routed, RoutingStats
 
@@ -25,7 +26,7 @@ _MOMENTS = 5  # tokens, token entropies, logits, squared logits, log-sum-exps
 
 @dataclass(frozen=True, eq=False)
 class _Sums:
-    """One layer's window: views into the recorder's buffers, on the device or on the host.
+    """One layer's window: views into the recorder's buffers, on the device.
 
     integers: int64, E counts, then drops and reroutes by reason. floats: float64, E sums of probabilities, the moments,
     then the losses.
@@ -61,23 +62,6 @@ class _Sums:
         ]
         losses = [routed.losses.get(name, zero) * decision.num_tokens for name in self.loss_names]
         accumulate(self.floats, torch.cat([probs_TE.sum(0), torch.stack(moments + losses)]).to(device))
-
-    def sums(self) -> RoutingSums:
-        E = self.num_experts
-        tokens, entropy, logits, squares, logsumexps, *losses = self.floats[E:].tolist()
-        by_reason = dict(zip(_REASONS, self.integers[E:].tolist(), strict=True))
-        return RoutingSums(
-            num_tokens=int(tokens),
-            counts_E=self.integers[:E].numpy().copy(),
-            probs_sum_E=self.floats[:E].numpy().copy(),
-            token_entropy_sum=entropy,
-            logit_sum=logits,
-            logit_sq_sum=squares,
-            logsumexp_sum=logsumexps,
-            dropped={reason: by_reason[reason] for reason in DROP_REASONS},
-            rerouted={reason: by_reason[reason] for reason in REROUTE_REASONS},
-            losses={name: value for name, value in zip(self.loss_names, losses, strict=True) if value},  # 0: eval only
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +106,35 @@ class _Buffers:
         self.integers.copy_(both[: self.num_integers])
         self.floats.copy_(both[self.num_integers :])
 
-    def to_host(self) -> _Buffers:
-        return _Buffers(self.words.cpu(), self.num_integers, self.layers)
+    def to_host(self) -> dict[str, RoutingSums]:
+        """Every layer's sums on the host, in one copy."""
+        words = self.words.cpu().numpy().copy()  # on a CPU the first is no copy
+        integers, floats = words[: self.num_integers], words[self.num_integers :].view(np.float64)
+        sums, i, f = {}, 0, 0
+        for name, layer in self.layers.items():
+            E, num_losses = layer.num_experts, len(layer.loss_names)
+            sums[name] = _sums_of(integers[i : i + E + len(_REASONS)], floats[f : f + E + _MOMENTS + num_losses], layer)
+            i, f = i + E + len(_REASONS), f + E + _MOMENTS + num_losses
+        return sums
+
+
+def _sums_of(integers: np.ndarray, floats: np.ndarray, layer: Observable) -> RoutingSums:
+    """From one layer's words, which are laid out as in `_Sums`."""
+    E, num_drops = layer.num_experts, len(DROP_REASONS)
+    tokens, entropy, logits, squares, logsumexps, *losses = floats[E:].tolist()
+    reasons = integers[E:].tolist()
+    return RoutingSums(
+        num_tokens=int(tokens),
+        counts_E=integers[:E],
+        probs_sum_E=floats[:E],
+        token_entropy_sum=entropy,
+        logit_sum=logits,
+        logit_sq_sum=squares,
+        logsumexp_sum=logsumexps,
+        dropped=dict(zip(DROP_REASONS, reasons[:num_drops], strict=True)),
+        rerouted=dict(zip(REROUTE_REASONS, reasons[num_drops:], strict=True)),
+        losses={name: value for name, value in zip(layer.loss_names, losses, strict=True) if value},  # 0: eval only
+    )
 
 
 def observable_layers(model: nn.Module) -> dict[str, Observable]:
@@ -181,15 +192,14 @@ class Recorder:
 
     def flush(self, step: int) -> list[RoutingStats]:
         """One record per layer over everything since the last flush, and a fresh start."""
-        return [routing_stats(name, step, sums) for name, sums in self.flush_sums().items()]
+        return all_routing_stats(step, self.flush_sums())
 
     def flush_sums(self) -> dict[str, RoutingSums]:
         """The sums behind `flush`, by layer, for whoever adds up several flushes."""
         if self._reduce is not None:
             self._buffers.reduce(self._reduce)
-        layers = self._buffers.to_host().by_layer()
-        sums = {name: layer.sums() for name, layer in layers.items()}
-        self._buffers.words.zero_()  # not before: on a CPU the host's view is the same memory
+        sums = self._buffers.to_host()
+        self._buffers.words.zero_()
         return sums
 
     def state_dict(self) -> dict[str, Tensor]:

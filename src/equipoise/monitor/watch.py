@@ -14,7 +14,7 @@ from equipoise.monitor.baseline import Baseline
 from equipoise.monitor.detectors import MIN_EXPECTED, layers_without_opinion
 from equipoise.monitor.profiles import Profile, rules_of
 from equipoise.monitor.recorder import Recorder, observable_layers
-from equipoise.monitor.stats import RoutingSums, routing_stats
+from equipoise.monitor.stats import RoutingSums, all_routing_stats
 from equipoise.monitor.window import TimeWindow
 from equipoise.types import Alert, Detector, RoutingStats, Sink
 
@@ -70,7 +70,7 @@ class Watch:
     def flush(self, step: int) -> list[Alert]:
         """Flush now, whatever has been seen since the last time."""
         sums = self.recorder.flush_sums()
-        self._window = [routing_stats(layer, step, each) for layer, each in sums.items()]
+        self._window = all_routing_stats(step, sums)
         judged = self._judged(step, sums)
         findings = [
             finding
@@ -99,11 +99,10 @@ class Watch:
         """What the rules look at: per layer this flush, or as many more as are needed."""
         self._span.add(self._clock(), sums)
         seen = self._span.whole() if self._literal else self._span.recent(MIN_EXPECTED)
-        flushed = {stats.layer: stats for stats in self._window}
-        return [
-            flushed[layer] if seen[layer] is each else routing_stats(layer, step, seen[layer])
-            for layer, each in sums.items()
-        ]
+        records = {stats.layer: stats for stats in self._window}
+        longer = {layer: seen[layer] for layer, each in sums.items() if seen[layer] is not each}
+        records |= {stats.layer: stats for stats in all_routing_stats(step, longer)}
+        return list(records.values())
 
     def use_baselines(self, baselines: Mapping[str, Baseline] | None, *, learning: bool = False) -> None:
         """Compare with these layers in health from the next flush on, as `KnownGood(run).latest().baselines` has them.
