@@ -31,7 +31,7 @@ ALLOWED = {
     "disk": set(),
     "recovery": {"types", "ops", "routing", "layer", "monitor", "disk"},
     "plan": {"types"},
-    "dashboard": {"types", "plan", "monitor.store", "monitor.incidents"},
+    "dashboard": {"types", "plan", "monitor.store", "monitor.incidents", "monitor.stats_selections"},
     "faults": {"types", "layer", "monitor", "disk"},
     "train": {"types", "ops", "routing"} | RINGS,
     "serve": {"types"} | RINGS,

@@ -6,7 +6,7 @@ import sqlite3
 
 import numpy as np
 import pytest
-from tests.dashboard.stores import collapse, record, window, write_ladder, write_run
+from tests.dashboard.stores import collapse, record, together, window, write_ladder, write_run
 
 from equipoise.dashboard import reader
 from equipoise.dashboard.run_data import Choice, read_run, thinned
@@ -56,6 +56,21 @@ class TestAgreesWithTheStore:
             assert reader.frame(db).step == 120
             store.routing(window(["layers.0.mlp", "layers.1.mlp"], 130))
             assert reader.frame(db).step == 120
+
+    def test_what_is_chosen_together_follows_layer_and_step(self, run):
+        with reader.reading(run) as db:
+            assert read_run(db, run_ref(run), Choice()).together is None
+        with RunStore(run) as store:
+            for step in (50, 100):
+                store.co_selection([together("layers.0.mlp", step), together("layers.1.mlp", step, k=3)])
+        with reader.reading(run) as db:
+            for choice, expected in (
+                (Choice("layers.1.mlp"), ("layers.1.mlp", 100)),
+                (Choice("layers.0.mlp", 99), ("layers.0.mlp", 50)),
+            ):
+                found = read_run(db, run_ref(run), choice).together
+                assert (found.layer, found.step) == expected
+            assert read_run(db, run_ref(run), Choice("layers.0.mlp", 49)).together is None
 
 
 class TestBounded:

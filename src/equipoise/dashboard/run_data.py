@@ -10,7 +10,7 @@ from equipoise.dashboard.records import Evenness, Frame, Head, Series
 from equipoise.dashboard.runs import RunRef
 from equipoise.monitor.incidents import Incident, incidents, repairs
 from equipoise.monitor.store import RunStore
-from equipoise.types import Action, RoutingStats
+from equipoise.types import Action, CoSelection, RoutingStats
 
 MAX_KEPT = 20  # newest alerts whose flush is in every map
 MAIN_SCALARS = ("loss", "val_perplexity", "grad_norm", "learning_rate", "tokens_per_s")
@@ -22,6 +22,7 @@ class RunData:
 
     layer: the chosen layer; history: its records, thinned; map_history: fewer of them, for the map of its experts.
     scalars: curves by name. scalar_names: all there are. repairs: a record for each.
+    together: which experts of the chosen layer are chosen together at the chosen step; None where it is not recorded.
     """
 
     head: Head
@@ -36,6 +37,7 @@ class RunData:
     scalar_names: tuple[str, ...]
     incidents: tuple[Incident, ...]
     repairs: tuple[Action, ...]
+    together: CoSelection | None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ def read_run(run: RunStore, ref: RunRef, choice: Choice) -> RunData:
         scalar_names=tuple(names),
         incidents=found,
         repairs=tuple(repairs(actions)),
+        together=run.latest_co_selection(layer, choice.step),
     )
 
 

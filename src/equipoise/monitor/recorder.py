@@ -6,7 +6,7 @@ for it; a forward that is run again for its gradients adds nothing. `flush` move
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from equipoise.monitor.adapters.transformers_moe import attach, experts_layers
+from equipoise.monitor.co_selection import PairCounts
 from equipoise.monitor.stats import RoutingSums, all_routing_stats
 from equipoise.ops.count import accumulate, accumulate_counts, inside_backward
-from equipoise.types import DROP_REASONS, REROUTE_REASONS, Observable, Routed, RoutingStats
+from equipoise.types import DROP_REASONS, REROUTE_REASONS, CoSelection, Observable, Routed, RoutingStats
 
 _REASONS = DROP_REASONS + REROUTE_REASONS
 _MOMENTS = 5  # tokens, token entropies, logits, squared logits, log-sum-exps
@@ -99,13 +100,6 @@ class _Buffers:
             integers, floats = integers[num_integers:], floats[num_floats:]
         return views
 
-    def reduce(self, reduce: Callable[[Tensor], object]) -> None:
-        """Sum over ranks, as one tensor: counts are whole numbers in float64 too, up to 2^53 of them."""
-        both = torch.cat([self.integers.double(), self.floats])
-        reduce(both)
-        self.integers.copy_(both[: self.num_integers])
-        self.floats.copy_(both[self.num_integers :])
-
     def to_host(self) -> dict[str, RoutingSums]:
         """Every layer's sums on the host, in one copy."""
         words = self.words.cpu().numpy().copy()  # on a CPU the first is no copy
@@ -162,22 +156,35 @@ class Recorder:
     def __init__(self, model: nn.Module, reduce: Callable[[Tensor], object] | None = None) -> None:
         self._reduce = reduce
         self._paused = False
+        self._pairs: PairCounts | None = None
+        self.co_selection: list[CoSelection] = []
         layers = observable_layers(model)
         devices = [p.device for p in model.parameters() if p.device.type != "meta"]  # meta: weights kept elsewhere
         self._buffers = _Buffers.allocate(layers, devices[0] if devices else torch.device("cpu"))
         self._sums = self._buffers.by_layer()
         self._handles: list[RemovableHandle] = [
-            layer.tap.register_forward_hook(self._hook(self._sums[name])) for name, layer in layers.items()
+            layer.tap.register_forward_hook(self._hook(name)) for name, layer in layers.items()
         ]
         self._handles += attach(layers.values())
 
-    def _hook(self, sums: _Sums) -> Callable[[nn.Module, tuple[Routed], Routed], None]:
+    def co_select(self, tokens: int) -> None:
+        """See `Watch.co_select`. After each flush `co_selection` has a record per layer.
+
+        It is a sample: an open window of it is not in `state_dict`.
+        """
+        self._pairs = PairCounts(self._buffers.layers, tokens, self._buffers.words.device)
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Routed], Routed], None]:
+        sums = self._sums[name]
+
         @torch.no_grad()
         def record(module: nn.Module, args: tuple[Routed], routed: Routed) -> None:
             # The operators look for themselves, also in a compiled graph; this spares the arithmetic where it can.
             recomputed = not torch.compiler.is_compiling() and inside_backward()
             if not self._paused and not recomputed:
                 sums.add(routed)
+                if self._pairs is not None:
+                    self._pairs.add(name, routed.decision)
 
         return record
 
@@ -192,12 +199,15 @@ class Recorder:
 
     def flush(self, step: int) -> list[RoutingStats]:
         """One record per layer over everything since the last flush, and a fresh start."""
-        return all_routing_stats(step, self.flush_sums())
+        return all_routing_stats(step, self.flush_sums(step))
 
-    def flush_sums(self) -> dict[str, RoutingSums]:
+    def flush_sums(self, step: int = 0) -> dict[str, RoutingSums]:
         """The sums behind `flush`, by layer, for whoever adds up several flushes."""
         if self._reduce is not None:
-            self._buffers.reduce(self._reduce)
+            pairs = [] if self._pairs is None else [self._pairs.words]
+            _reduce_together(self._reduce, [self._buffers.integers, self._buffers.floats, *pairs])
+        if self._pairs is not None:
+            self.co_selection = self._pairs.take(step)
         sums = self._buffers.to_host()
         self._buffers.words.zero_()
         return sums
@@ -226,3 +236,11 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _reduce_together(reduce: Callable[[Tensor], object], parts: Sequence[Tensor]) -> None:
+    """Sum over ranks, as one tensor: counts are whole numbers in float64 too, up to 2^53 of them."""
+    both = torch.cat([part.double() for part in parts])
+    reduce(both)
+    for part, summed in zip(parts, torch.split(both, [len(part) for part in parts]), strict=True):
+        part.copy_(summed)

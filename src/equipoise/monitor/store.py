@@ -20,8 +20,17 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from equipoise.monitor.store_records import dump, dump_stats, load_action, load_alert, load_stats, to_real
-from equipoise.types import Action, Alert, RoutingStats
+from equipoise.monitor.store_records import (
+    dump,
+    dump_pairs,
+    dump_stats,
+    load_action,
+    load_alert,
+    load_pairs,
+    load_stats,
+    to_real,
+)
+from equipoise.types import Action, Alert, CoSelection, RoutingStats
 
 T = TypeVar("T")
 _LAST = 2**63 - 1  # SQLite's largest integer
@@ -41,6 +50,11 @@ CREATE TABLE actions (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, kind TEXT N
     reason TEXT NOT NULL, detail TEXT NOT NULL);
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
+_CO_SELECTION = """
+CREATE TABLE IF NOT EXISTS co_selection (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, layer TEXT NOT NULL,
+    num_tokens INTEGER NOT NULL, num_experts INTEGER NOT NULL, counts BLOB NOT NULL, UNIQUE (step, layer));
+"""  # came later: a run from before is readable, and gets it when it goes on
+MAX_CO_SELECTIONS = 16  # flushes that are kept: of more, every other one goes
 
 
 class StoreError(ValueError):
@@ -48,7 +62,7 @@ class StoreError(ValueError):
 
 
 class RunStore:
-    """The history of one run, on disk. Implements the protocol `Sink` of types.py.
+    """The history of one run, on disk. Implements the protocols `Sink` and `CoSelectionSink` of types.py.
 
     path: the run folder (the file is run.sqlite in it), or a path that ends in ".sqlite". Both are created.
     Each method that writes is one transaction; `transaction()` makes several into one. A killed process loses at most
@@ -127,6 +141,24 @@ class RunStore:
                 "INSERT OR REPLACE INTO routing (step, layer, stats, counts) VALUES (?, ?, ?, ?)", rows
             )
 
+    def co_selection(self, window: Sequence[CoSelection]) -> None:
+        """Keep which experts one flush chose together. Of at most 16 flushes, spread over the run, the newest included.
+
+        Half of each symmetric matrix, in the smallest whole numbers that hold it: 61 layers of 256 experts take 2 to
+        8 MB per flush.
+        """
+        rows = [(c.step, c.layer, c.num_tokens, len(c.counts_EE), dump_pairs(c.counts_EE)) for c in window]
+        with self.transaction():
+            self._db.executemany(
+                "INSERT OR REPLACE INTO co_selection (step, layer, num_tokens, num_experts, counts) "
+                "VALUES (?, ?, ?, ?, ?)",
+                rows,
+            )
+            steps = [step for (step,) in self.rows("SELECT DISTINCT step FROM co_selection ORDER BY step")]
+            if len(steps) > MAX_CO_SELECTIONS:
+                gone = [(step,) for step in steps[1:-1:2]]
+                self._db.executemany("DELETE FROM co_selection WHERE step = ?", gone)
+
     def alert(self, alert: Alert) -> None:
         """Keep one change of an alert."""
         row = (alert.step, alert.key, alert.state, alert.since_step, dump(asdict(alert.finding)))
@@ -150,7 +182,7 @@ class RunStore:
     def truncate_after(self, step: int) -> None:
         """Forget everything after `step`: a run resumed from its checkpoint repeats those steps."""
         with self.transaction():
-            for table in ("scalars", "routing", "alerts", "actions"):
+            for table in ("scalars", "routing", "co_selection", "alerts", "actions"):
                 self._db.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
 
     def forget_before(self, step: int) -> None:
@@ -201,6 +233,14 @@ class RunStore:
             records = self.records(load_stats, query, (step, steps[-1]))
             yield from (list(flush) for _, flush in groupby(records, key=lambda stats: stats.step))
             step = steps[-1]
+
+    def latest_co_selection(self, layer: str, at: int | None = None) -> CoSelection | None:
+        """Which experts a layer chose together, newest, or newest at or before step `at`; None where none is kept."""
+        if not self.rows("SELECT 1 FROM sqlite_master WHERE name = 'co_selection'"):
+            return None
+        query = """SELECT layer, step, num_tokens, num_experts, counts FROM co_selection
+            WHERE layer = ? AND step <= ? ORDER BY step DESC LIMIT 1"""
+        return next(iter(self.records(load_pairs, query, (layer, _LAST if at is None else at))), None)
 
     def flush_steps(self, after: int = -1, at_most: int = -1) -> list[int]:
         """The steps of the flushes after a step, oldest first; at_most: so many, -1 for all."""
@@ -295,6 +335,9 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
             f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA application_id = {APPLICATION_ID};"
             f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
         )
+    else:
+        _check_version(db, path)
+    db.executescript(_CO_SELECTION)
     db.execute("PRAGMA synchronous = NORMAL")  # safe against a killed process; a power cut may cost the last commits
 
 

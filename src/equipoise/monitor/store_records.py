@@ -6,14 +6,16 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from equipoise.types import Action, Alert, Finding, RoutingStats
+from equipoise.types import Action, Alert, CoSelection, Finding, RoutingStats
 
 _FLOATS = {f.name for f in fields(RoutingStats) if f.type == "float"}
 _TEXT = {f.name for f in fields(RoutingStats)} - {"counts_E"}
+_WIDTHS = {1: "u1", 2: "<u2", 4: "<u4", 8: "<i8"}  # bytes of a count -> its type
 
 
 def dump(value: Any) -> str:
@@ -54,6 +56,28 @@ def load_stats(text: str, counts: bytes) -> RoutingStats:
     record["losses"] = _floats(record.get("losses", {}))
     record["dead_experts"] = tuple(record["dead_experts"])
     return RoutingStats(**record, counts_E=np.frombuffer(counts, dtype="<i8").astype(np.int64))
+
+
+def dump_pairs(counts_EE: np.ndarray) -> bytes:
+    """The upper half of symmetric counts with its diagonal, row by row, in the smallest type that holds it."""
+    half = counts_EE[_upper(len(counts_EE))]
+    most = int(half.max(initial=0))
+    width = next(width for width in _WIDTHS if most < 2 ** (8 * width - (width == 8)))
+    return bytes(half.astype(_WIDTHS[width]).tobytes())
+
+
+def load_pairs(layer: str, step: int, num_tokens: int, num_experts: int, counts: bytes) -> CoSelection:
+    """A record of which experts were chosen together."""
+    rows, columns = _upper(num_experts)
+    half = np.frombuffer(counts, dtype=_WIDTHS[len(counts) // len(rows)])
+    counts_EE = np.zeros((num_experts, num_experts), dtype=np.int64)
+    counts_EE[rows, columns] = counts_EE[columns, rows] = half
+    return CoSelection(layer, step, num_tokens, counts_EE)
+
+
+@lru_cache(maxsize=4)
+def _upper(num_experts: int) -> tuple[np.ndarray, ...]:
+    return np.triu_indices(num_experts)
 
 
 def load_action(kind: str, layer: str, step: int, reason: str, text: str) -> Action:

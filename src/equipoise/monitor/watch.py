@@ -16,7 +16,7 @@ from equipoise.monitor.profiles import Profile, rules_of
 from equipoise.monitor.recorder import Recorder, observable_layers
 from equipoise.monitor.stats import RoutingSums, all_routing_stats
 from equipoise.monitor.window import TimeWindow
-from equipoise.types import Alert, Detector, RoutingStats, Sink
+from equipoise.types import Alert, CoSelection, CoSelectionSink, Detector, RoutingStats, Sink
 
 
 class Watch:
@@ -69,7 +69,7 @@ class Watch:
 
     def flush(self, step: int) -> list[Alert]:
         """Flush now, whatever has been seen since the last time."""
-        sums = self.recorder.flush_sums()
+        sums = self.recorder.flush_sums(step)
         self._window = all_routing_stats(step, sums)
         judged = self._judged(step, sums)
         findings = [
@@ -90,6 +90,8 @@ class Watch:
                 sink.routing(self._window)
                 for alert in changed:
                     sink.alert(alert)
+                if self.recorder.co_selection and isinstance(sink, CoSelectionSink):
+                    sink.co_selection(self.recorder.co_selection)
             except Exception as error:
                 failed.append(error)
         if failed:
@@ -121,6 +123,18 @@ class Watch:
                 "; record them on this model, or rename them"
             )
         self._detectors = (rules_of(self._profile, baselines, learning=learning) if self._profile else ()) + self._rules
+
+    def co_select(self, tokens: int = 256) -> None:
+        """From now on, also count which experts at most so many tokens of each forward choose together, in every layer.
+
+        Sinks that are a `CoSelectionSink`, as the run store, get it with each flush. It takes 8 E^2 bytes per layer.
+        Raises ValueError below 1.
+        """
+        self.recorder.co_select(tokens)
+
+    def co_selection(self) -> list[CoSelection]:
+        """Of the last flush, a record per layer; empty where `co_select` was not called."""
+        return list(self.recorder.co_selection)
 
     def stats(self) -> list[RoutingStats]:
         """The last flush, a record per layer; empty before the first."""
