@@ -1,72 +1,30 @@
-"""What watching costs: training steps with and without an attached Watch. python -m benchmarks.monitor
+"""What watching costs: steps with and without an attached Watch, a flush of a large model, and the window's memory.
 
-Two figures for the same thing. The ratio of whole steps includes every side effect, but drowns in the noise of the
-steps; the share is the time inside the recording hooks and the flush, taken directly.
+python -m benchmarks.monitor. Two figures for a step. The ratio of whole steps includes every side effect, but drowns in
+the noise of the steps; the share is the time inside the recording hooks and the flush, taken directly.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from benchmarks.harness import Effort, Spread, Variant, ratio, spread, time_side_by_side
 from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
-from benchmarks.variants import SHAPES, Shape
-from equipoise import MoE, TopK
-from equipoise.models.decoder import Decoder, cross_entropy_sum
-from equipoise.monitor.recorder import observable_layers
-from equipoise.monitor.watch import watch
-from equipoise.train.config import TrainConfig
-from equipoise.train.optim import build_optimizer
+from benchmarks.variants import SHAPES, LeftOutError, Shape
+from benchmarks.workloads import Workload, layer_workload, recipe_workload, transformers_workloads
+from equipoise.monitor.recorder import Recorder
+from equipoise.monitor.watch import Watch, watch
+from equipoise.monitor.window import TimeWindow
 from equipoise.train.recipes import RECIPES
-
-
-@dataclass(frozen=True, eq=False)
-class Workload:
-    """step: one training step of the model, on the same random input each time."""
-
-    name: str
-    model: nn.Module
-    step: Callable[[], None]
-
-
-def recipe_workload(config: TrainConfig) -> Workload:
-    """Forward, backward, clipping and optimizer of a recipe's model on random tokens."""
-    model = Decoder(config.model)
-    optimizer = build_optimizer(model, config.optim)
-    tokens_BS = torch.randint(config.model.vocab_size, (config.batch_size, config.data.seq_len + 1))
-    inputs_BS, targets_BS = tokens_BS[:, :-1], tokens_BS[:, 1:]
-
-    def step() -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bf16):
-            loss = cross_entropy_sum(model(inputs_BS), targets_BS)[0] / targets_BS.numel()
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return Workload(f"{config.name} recipe, {inputs_BS.numel()} tokens", model, step)
-
-
-def layer_workload(shape: Shape, num_tokens: int) -> Workload:
-    """Forward and backward of one MoE layer in bf16."""
-    layer = MoE(shape.dim, shape.hidden_dim, shape.num_experts, router=TopK(k=shape.top_k)).to(torch.bfloat16)
-    model = nn.Sequential(layer)
-    x_TD = torch.randn(num_tokens, shape.dim, dtype=torch.bfloat16, requires_grad=True)
-    grad_TD = torch.randn_like(x_TD)
-
-    def step() -> None:
-        torch.autograd.backward(model(x_TD), grad_TD)
-        model.zero_grad(set_to_none=True)
-        x_TD.grad = None
-
-    return Workload(f"{shape.name} layer, {num_tokens} tokens", model, step)
-
+from equipoise.types import Routed, RoutingDecision
 
 # ---------------------------------------------------------------------------------------------- the two figures
 
@@ -84,7 +42,9 @@ def side_by_side(work: Workload, every: int, effort: Effort) -> tuple[Spread, Sp
                 work.step()
                 eye.step(number)
 
-    seconds = time_side_by_side([Variant("unwatched", unwatched), Variant("watched", watched)], effort)
+    # A step off the clock before each, so that none of the two has to warm the caches for the other.
+    variants = [Variant("unwatched", unwatched, work.step), Variant("watched", watched, work.step)]
+    seconds = time_side_by_side(variants, effort)
     return spread(seconds["unwatched"]).times(1 / every), ratio(seconds, "watched", "unwatched")
 
 
@@ -98,26 +58,30 @@ class Window:
 
 
 def timed_window(work: Workload, every: int) -> Window:
-    """Watch one window with a clock around the hooks: ours are registered after the recorder's, so run after them."""
+    """Watch one window with a clock around the hooks: ours are registered before the recorder's, or after them."""
     starts: list[float] = []
     spans: list[float] = []
+
+    def start(*args: object) -> None:
+        starts.append(time.perf_counter())
+
+    def stop(*args: object) -> None:
+        spans.append(time.perf_counter() - starts[-1])
+
+    handles = [module.register_forward_pre_hook(start) for module in (*work.after, *work.before)]
+    work.step()
+    starts.clear()
     with watch(work.model, every=every) as eye:
-        handles = []
-        for layer in observable_layers(work.model).values():
-            handles += [
-                layer.tap.register_forward_pre_hook(lambda module, args: starts.append(time.perf_counter())),
-                layer.tap.register_forward_hook(
-                    lambda module, args, output: spans.append(time.perf_counter() - starts[-1])
-                ),
-            ]
+        handles += [module.register_forward_hook(stop) for module in work.after]
+        handles += [module.register_forward_pre_hook(stop) for module in work.before]
         begin = time.perf_counter()
         for _ in range(every):
             work.step()
         before_flush = time.perf_counter()
         eye.flush(every)
         end = time.perf_counter()
-        for handle in handles:
-            handle.remove()
+    for handle in handles:
+        handle.remove()
     return Window(sum(spans), end - before_flush, end - begin)
 
 
@@ -137,8 +101,78 @@ def row(work: Workload, every: int, effort: Effort) -> tuple[Cell, ...]:
     )
 
 
+# ------------------------------------------------------------------------------------------ a flush, and the window
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, as the monitor sees it."""
+
+    num_layers: int
+    num_experts: int
+    top_k: int = 8
+
+
+class Layer(nn.Module):
+    """An observable layer that computes nothing."""
+
+    loss_names = ("switch", "z")
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.tap: nn.Module = nn.Identity()
+        self.num_experts = num_experts
+
+
+def feed(model: nn.ModuleList, size: Size, num_tokens: int) -> None:
+    """Every layer routes the same random tokens."""
+    logits_TE = torch.randn(num_tokens, size.num_experts)
+    probs_TE = logits_TE.softmax(-1)
+    weights_TK, ids_TK = probs_TE.topk(size.top_k)
+    decision = RoutingDecision.from_topk(ids_TK, weights_TK, probs_TE=probs_TE, logits_TE=logits_TE)
+    for layer in model:
+        layer.tap(Routed(decision, SimpleNamespace(drops={}, counts_e=None), {}))
+
+
+def flush_of(size: Size, num_tokens: int, spans: int) -> Variant:
+    """A flush of a watch whose window is full. num_tokens: of each; with too few, rules look at earlier ones too."""
+    model = nn.ModuleList(Layer(size.num_experts) for _ in range(size.num_layers))
+    eye = Watch(model, every=1)
+    for step in range(1, spans + 1):
+        feed(model, size, num_tokens)
+        eye.flush(step)
+    enough = num_tokens * size.top_k >= 100 * size.num_experts
+    name = f"{num_tokens} tokens, {'enough' if enough else 'too few'} for an opinion"
+    return Variant(name, lambda: eye.flush(spans + 1), lambda: feed(model, size, num_tokens))
+
+
+def window_memory(size: Size) -> tuple[float, float]:
+    """MiB of a full window: allocated as seen by tracemalloc, and by the formula of its docstring."""
+    model = nn.ModuleList(Layer(size.num_experts) for _ in range(size.num_layers))
+    recorder, window = Recorder(model), TimeWindow(float("inf"))
+    feed(model, size, 64)
+    tracemalloc.start()
+    for now in range(window.max_spans):
+        window.add(float(now), recorder.flush_sums())
+    measured = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    formula = window.max_spans * size.num_layers * size.num_experts * 16
+    return measured / 2**20, formula / 2**20
+
+
+def flush_table(size: Size, token_counts: Sequence[int], spans: int, effort: Effort) -> Table:
+    """Milliseconds of a flush, and the window's memory."""
+    announce(f"flush of {size.num_layers} layers of {size.num_experts} experts")
+    variants = [flush_of(size, num_tokens, spans) for num_tokens in token_counts]
+    seconds = time_side_by_side(variants, effort)
+    measured, formula = window_memory(size)
+    rows = tuple((variant.name, spread(seconds[variant.name]).times(1e3)) for variant in variants)
+    note = f"The window holds {spans} flushes. Full, it takes {measured:.1f} MiB; by its formula {formula:.1f} MiB."
+    return Table(f"Watch.flush, {size.num_layers} x {size.num_experts} experts", ("flush of", "time [ms]"), rows, note)
+
+
 COLUMNS = (
-    "training step of",
+    "step of",
     "unwatched [ms]",
     "watched / unwatched",
     "recording [ms per step]",
@@ -156,15 +190,24 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     config, shape, num_tokens, effort = RECIPES["demo"](), SHAPES["coarse"], 4096, Effort(options.rounds, warmup=1)
+    theirs, num_layers, batch, new = Shape("small", 256, 512, 8, 2), 4, (8, 128), 32
+    size, token_counts, spans = Size(61, 256), (4096, 64), 64
     if options.smoke:
         torch.set_num_threads(1)
         config, shape, num_tokens = replace(RECIPES["tiny"](), batch_size=2), Shape("coarse", 64, 128, 4, 2), 128
+        theirs, num_layers, batch, new = Shape("small", 32, 32, 4, 2), 2, (2, 8), 2
+        size, token_counts, spans = Size(2, 8, 2), (512, 16), 3
         options.every, effort = 2, Effort(rounds=2, warmup=1)
-    works = (recipe_workload(config), layer_workload(shape, num_tokens))
+    works, notes = [recipe_workload(config), layer_workload(shape, num_tokens)], []
+    try:
+        works += transformers_workloads(theirs, num_layers, batch, new)
+    except LeftOutError as reason:
+        notes.append(str(reason))
     rows = tuple(row(work, options.every, effort) for work in works)
     note = f"A window is {options.every} steps; one flush and one judgement by the detectors per window."
+    tables = (Table("The cost of watching", COLUMNS, rows, note), flush_table(size, token_counts, spans, effort))
     settings = {"every": options.every, "rounds": effort.rounds}
-    emit(Report(settings, (Table("The cost of watching", COLUMNS, rows, note),)), options)
+    emit(Report(settings, tables, tuple(notes)), options)
 
 
 if __name__ == "__main__":

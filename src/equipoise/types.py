@@ -268,6 +268,20 @@ class RoutingStats:
         return self.counts_E * (self.num_experts / total) if total else np.zeros(self.num_experts)
 
 
+@dataclass(frozen=True, eq=False)
+class CoSelection:
+    """Which experts the sampled tokens of one layer and window chose together.
+
+    num_tokens: tokens that were sampled. counts_EE: int64 (E, E), symmetric: those that chose both experts; on the
+    diagonal those that chose the one.
+    """
+
+    layer: str
+    step: int
+    num_tokens: int
+    counts_EE: np.ndarray
+
+
 @dataclass(frozen=True)
 class Finding:
     """A detector's opinion about one window of one layer. The alert book decides whether it becomes an alert.
@@ -336,4 +350,13 @@ class Sink(Protocol):
 
     def action(self, action: Action) -> None:
         """Take a repair that was applied."""
+        ...
+
+
+@runtime_checkable
+class CoSelectionSink(Protocol):
+    """A sink that also takes which experts were chosen together, where that is recorded."""
+
+    def co_selection(self, window: Sequence[CoSelection]) -> None:
+        """Take one flushed window, a record per layer."""
         ...

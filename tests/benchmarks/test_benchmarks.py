@@ -13,6 +13,7 @@ import torch
 from benchmarks.harness import Effort, Variant, ratio, relative_error, require_same, spread, time_side_by_side
 from benchmarks.layer import ERROR_LIMITS, available, checked_layers
 from benchmarks.memory import lean_formula, saved_for_backward
+from benchmarks.monitor import Size, window_memory
 from benchmarks.report import shown
 from benchmarks.variants import (
     SHAPES,
@@ -59,13 +60,22 @@ def test_layer_benchmark_reports_every_variant_and_that_they_agree():
         assert min(memory, key=lambda name: memory[name]["MiB"]) == "equipoise lean"
 
 
-def test_monitor_benchmark_reports_both_figures():
-    (table,) = run_benchmark("monitor")["tables"]
-    assert len(table["rows"]) == 2
-    for row in table["rows"]:
+def test_monitor_benchmark_reports_both_figures_the_flush_and_its_memory():
+    steps, flushes = run_benchmark("monitor")["tables"]
+    assert len(steps["rows"]) == 4  # a recipe, a layer, transformers' training and decoding
+    for row in steps["rows"]:
         share = row["share of the step [%]"]
         assert 0 < share["low"] <= share["median"] <= share["high"] < 100
         assert row["watched / unwatched"]["median"] > 0
+    names = ["512 tokens, enough for an opinion", "16 tokens, too few for an opinion"]
+    assert list(rows_by_name(flushes)) == names
+    assert all(row["time [ms]"]["low"] > 0 for row in flushes["rows"])
+
+
+def test_the_window_of_a_large_model_stays_below_64_mib():
+    """Bytes, not seconds: 61 layers of 256 experts."""
+    measured, formula = window_memory(Size(61, 256))
+    assert formula <= measured < 64
 
 
 def test_breaker_benchmark_reports_both_granularities_and_the_record():

@@ -8,7 +8,7 @@ import numpy as np
 
 from equipoise.monitor.stats import RoutingSums, routing_stats
 from equipoise.monitor.store import RunStore
-from equipoise.types import Action, Alert, Finding, RoutingStats
+from equipoise.types import Action, Alert, CoSelection, Finding, RoutingStats
 
 TOKENS = 4096
 TOP_K = 2
@@ -92,6 +92,15 @@ def write_run(
             store.action(Action("quantile_bias", layers[-1], fired, key, detail, note=layers[-1]))  # a hostile one, too
             store.alert(collapse(layers[-1], "resolved", over, since=since))
     return path
+
+
+def together(layer: str, step: int, num_experts: int = 8, k: int = 2) -> CoSelection:
+    """400 tokens: half choose experts 1 and 2, the others any k in a row. k = 1: none are chosen together."""
+    counts_EE = np.zeros((num_experts, num_experts), dtype=np.int64)
+    for token in range(400):
+        chosen = [(token + i) % num_experts for i in range(k)] if token % 2 or k == 1 else [1, 2]
+        counts_EE[np.ix_(chosen, chosen)] += 1
+    return CoSelection(layer, step, 400, counts_EE)
 
 
 def page_for(layer: str, state: str, step: int, *, since: int) -> Alert:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 from tests.dashboard.conftest import serving
-from tests.dashboard.stores import window, write_ladder, write_run
+from tests.dashboard.stores import together, window, write_ladder, write_run
 
 from equipoise.dashboard.runs import run_ref
 from equipoise.monitor.alerts import AlertBook
@@ -246,6 +246,20 @@ class TestHands:
         page.locator(".chooser select").first.select_option("layers.1.mlp")
         expect(page.locator("tr.chosen")).to_contain_text("layers.1")
         expect(page).to_have_url(re.compile(r"layer=layers\.1\.mlp"))
+
+    def test_what_is_chosen_together(self, server, folder, visit, expect):
+        run = folder / "ladder"
+        page = visit().open(f"{server.base}/run/{run_ref(run).id}?layer=layers.0.mlp")
+        figure = page.locator("figure", has_text="Experts chosen together")
+        expect(page.locator("p", has_text="Not recorded. This run")).to_be_visible()
+        expect(figure).to_be_hidden()
+        with RunStore(run) as store:
+            store.co_selection([together("layers.0.mlp", 200), together("layers.1.mlp", 200, k=1)])
+        expect(figure.locator(".reading")).to_contain_text("400 tokens sampled up to step 200; strongest:")
+        expect(figure.locator("canvas").first).to_be_visible()
+        page.locator(".chooser select").first.select_option("layers.1.mlp")
+        expect(page.locator("p", has_text="Each token has one expert")).to_be_visible()
+        expect(figure).to_be_hidden()
 
     def test_an_incident_and_the_way_back(self, server, folder, visit, expect):
         page = visit().open(f"{server.base}/run/{run_ref(folder / 'good').id}")

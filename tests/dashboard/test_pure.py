@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.dashboard import stores
 from tests.dashboard.stores import collapse, page_for, record, window, write_ladder, write_run
 
-from equipoise.dashboard import charts, reader
+from equipoise.dashboard import charts, co_selection_panel, reader
 from equipoise.dashboard.health import health, lasted, subject
 from equipoise.dashboard.layer_panel import drop_curves
 from equipoise.dashboard.page_compare import worst_over_time
@@ -30,7 +31,7 @@ from equipoise.dashboard.timeline import incident_address, summary
 from equipoise.dashboard.widgets import age, number, percent
 from equipoise.monitor.incidents import Incident, incidents, repairs
 from equipoise.monitor.store import RunStore, StoreError
-from equipoise.types import Action
+from equipoise.types import Action, CoSelection
 
 HOSTILE = "<script>alert(1)</script>"
 
@@ -270,6 +271,33 @@ def keys(options):
             yield from keys(value)
 
 
+class TestCoSelection:
+    def test_the_pair_that_is_most_together(self):
+        found = stores.together("a", 30)
+        pairs = co_selection_panel.together(found)
+        assert pairs.experts == tuple(range(8))
+        text = co_selection_panel.reading(found, pairs)
+        assert text.startswith("a, 400 tokens sampled up to step 30; strongest: ")
+        row, column = np.unravel_index(np.nanargmax(pairs.lift_EE), (8, 8))
+        assert f"{row} and {column}, {pairs.lift_EE[row, column]:.1f} times chance" in text
+
+    def test_one_expert_per_token(self):
+        assert co_selection_panel.one_each(stores.together("a", 30, k=1))
+        assert not co_selection_panel.one_each(stores.together("a", 30))
+
+    def test_too_few_tokens(self):
+        found = CoSelection("a", 3, 2, np.full((4, 4), 1))
+        assert co_selection_panel.reading(found, co_selection_panel.together(found)).endswith("too few to tell")
+
+    def test_of_many_experts_the_busiest_are_drawn(self):
+        counts = np.ones((256, 256), dtype=np.int64)
+        np.fill_diagonal(counts, np.arange(256))
+        pairs = co_selection_panel.together(CoSelection("a", 3, 300, counts))
+        assert pairs.experts == tuple(range(130, 256))
+        assert pairs.lift_EE.shape == (126, 126)
+        assert pairs.lift_EE.size <= reader.MAX_CELLS
+
+
 class TestCharts:
     def test_a_heat_map_has_the_loads_and_marks_dead_experts(self):
         frame = Frame(10, (record("blocks.0.moe", 10, np.array([400, 200, 200, 0])),))
@@ -298,12 +326,13 @@ class TestCharts:
         even = Evenness((10, 20), (name, HOSTILE), np.ones((2, 2)))
         all_options = [
             charts.heat_map(frame, LIGHT),
+            charts.together_map(co_selection_panel.together(stores.together(name, 10)), LIGHT),
             charts.expert_history(history, LIGHT, found),
             charts.evenness_map(even, LIGHT),
             charts.lines([Series(name, ((1, 2.0),)), *drop_curves(history)], LIGHT, marks=found),
         ]
         code = {(key, value) for options in all_options for key, value in keys(options) if key.startswith(":")}
-        names = r"eqp\.(number|share|heatTip|historyTip|evenTip)"
+        names = r"eqp\.(number|share|heatTip|historyTip|evenTip|togetherTip)"
         cells = r'eqp\.cells\("[A-Za-z0-9+/=]*",\d+,\d+\)'
         assert [value for _, value in code if not re.fullmatch(f"{names}|{cells}", value)] == []
         assert len(code) > 5

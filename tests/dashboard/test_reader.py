@@ -6,7 +6,7 @@ import sqlite3
 
 import numpy as np
 import pytest
-from tests.dashboard.stores import collapse, record, window, write_ladder, write_run
+from tests.dashboard.stores import collapse, record, together, window, write_ladder, write_run
 
 from equipoise.dashboard import reader
 from equipoise.dashboard.run_data import Choice, read_run, thinned
@@ -22,10 +22,10 @@ def run(tmp_path):
 class TestAgreesWithTheStore:
     def test_routing(self, run):
         with RunStore.open_readonly(run) as store, reader.reading(run) as db:
-            for ours, theirs in zip(reader.newest_frame(db).layers, store.latest_routing(), strict=True):
+            for ours, theirs in zip(reader.frame(db).layers, store.latest_routing(), strict=True):
                 assert {**vars(ours), "counts_E": None} == {**vars(theirs), "counts_E": None}
                 np.testing.assert_array_equal(ours.counts_E, theirs.counts_E)
-            assert reader.layers(db) == store.layers()
+            assert db.layers() == store.layers()
             steps = [stats.step for stats in store.routing_history("layers.0.mlp")]
             assert reader.flush_steps(db) == steps
             assert [stats.step for stats in reader.history(db, "layers.0.mlp", steps)] == steps
@@ -53,9 +53,24 @@ class TestAgreesWithTheStore:
 
     def test_one_moment_for_all_that_is_read(self, run):
         with reader.reading(run) as db, RunStore(run) as store:
-            assert reader.newest_frame(db).step == 120
+            assert reader.frame(db).step == 120
             store.routing(window(["layers.0.mlp", "layers.1.mlp"], 130))
-            assert reader.newest_frame(db).step == 120
+            assert reader.frame(db).step == 120
+
+    def test_what_is_chosen_together_follows_layer_and_step(self, run):
+        with reader.reading(run) as db:
+            assert read_run(db, run_ref(run), Choice()).together is None
+        with RunStore(run) as store:
+            for step in (50, 100):
+                store.co_selection([together("layers.0.mlp", step), together("layers.1.mlp", step, k=3)])
+        with reader.reading(run) as db:
+            for choice, expected in (
+                (Choice("layers.1.mlp"), ("layers.1.mlp", 100)),
+                (Choice("layers.0.mlp", 99), ("layers.0.mlp", 50)),
+            ):
+                found = read_run(db, run_ref(run), choice).together
+                assert (found.layer, found.step) == expected
+            assert read_run(db, run_ref(run), Choice("layers.0.mlp", 49)).together is None
 
 
 class TestBounded:
@@ -178,12 +193,18 @@ class TestHead:
 
 class TestErrors:
     def test_no_file(self, tmp_path):
-        with pytest.raises(StoreError, match=r"run\.sqlite: there is no such file"), reader.reading(tmp_path):
+        with (
+            pytest.raises(StoreError, match=r"with run\.sqlite in it, found none; .* wait until the run has written"),
+            reader.reading(tmp_path),
+        ):
             pass
 
     def test_a_corrupt_file(self, tmp_path):
         (tmp_path / "run.sqlite").write_bytes(b"certainly not SQLite" * 100)
-        with pytest.raises(StoreError, match="not a database; the file is damaged"), reader.reading(tmp_path):
+        with (
+            pytest.raises(StoreError, match="not a database; this is no run store, or it is damaged"),
+            reader.reading(tmp_path),
+        ):
             pass
 
     def test_another_programs_file(self, tmp_path):
@@ -195,7 +216,10 @@ class TestErrors:
 
     def test_a_newer_schema(self, run):
         _execute(run, "PRAGMA user_version = 7")
-        with pytest.raises(StoreError, match="expected schema version 1, got 7; open it with"), reader.reading(run):
+        with (
+            pytest.raises(StoreError, match="expected schema version 1, got 7; it was written by another version"),
+            reader.reading(run),
+        ):
             pass
 
     def test_a_locked_file_is_given_up_soon(self, run):
@@ -212,16 +236,16 @@ class TestErrors:
     def test_a_damaged_record(self, run, text):
         _execute(run, "UPDATE routing SET stats = ?", text)
         with pytest.raises(StoreError, match="a record cannot be read"), reader.reading(run) as db:
-            reader.newest_frame(db)
+            reader.frame(db)
 
     def test_fields_of_a_later_version_are_passed_over(self, run):
         _execute(run, "UPDATE routing SET stats = json_set(stats, '$.novelty', 1)")
         with reader.reading(run) as db:
-            assert len(reader.newest_frame(db).layers) == 2
+            assert len(reader.frame(db).layers) == 2
 
     def test_it_cannot_write(self, run):
         with pytest.raises(StoreError, match="readonly"), reader.reading(run) as db:
-            db.execute("DELETE FROM meta")
+            db.rows("DELETE FROM meta")
 
 
 def _execute(run, query, *values):

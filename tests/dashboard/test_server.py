@@ -109,7 +109,7 @@ class TestHostileNames:
 class TestUnreadable:
     def test_they_have_cards_and_the_others_are_usable(self, server, folder):
         text = server.get("/").text
-        assert "file is not a database; the file is damaged" in text
+        assert "file is not a database; this is no run store, or it is damaged" in text
         assert "an SQLite file of something else" in text
         assert "good" in text
         assert "This run cannot be read" in server.get(f"/run/{run_ref(folder / 'corrupt').id}").text
@@ -124,7 +124,7 @@ class TestUnreadable:
         try:
             with serving(tmp_path, tmp_path / "runs") as served:
                 text = served.get("/").text
-                assert "database is locked; another process holds it; it is tried again" in text
+                assert "database is locked; another process holds it; try again when it is done" in text
                 assert "120 of 120" in text  # the free one
         finally:
             holder.close()

@@ -357,3 +357,24 @@ class TestRoutingStats:
         assert all(math.isnan(value) for value in (loaded.load_cv, loaded.gini, loaded.min_load))
         assert loaded.max_violation == record.max_violation
         assert loaded.counts_E.tolist() == COUNTS_E.tolist()
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 4, 7]), st.integers(0, 3000), st.integers(0, 2**31)), max_size=6))
+def test_all_layers_at_once_are_each_by_itself(layers):
+    """Of several sizes, some without tokens, in their order."""
+    sums = {}
+    for number, (num_experts, num_tokens, seed) in enumerate(layers):
+        rng = np.random.default_rng(seed)
+        share_E = rng.dirichlet(np.ones(num_experts))
+        sums[f"layers.{number}"] = RoutingSums(
+            num_tokens, rng.multinomial(num_tokens, share_E), num_tokens * share_E, 0.3 * num_tokens,
+            1.5 * num_tokens, 9.0 * num_tokens * num_experts, 2.0 * num_tokens, {"tokens": number}, {"z": 1.0},
+        )  # fmt: skip
+    together = stats.all_routing_stats(9, sums)
+    assert [each.layer for each in together] == list(sums)
+    for each in together:
+        alone = routing_stats(each.layer, 9, sums[each.layer])
+        assert each.counts_E.tolist() == alone.counts_E.tolist()
+        for name in (name for name in vars(alone) if name != "counts_E"):
+            assert getattr(each, name) == pytest.approx(getattr(alone, name)), name
+            assert type(getattr(each, name)) is type(getattr(alone, name)), name

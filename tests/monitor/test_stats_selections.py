@@ -75,6 +75,31 @@ class TestTogether:
         fair = (3 - 1) / (12 - 1)
         assert found[~np.eye(12, dtype=bool)].mean() == pytest.approx(fair, rel=0.05)
 
+    def test_lift_golden(self, as_array):
+        # 100, 60 and 40 tokens; pairs 50, 30, 10: P = 180; products 6000, 4000, 2400, twice each: 24800
+        counts = np.array([[100, 50, 30], [50, 60, 10], [30, 10, 40]])
+        lift = np.asarray(selections.co_selection_lift(as_array(counts)))
+        chance = np.array([6000, 4000, 2400]) * 180 / 24800
+        assert [lift[0, 1], lift[0, 2], lift[1, 2]] == pytest.approx(list(np.array([50, 30, 10]) / chance))
+        assert np.isnan(np.diagonal(lift)).all()
+        np.testing.assert_array_equal(lift, lift.T)
+
+    def test_lift_of_a_fair_router_is_one_whatever_k_is(self, as_array):
+        for k in (2, 3, 8):
+            ids = random_ids(20_000, 16, k)
+            counts = np.zeros((16, 16), dtype=np.int64)
+            for a in range(k):
+                for b in range(k):
+                    np.add.at(counts, (ids[:, a], ids[:, b]), 1)
+            lift = np.asarray(selections.co_selection_lift(as_array(counts)))
+            beside = lift[~np.eye(16, dtype=bool)]
+            assert beside.mean() == pytest.approx(1.0, rel=0.02)
+            assert beside.std() < 0.1
+
+    def test_too_few_tokens_have_no_lift(self, as_array):
+        for counts in (np.zeros((3, 3), dtype=np.int64), np.diag([50, 50, 50]), np.full((3, 3), 4)):
+            assert np.isnan(np.asarray(selections.co_selection_lift(as_array(counts)))).all()
+
     def test_without_tokens_there_is_nothing(self, as_array):
         assert not np.asarray(selections.co_activation(as_array(np.zeros((0, 2), dtype=np.int64)), 3)).any()
 

@@ -66,6 +66,40 @@ class TestRoundTrip:
             assert_same_record(ours, theirs)
         assert store.latest_routing()[1].dead_experts == (1, 3)
 
+    def test_flushes_after_a_step(self, store):
+        for step in (50, 100, 150, 200):
+            store.routing([record("b", step), record("a", step)])
+        for page in (1, 2, 64):
+            flushes = list(store.routing_after(50, page))
+            assert [[(s.step, s.layer) for s in flush] for flush in flushes] == [
+                [(step, "b"), (step, "a")] for step in (100, 150, 200)
+            ]
+        assert list(store.routing_after(200)) == []
+        assert store.flush_steps(after=50, at_most=2) == [100, 150]
+
+    def test_a_flush_and_a_history_at_steps(self, store):
+        for step in (50, 100, 150):
+            store.routing([record("a", step)])
+        assert [stats.step for stats in store.latest_routing(at=149)] == [100]
+        assert store.latest_routing(at=49) == []
+        assert [stats.step for stats in store.routing_history("a", [150, 50, 70])] == [50, 150]
+        assert store.routing_history("a", [70]) == []
+
+    def test_the_newest_changes(self, store):
+        for step in (50, 100, 150):
+            store.alert(alert(step))
+            store.action(Action("quantile_bias", "blocks.0.moe", step, "why"))
+        assert (
+            [each.step for each in store.alerts(last=2)] == [each.step for each in store.actions(last=2)] == [100, 150]
+        )
+
+    def test_when_a_flush_was_written(self, store):
+        store.scalars(50, {"loss": 1.0})
+        [(_, _, when)] = store.scalar_history("loss")
+        assert store.flushed_at(50) == when
+        newest = max(file.stat().st_mtime for file in store.path.parent.iterdir() if not file.name.endswith("-shm"))
+        assert store.flushed_at(51) == newest  # routing without a loss: the file's
+
     def test_diverged_routing_is_kept_too(self, store):
         store.routing([record(logit_sum=math.nan, logsumexp_sum=math.inf)])
         (ours,) = store.latest_routing()
@@ -253,6 +287,14 @@ class TestErrors:
             with pytest.raises(StoreError, match="disk is full; free some space and go on from the last checkpoint"):
                 store.scalars(2, {f"scalar {i}": 1.0 for i in range(5000)})
             assert [step for step, _, _ in store.scalar_history("loss")] == [1]
+
+    def test_a_damaged_record(self, store):
+        store.routing([record()])
+        store._db.execute("UPDATE routing SET stats = '[]'")
+        with pytest.raises(
+            StoreError, match=r"a record cannot be read \(AttributeError\); the file is damaged, or newer"
+        ):
+            store.latest_routing()
 
     def test_an_unknown_layer_names_the_known_ones(self, store):
         store.routing([record("a"), record("b")])

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
+import transformers
 from tests.monitor.transformers_models import (
+    CACHE,
     FAMILIES,
     VOCAB,
     E,
@@ -190,9 +192,27 @@ def test_a_prompt_in_two_parts():
     """Chunked prefill: the second part brings several tokens, padding among them, after what is cached."""
     model, (tokens, mask) = build(), batch(S=8, pad="right")
     witness, recorder = Witness(model), Recorder(model)
-    cache = model(tokens[:, :3], attention_mask=mask[:, :3], use_cache=True).past_key_values
-    model(tokens[:, 3:], attention_mask=mask, past_key_values=cache, use_cache=True)
+    cache = model(tokens[:, :3], attention_mask=mask[:, :3], use_cache=True)[CACHE]
+    model(tokens[:, 3:], attention_mask=mask, use_cache=True, **{CACHE: cache})
     steps = [mask[:, :3].flatten().tolist(), mask[:, 3:].flatten().tolist()]
+    for stats in recorder.flush(1):
+        assert stats.num_tokens == int(mask.sum())
+        assert stats.counts_E.tolist() == witness.counts(stats.layer, steps)
+
+
+@pytest.mark.parametrize("passed", ["by name", "by position"])
+def test_a_static_cache_tells_how_much_of_the_mask_is_past(passed):
+    """The mask is as wide as the cache: which columns are those of the new tokens, only the cache knows."""
+    model, (tokens, mask) = build(), batch(S=8, pad="left")
+    witness, recorder = Witness(model), Recorder(model)
+    cache = transformers.StaticCache(config=model.config, max_cache_len=12)
+    wide = torch.cat([mask, mask.new_zeros(len(mask), 4)], 1)
+    for part in (tokens[:, :5], tokens[:, 5:]):
+        if passed == "by name":
+            model(part, attention_mask=wide, use_cache=True, **{CACHE: cache})
+        else:
+            model(part, wide, None, cache)
+    steps = [mask[:, :5].flatten().tolist(), mask[:, 5:].flatten().tolist()]
     for stats in recorder.flush(1):
         assert stats.num_tokens == int(mask.sum())
         assert stats.counts_E.tolist() == witness.counts(stats.layer, steps)

@@ -1,5 +1,6 @@
 """Tiny models of transformers with random weights, padded batches, and a plain second observer to compare with."""
 
+import inspect
 import math
 
 import torch
@@ -25,6 +26,12 @@ FAMILIES = {
     "GraniteMoe": ({"intermediate_size": 16}, "num_local_experts", "softmax"),
     "GptOss": ({"intermediate_size": 16, "head_dim": 8, "sliding_window": 4}, "num_local_experts", "softmax"),
 }  # fmt: skip
+# What the models of the installed release call their cache: renamed in 5.24.
+CACHE = next(
+    name
+    for name in inspect.signature(transformers.OlmoeForCausalLM.forward).parameters
+    if name in ("cache", "past_key_values")
+)
 
 
 def build(family="Olmoe", num_experts=E, top_k=K, **sizes):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from equipoise.dashboard.palette import DEAD_LOAD, DEAD_SIGN, HEAT_SPAN, LIGHT, Palette, heat_value, heat_values
-from equipoise.dashboard.records import Evenness, Frame, Series
+from equipoise.dashboard.records import Evenness, Frame, Series, Together
 from equipoise.monitor.incidents import DONE, Incident
 from equipoise.types import Action, RoutingStats
 
@@ -64,6 +64,15 @@ def evenness_map(even: Evenness, palette: Palette) -> Options:
     options = _map(list(map(str, even.steps)), short_names(even.layers), data, palette, "eqp.evenTip")
     options["visualMap"] |= {"min": 0, "max": 1, "inRange": {"color": list(palette.unevenness)}}
     options["xAxis"] |= {"name": "step", "nameLocation": "middle", "nameGap": 24}
+    return options
+
+
+def together_map(pairs: Together, palette: Palette) -> Options:
+    """How often each two experts are chosen together, relative to chance."""
+    names = list(map(str, pairs.experts))
+    options = _map(names, names, _packed(heat_values(pairs.lift_EE), 100), palette, "eqp.togetherTip")
+    options["visualMap"] |= {"min": -HEAT_SPAN, "max": HEAT_SPAN, "inRange": {"color": list(palette.heat)}}
+    options["xAxis"] |= {"name": "expert", "nameLocation": "middle", "nameGap": 24}
     return options
 
 

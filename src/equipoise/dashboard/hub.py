@@ -7,7 +7,6 @@ and version for all pages together. It keeps heads only: what a page shows beyon
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TypeVar
 from equipoise.dashboard import reader
 from equipoise.dashboard.records import Head
 from equipoise.dashboard.runs import RunRef, find_runs
-from equipoise.monitor.store import StoreError, store_path
+from equipoise.monitor.store import RunStore, StoreError, store_path
 
 T = TypeVar("T")
 LOOK_SECONDS = 0.4  # between looks at the files
@@ -73,17 +72,17 @@ class Hub:
             version = self.version(run_id)
             kept = self._heads.get(run_id)
             if kept is None or kept[0] != version:
-                result = await self.read(ref, lambda db: reader.head(db, ref.path))
+                result = await self.read(ref, lambda run: reader.head(run, ref.path))
                 kept = self._heads[run_id] = (version, result, time.monotonic())
             return kept[1]
 
-    async def read(self, ref: RunRef, query: Callable[[sqlite3.Connection], T]) -> T | StoreError:
+    async def read(self, ref: RunRef, query: Callable[[RunStore], T]) -> T | StoreError:
         """What `query` reads from the run, in a thread; an error is returned, because pages show it."""
 
         def work() -> T | StoreError:
             try:
-                with reader.reading(ref.path) as db:
-                    return query(db)
+                with reader.reading(ref.path) as run:
+                    return query(run)
             except StoreError as error:
                 return error
             except OSError as error:  # a folder that is not ours to read, or gone meanwhile

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +20,7 @@ from equipoise.dashboard.runs import RunRef
 from equipoise.dashboard.slider import Slider
 from equipoise.dashboard.widgets import Chart, View, chooser, el, fill_chooser, heat_legend, link, number, page, percent
 from equipoise.monitor.incidents import incidents
-from equipoise.monitor.store import StoreError
+from equipoise.monitor.store import RunStore, StoreError
 from equipoise.types import RoutingStats
 
 TICK_SECONDS = 0.8
@@ -41,19 +40,19 @@ class Side:
     num_alerts: int
 
 
-def read_side(db: sqlite3.Connection, ref: RunRef, layer: int, step: int | None) -> Side:
+def read_side(run: RunStore, ref: RunRef, layer: int, step: int | None) -> Side:
     """Read one run. layer: its number in the model, the last where there are fewer."""
-    steps, layers = reader.flush_steps(db), reader.layers(db)
+    steps, layers = reader.flush_steps(run), run.layers()
     name = layers[min(layer, len(layers) - 1)] if layers else ""
     return Side(
-        head=reader.head(db, ref.path),
+        head=reader.head(run, ref.path),
         steps=tuple(steps),
         layers=tuple(layers),
-        frame=reader.newest_frame(db) if step is None else reader.frame(db, step),
-        history=tuple(reader.history(db, name, steps)),
-        evenness=reader.evenness(db, steps[:: max(1, len(steps) // reader.MAX_COLUMNS)], layers),
-        scalars={name: reader.scalar(db, name) for name in ("loss", "val_perplexity")},
-        num_alerts=len(incidents(reader.alerts(db), [])),
+        frame=reader.frame(run) if step is None else reader.frame(run, step),
+        history=tuple(reader.history(run, name, steps)),
+        evenness=reader.evenness(run, steps[:: max(1, len(steps) // reader.MAX_COLUMNS)], layers),
+        scalars={name: reader.scalar(run, name) for name in ("loss", "val_perplexity")},
+        num_alerts=len(incidents(reader.alerts(run), [])),
     )
 
 
@@ -159,7 +158,7 @@ class Comparison:
     async def _read(self, ref: RunRef | None) -> Side | StoreError:
         if ref is None:
             return StoreError("this run is gone; choose another")
-        return await self.view.hub.read(ref, lambda db: read_side(db, ref, self.layer, self.step))
+        return await self.view.hub.read(ref, lambda run: read_side(run, ref, self.layer, self.step))
 
     def _versions(self) -> tuple[int, ...]:
         return tuple(self.view.hub.version(run_id) for run_id in self.ids)

@@ -5,7 +5,6 @@ Its address names the run, the alert and its first step, so it can be shared and
 
 from __future__ import annotations
 
-import sqlite3
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +18,7 @@ from equipoise.dashboard.story import story_of
 from equipoise.dashboard.timeline import incident_address
 from equipoise.dashboard.widgets import Chart, View, button, el, heat_legend, link, page, percent
 from equipoise.monitor.incidents import EXHAUSTED, REPAIR_COLUMNS, Incident, incidents, pages_of, repair_row
-from equipoise.monitor.store import StoreError
+from equipoise.monitor.store import RunStore, StoreError
 from equipoise.types import RoutingStats
 
 TICK_SECONDS = 1.0
@@ -56,7 +55,7 @@ async def incident_page(view: View, ref: RunRef, key: str, since: int) -> None:
         if version == shown_version:
             return
         shown_version = version
-        data = await view.hub.read(ref, lambda db: read_incident(db, key, since))
+        data = await view.hub.read(ref, lambda run: read_incident(run, key, since))
         view.charts.clear()
         body.clear()
         with body:
@@ -80,24 +79,24 @@ async def incident_page(view: View, ref: RunRef, key: str, since: int) -> None:
     await refresh()
 
 
-def read_incident(db: sqlite3.Connection, key: str, since: int) -> IncidentData | None:
+def read_incident(run: RunStore, key: str, since: int) -> IncidentData | None:
     """Read what the page shows; None when there is no such incident."""
-    found = incidents(reader.alerts(db), reader.actions(db))
+    found = incidents(reader.alerts(run), reader.actions(run))
     incident = next((each for each in found if each.key == key and each.since == since), None)
-    newest = reader.newest_frame(db)
+    newest = reader.frame(run)
     if incident is None or newest is None:
         return None
     end = newest.step if incident.resolved is None else incident.resolved
     moments = {
-        "before": reader.frame(db, incident.since - 1),
-        "when it fired": reader.frame(db, incident.fired),
-        "now" if incident.firing else "after": reader.frame(db, end),
+        "before": reader.frame(run, incident.since - 1),
+        "when it fired": reader.frame(run, incident.fired),
+        "now" if incident.firing else "after": reader.frame(run, end),
     }
-    steps = reader.flush_steps(db, reader.MAX_POINTS, (incident.since, incident.fired, end))
+    steps = reader.flush_steps(run, reader.MAX_POINTS, (incident.since, incident.fired, end))
     span = max(1, end - incident.since)
     near = [step for step in steps if incident.since - 2 * span <= step <= end + 2 * span]
     stride = -(-len(near) // MAX_WINDOWS) if near else 1
-    history = reader.history(db, incident.finding.layer, near[::stride])
+    history = reader.history(run, incident.finding.layer, near[::stride])
     frames = {name: frame for name, frame in moments.items() if frame is not None}
     page = next((each for each in found if incident in pages_of(each, found)), None)
     return IncidentData(incident, frames, tuple(history), newest.step, tuple(pages_of(incident, found)), page)

@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 import numpy as np
 
 from equipoise.dashboard import charts, reader
+from equipoise.dashboard.co_selection_panel import CoSelectionPanel
 from equipoise.dashboard.health import ORDER, health, lasted
 from equipoise.dashboard.hub import RETRY_SECONDS
 from equipoise.dashboard.layer_panel import LayerPanel, LayerTable
@@ -86,14 +87,7 @@ class RunPage:
             self.layer = LayerPanel(self.view, self.choose_layer)
             self._build_training()
             self.timeline = Timeline(self.ref)
-            with el("section", "", aria_labelledby="co-selection"):
-                el("h2", text="Co-selection", id="co-selection")
-                el(
-                    "p",
-                    "card empty",
-                    "Not recorded. This run's store keeps how many tokens reach each expert, not which experts are "
-                    "chosen together.",
-                )
+            self.together = CoSelectionPanel(self.view)
 
     def _build_figures(self) -> None:
         self.figures: dict[str, TextElement] = {}
@@ -156,9 +150,13 @@ class RunPage:
         if step is None:
             await self.refresh()
         else:
-            frame = await self.view.hub.read(self.ref, lambda db: reader.frame(db, step))
-            if isinstance(frame, Frame) and self.choice.step == step:
-                self._show_frame(frame)
+            layer = self.data.layer if self.data else ""
+            found = await self.view.hub.read(
+                self.ref, lambda run: (reader.frame(run, step), run.latest_co_selection(layer, step))
+            )
+            if not isinstance(found, StoreError) and found[0] and self.choice.step == step:
+                self._show_frame(found[0])
+                self.together.show(found[1])
         self._keep_address()
 
     async def choose_scalar(self, name: str) -> None:
@@ -187,7 +185,7 @@ class RunPage:
     async def refresh(self) -> None:
         """Read, and show what was read or why it could not be."""
         version, began, choice = self.view.hub.version(self.ref.id), time.monotonic(), self.choice
-        data = await self.view.hub.read(self.ref, lambda db: read_run(db, self.ref, choice))
+        data = await self.view.hub.read(self.ref, lambda run: read_run(run, self.ref, choice))
         if choice != self.choice:
             return  # chosen again meanwhile: that read is under way
         self.error.set_visibility(isinstance(data, StoreError))
@@ -220,6 +218,7 @@ class RunPage:
         self.layer.show(data)
         self._show_training(data)
         self.timeline.show(data.incidents, data.repairs, head.step)
+        self.together.show(data.together)
 
     def _show_pill(self, head: Head | StoreError) -> None:
         state = health(head)

@@ -74,6 +74,17 @@ class Evenness:
     share_LS: np.ndarray
 
 
+@dataclass(frozen=True, eq=False)
+class Together:
+    """How often two experts are chosen together, relative to chance. experts: the busiest, in their order.
+
+    lift_EE: float64; NaN on the diagonal and where there are too few tokens to tell.
+    """
+
+    experts: tuple[int, ...]
+    lift_EE: np.ndarray
+
+
 def evenness_of(stats: RoutingStats) -> float:
     """Effective experts relative to E, in (0, 1]: 1 is even, 1/E is one expert for all."""
     return stats.effective_experts / max(stats.num_experts, 1)

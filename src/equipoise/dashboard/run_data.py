@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,8 @@ from equipoise.dashboard import reader
 from equipoise.dashboard.records import Evenness, Frame, Head, Series
 from equipoise.dashboard.runs import RunRef
 from equipoise.monitor.incidents import Incident, incidents, repairs
-from equipoise.types import Action, RoutingStats
+from equipoise.monitor.store import RunStore
+from equipoise.types import Action, CoSelection, RoutingStats
 
 MAX_KEPT = 20  # newest alerts whose flush is in every map
 MAIN_SCALARS = ("loss", "val_perplexity", "grad_norm", "learning_rate", "tokens_per_s")
@@ -22,6 +22,7 @@ class RunData:
 
     layer: the chosen layer; history: its records, thinned; map_history: fewer of them, for the map of its experts.
     scalars: curves by name. scalar_names: all there are. repairs: a record for each.
+    together: which experts of the chosen layer are chosen together at the chosen step; None where it is not recorded.
     """
 
     head: Head
@@ -36,6 +37,7 @@ class RunData:
     scalar_names: tuple[str, ...]
     incidents: tuple[Incident, ...]
     repairs: tuple[Action, ...]
+    together: CoSelection | None
 
 
 @dataclass(frozen=True)
@@ -47,35 +49,36 @@ class Choice:
     scalar: str = ""
 
 
-def read_run(db: sqlite3.Connection, ref: RunRef, choice: Choice) -> RunData:
+def read_run(run: RunStore, ref: RunRef, choice: Choice) -> RunData:
     """Read the run for its page."""
-    head = reader.head(db, ref.path)
-    changes, actions = reader.alerts(db), reader.actions(db)
+    head = reader.head(run, ref.path)
+    changes, actions = reader.alerts(run), reader.actions(run)
     found = tuple(incidents(changes, actions))
     events = [step for incident in found for step in (incident.since, incident.fired)] + [a.step for a in actions]
-    steps, layers = reader.flush_steps(db, keep=events), reader.layers(db)
+    steps, layers = reader.flush_steps(run, keep=events), run.layers()
     layer = choice.layer if choice.layer in layers else _first_choice(head, found, layers)
-    history = reader.history(db, layer, steps)
+    history = reader.history(run, layer, steps)
     num_experts = max((stats.num_experts for stats in history), default=1)
     fired = [incident.fired for incident in found[:MAX_KEPT]]
     columns = min(reader.MAX_COLUMNS, max(16, reader.MAX_CELLS // max(1, num_experts)))
     map_columns = min(reader.MAX_COLUMNS, max(16, reader.MAX_CELLS // max(1, len(layers))))
     near = set(thinned([stats.step for stats in history], columns, fired))
-    names = reader.scalar_names(db)
+    names = reader.scalar_names(run)
     wanted = [name for name in dict.fromkeys((*MAIN_SCALARS, choice.scalar)) if name in names]
     return RunData(
         head=head,
         steps=tuple(steps),
         layers=tuple(layers),
-        frame=reader.newest_frame(db) if choice.step is None else reader.frame(db, choice.step),
+        frame=reader.frame(run) if choice.step is None else reader.frame(run, choice.step),
         layer=layer,
         history=tuple(history),
         map_history=tuple(stats for stats in history if stats.step in near),
-        evenness=reader.evenness(db, thinned(steps, map_columns, fired), layers),
-        scalars={name: reader.scalar(db, name) for name in wanted},
+        evenness=reader.evenness(run, thinned(steps, map_columns, fired), layers),
+        scalars={name: reader.scalar(run, name) for name in wanted},
         scalar_names=tuple(names),
         incidents=found,
         repairs=tuple(repairs(actions)),
+        together=run.latest_co_selection(layer, choice.step),
     )
 
 

@@ -6,18 +6,20 @@ for it; a forward that is run again for its gradients adds nothing. `flush` move
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from equipoise.monitor.adapters.transformers_moe import attach, experts_layers
-from equipoise.monitor.stats import RoutingSums, routing_stats
+from equipoise.monitor.co_selection import PairCounts
+from equipoise.monitor.stats import RoutingSums, all_routing_stats
 from equipoise.ops.count import accumulate, accumulate_counts, inside_backward
-from equipoise.types import DROP_REASONS, REROUTE_REASONS, Observable, Routed, RoutingStats
+from equipoise.types import DROP_REASONS, REROUTE_REASONS, CoSelection, Observable, Routed, RoutingStats
 
 _REASONS = DROP_REASONS + REROUTE_REASONS
 _MOMENTS = 5  # tokens, token entropies, logits, squared logits, log-sum-exps
@@ -25,7 +27,7 @@ _MOMENTS = 5  # tokens, token entropies, logits, squared logits, log-sum-exps
 
 @dataclass(frozen=True, eq=False)
 class _Sums:
-    """One layer's window: views into the recorder's buffers, on the device or on the host.
+    """One layer's window: views into the recorder's buffers, on the device.
 
     integers: int64, E counts, then drops and reroutes by reason. floats: float64, E sums of probabilities, the moments,
     then the losses.
@@ -61,23 +63,6 @@ class _Sums:
         ]
         losses = [routed.losses.get(name, zero) * decision.num_tokens for name in self.loss_names]
         accumulate(self.floats, torch.cat([probs_TE.sum(0), torch.stack(moments + losses)]).to(device))
-
-    def sums(self) -> RoutingSums:
-        E = self.num_experts
-        tokens, entropy, logits, squares, logsumexps, *losses = self.floats[E:].tolist()
-        by_reason = dict(zip(_REASONS, self.integers[E:].tolist(), strict=True))
-        return RoutingSums(
-            num_tokens=int(tokens),
-            counts_E=self.integers[:E].numpy().copy(),
-            probs_sum_E=self.floats[:E].numpy().copy(),
-            token_entropy_sum=entropy,
-            logit_sum=logits,
-            logit_sq_sum=squares,
-            logsumexp_sum=logsumexps,
-            dropped={reason: by_reason[reason] for reason in DROP_REASONS},
-            rerouted={reason: by_reason[reason] for reason in REROUTE_REASONS},
-            losses={name: value for name, value in zip(self.loss_names, losses, strict=True) if value},  # 0: eval only
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +100,35 @@ class _Buffers:
             integers, floats = integers[num_integers:], floats[num_floats:]
         return views
 
-    def to_host(self) -> _Buffers:
-        return _Buffers(self.words.cpu(), self.num_integers, self.layers)
+    def to_host(self) -> dict[str, RoutingSums]:
+        """Every layer's sums on the host, in one copy."""
+        words = self.words.cpu().numpy().copy()  # on a CPU the first is no copy
+        integers, floats = words[: self.num_integers], words[self.num_integers :].view(np.float64)
+        sums, i, f = {}, 0, 0
+        for name, layer in self.layers.items():
+            E, num_losses = layer.num_experts, len(layer.loss_names)
+            sums[name] = _sums_of(integers[i : i + E + len(_REASONS)], floats[f : f + E + _MOMENTS + num_losses], layer)
+            i, f = i + E + len(_REASONS), f + E + _MOMENTS + num_losses
+        return sums
+
+
+def _sums_of(integers: np.ndarray, floats: np.ndarray, layer: Observable) -> RoutingSums:
+    """From one layer's words, which are laid out as in `_Sums`."""
+    E, num_drops = layer.num_experts, len(DROP_REASONS)
+    tokens, entropy, logits, squares, logsumexps, *losses = floats[E:].tolist()
+    reasons = integers[E:].tolist()
+    return RoutingSums(
+        num_tokens=int(tokens),
+        counts_E=integers[:E],
+        probs_sum_E=floats[:E],
+        token_entropy_sum=entropy,
+        logit_sum=logits,
+        logit_sq_sum=squares,
+        logsumexp_sum=logsumexps,
+        dropped=dict(zip(DROP_REASONS, reasons[:num_drops], strict=True)),
+        rerouted=dict(zip(REROUTE_REASONS, reasons[num_drops:], strict=True)),
+        losses={name: value for name, value in zip(layer.loss_names, losses, strict=True) if value},  # 0: eval only
+    )
 
 
 def observable_layers(model: nn.Module) -> dict[str, Observable]:
@@ -138,28 +150,41 @@ def observable_layers(model: nn.Module) -> dict[str, Observable]:
 class Recorder:
     """Counts every real token of every MoE layer once. Outputs are bit-identical with and without it.
 
-    reduce: sums a tensor over data-parallel ranks in place at `flush`; None on one rank.
+    reduce: sums a float64 tensor over data-parallel ranks in place, once per `flush`; None on one rank.
     """
 
-    def __init__(self, model: nn.Module, reduce: Callable[[Tensor], None] | None = None) -> None:
+    def __init__(self, model: nn.Module, reduce: Callable[[Tensor], object] | None = None) -> None:
         self._reduce = reduce
         self._paused = False
+        self._pairs: PairCounts | None = None
+        self.co_selection: list[CoSelection] = []
         layers = observable_layers(model)
         devices = [p.device for p in model.parameters() if p.device.type != "meta"]  # meta: weights kept elsewhere
         self._buffers = _Buffers.allocate(layers, devices[0] if devices else torch.device("cpu"))
         self._sums = self._buffers.by_layer()
         self._handles: list[RemovableHandle] = [
-            layer.tap.register_forward_hook(self._hook(self._sums[name])) for name, layer in layers.items()
+            layer.tap.register_forward_hook(self._hook(name)) for name, layer in layers.items()
         ]
         self._handles += attach(layers.values())
 
-    def _hook(self, sums: _Sums) -> Callable[[nn.Module, tuple[Routed], Routed], None]:
+    def co_select(self, tokens: int) -> None:
+        """See `Watch.co_select`. After each flush `co_selection` has a record per layer.
+
+        It is a sample: an open window of it is not in `state_dict`.
+        """
+        self._pairs = PairCounts(self._buffers.layers, tokens, self._buffers.words.device)
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Routed], Routed], None]:
+        sums = self._sums[name]
+
         @torch.no_grad()
         def record(module: nn.Module, args: tuple[Routed], routed: Routed) -> None:
             # The operators look for themselves, also in a compiled graph; this spares the arithmetic where it can.
             recomputed = not torch.compiler.is_compiling() and inside_backward()
             if not self._paused and not recomputed:
                 sums.add(routed)
+                if self._pairs is not None:
+                    self._pairs.add(name, routed.decision)
 
         return record
 
@@ -174,16 +199,17 @@ class Recorder:
 
     def flush(self, step: int) -> list[RoutingStats]:
         """One record per layer over everything since the last flush, and a fresh start."""
-        return [routing_stats(name, step, sums) for name, sums in self.flush_sums().items()]
+        return all_routing_stats(step, self.flush_sums(step))
 
-    def flush_sums(self) -> dict[str, RoutingSums]:
+    def flush_sums(self, step: int = 0) -> dict[str, RoutingSums]:
         """The sums behind `flush`, by layer, for whoever adds up several flushes."""
         if self._reduce is not None:
-            self._reduce(self._buffers.integers)
-            self._reduce(self._buffers.floats)
-        layers = self._buffers.to_host().by_layer()
-        sums = {name: layer.sums() for name, layer in layers.items()}
-        self._buffers.words.zero_()  # not before: on a CPU the host's view is the same memory
+            pairs = [] if self._pairs is None else [self._pairs.words]
+            _reduce_together(self._reduce, [self._buffers.integers, self._buffers.floats, *pairs])
+        if self._pairs is not None:
+            self.co_selection = self._pairs.take(step)
+        sums = self._buffers.to_host()
+        self._buffers.words.zero_()
         return sums
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -210,3 +236,11 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _reduce_together(reduce: Callable[[Tensor], object], parts: Sequence[Tensor]) -> None:
+    """Sum over ranks, as one tensor: counts are whole numbers in float64 too, up to 2^53 of them."""
+    both = torch.cat([part.double() for part in parts])
+    reduce(both)
+    for part, summed in zip(parts, torch.split(both, [len(part) for part in parts]), strict=True):
+        part.copy_(summed)

@@ -249,12 +249,35 @@ def routing_stats(layer: str, step: int, sums: RoutingSums) -> RoutingStats:
 
     The variance of the logits is E[z^2] - E[z]^2: exact enough while |mean| is not thousands of standard deviations.
     """
-    counts_E = sums.counts_E
-    num_experts = _num_experts(counts_E, "counts_E")
-    tokens = max(sums.num_tokens, 1)
+    return all_routing_stats(step, {layer: sums})[0]
+
+
+def all_routing_stats(step: int, sums: Mapping[str, RoutingSums]) -> list[RoutingStats]:
+    """The records of all layers, in the order of `sums`: the same numbers, with one pass over layers of one size."""
+    sizes = dict.fromkeys(_num_experts(each.counts_E, "counts_E") for each in sums.values())
+    of_size = {E: {name: each for name, each in sums.items() if len(each.counts_E) == E} for E in sizes}
+    records = {stats.layer: stats for layers in of_size.values() for stats in _of_one_size(step, layers)}
+    return [records[name] for name in sums]
+
+
+def _of_one_size(step: int, layers: Mapping[str, RoutingSums]) -> list[RoutingStats]:
+    sums = list(layers.values())
+    counts_LE = np.stack([each.counts_E for each in sums])
+    probs_LE = np.stack([each.probs_sum_E for each in sums]) / np.maximum([[each.num_tokens] for each in sums], 1)
+    of_counts = (load_entropy, max_violation, effective_experts, coefficient_of_variation, gini, min_load)
+    columns = [function(counts_LE).tolist() for function in of_counts]
+    columns += [counts_LE.max(-1).tolist(), _entropy(probs_LE).tolist(), _indices(cold_experts(counts_LE))]
+    return [
+        _record(name, step, layers[name], row) for name, row in zip(layers, zip(*columns, strict=True), strict=True)
+    ]
+
+
+def _record(layer: str, step: int, sums: RoutingSums, row: tuple[Any, ...]) -> RoutingStats:
+    evenness, violation, effective, cv, gini_of_counts, least, most, marginal, dead = row
+    num_experts, tokens = len(sums.counts_E), max(sums.num_tokens, 1)
     ln_experts = math.log(num_experts)
     undecided = sums.num_tokens == 0
-    marginal = ln_experts if undecided else float(_entropy(sums.probs_sum_E / tokens))
+    marginal = ln_experts if undecided else marginal
     per_token = ln_experts if undecided else sums.token_entropy_sum / tokens
     logit_mean = sums.logit_sum / (tokens * num_experts)
     logit_var = sums.logit_sq_sum / (tokens * num_experts) - logit_mean**2
@@ -262,30 +285,35 @@ def routing_stats(layer: str, step: int, sums: RoutingSums) -> RoutingStats:
         layer=layer,
         step=step,
         num_tokens=sums.num_tokens,
-        counts_E=counts_E,
+        counts_E=sums.counts_E,
         dropped=dict(sums.dropped),
         rerouted=dict(sums.rerouted),
-        load_entropy=float(load_entropy(counts_E)),
+        load_entropy=evenness,
         token_entropy=per_token / ln_experts if num_experts > 1 else 1.0,
         marginal_entropy=marginal / ln_experts if num_experts > 1 else 1.0,
         mutual_information=marginal - per_token,
-        max_violation=float(max_violation(counts_E)),
-        effective_experts=float(effective_experts(counts_E)),
-        max_token_share=float(counts_E.max()) / tokens,
-        dead_experts=dead_experts(counts_E),
+        max_violation=violation,
+        effective_experts=effective,
+        max_token_share=most / tokens,
+        dead_experts=dead,
         logit_mean=logit_mean,
         logit_std=math.sqrt(logit_var) if not logit_var < 0 else 0.0,  # rounding may go below 0; NaN must stay NaN
         logit_logsumexp=sums.logsumexp_sum / tokens,
         losses={name: value / tokens for name, value in sums.losses.items()},
-        load_cv=float(coefficient_of_variation(counts_E)),
-        gini=float(gini(counts_E)),
-        min_load=float(min_load(counts_E)),
+        load_cv=cv,
+        gini=gini_of_counts,
+        min_load=least,
     )
 
 
 def dead_experts(counts_E: np.ndarray) -> tuple[int, ...]:
     """Experts below a tenth of the fair load; none while fewer than 100 assignments each were to be expected."""
-    return tuple(int(expert) for expert in np.flatnonzero(cold_experts(counts_E)))
+    return _indices(cold_experts(counts_E)[None])[0]
+
+
+def _indices(mask_LE: np.ndarray) -> list[tuple[int, ...]]:
+    """Of each row, where it is set."""
+    return [tuple(np.flatnonzero(row).tolist()) if row.any() else () for row in mask_LE]
 
 
 # ------------------------------------------------------------------------------------------------------- helpers

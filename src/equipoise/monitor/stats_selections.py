@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import array_namespace, device
 
+MIN_EXPECTED_PAIRS = 5.0  # tokens: with fewer, chance alone doubles and halves
 Array = Any  # a NumPy, torch or JAX array: the standard has no common type to name
 
 
@@ -66,6 +67,26 @@ def co_activation(ids_TK: Array, num_experts: int) -> Array:
     num_EE = xp.reshape(_count(pairs, num_experts**2), (num_experts, num_experts))
     num_E = xp.sum(xp.where(_eye(num_EE), num_EE, xp.zeros_like(num_EE)), axis=-1)
     return _ratio(num_EE, num_E[:, None])
+
+
+def co_selection_lift(counts_EE: Array) -> Array:
+    """How much more often two experts are chosen together than experts with their loads would be by chance, (E, E).
+
+    counts_EE: int, symmetric, the tokens that chose both, on the diagonal those that chose the one. With n_i on the
+    diagonal and P = sum of all pairs, chance has P n_i n_j / sum_{a != b} n_a n_b, so that 1 is the average whatever K
+    is. NaN on the diagonal and where chance has fewer than 5 tokens: too few to tell.
+    """
+    xp = array_namespace(counts_EE)
+    num_EE = _real(counts_EE)
+    own = _eye(counts_EE)
+    n_E = xp.sum(xp.where(own, num_EE, xp.zeros_like(num_EE)), axis=-1)
+    together_EE = xp.where(own, xp.zeros_like(num_EE), num_EE)
+    chance_EE = xp.where(own, xp.zeros_like(num_EE), n_E[:, None] * n_E[None, :])
+    total = xp.sum(chance_EE)
+    expected_EE = chance_EE * (xp.sum(together_EE) / xp.where(total == 0, xp.ones_like(total), total))
+    few_EE = own | (expected_EE < MIN_EXPECTED_PAIRS)
+    lift_EE = together_EE / xp.where(few_EE, xp.ones_like(expected_EE), expected_EE)
+    return xp.where(few_EE, xp.full_like(lift_EE, math.nan), lift_EE)
 
 
 def domain_specialisation(ids_TK: Array, domains_T: Array, num_experts: int, num_domains: int) -> Array:

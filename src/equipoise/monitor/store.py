@@ -10,17 +10,30 @@ import json
 import math
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 
-from equipoise.types import Action, Alert, Finding, RoutingStats
+from equipoise.monitor.store_records import (
+    dump,
+    dump_pairs,
+    dump_stats,
+    load_action,
+    load_alert,
+    load_pairs,
+    load_stats,
+    to_real,
+)
+from equipoise.types import Action, Alert, CoSelection, RoutingStats
 
+T = TypeVar("T")
+_LAST = 2**63 - 1  # SQLite's largest integer
 FILE_NAME = "run.sqlite"
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x45515049  # "EQPI" in the file's header: tells our files from other people's SQLite files
@@ -37,6 +50,11 @@ CREATE TABLE actions (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, kind TEXT N
     reason TEXT NOT NULL, detail TEXT NOT NULL);
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
+_CO_SELECTION = """
+CREATE TABLE IF NOT EXISTS co_selection (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, layer TEXT NOT NULL,
+    num_tokens INTEGER NOT NULL, num_experts INTEGER NOT NULL, counts BLOB NOT NULL, UNIQUE (step, layer));
+"""  # came later: a run from before is readable, and gets it when it goes on
+MAX_CO_SELECTIONS = 16  # flushes that are kept: of more, every other one goes
 
 
 class StoreError(ValueError):
@@ -44,7 +62,7 @@ class StoreError(ValueError):
 
 
 class RunStore:
-    """The history of one run, on disk. Implements the protocol `Sink` of types.py.
+    """The history of one run, on disk. Implements the protocols `Sink` and `CoSelectionSink` of types.py.
 
     path: the run folder (the file is run.sqlite in it), or a path that ends in ".sqlite". Both are created.
     Each method that writes is one transaction; `transaction()` makes several into one. A killed process loses at most
@@ -60,8 +78,11 @@ class RunStore:
         self._db = _open(self.path, readonly=False)
 
     @classmethod
-    def open_readonly(cls, path: str | Path) -> Self:
-        """Open an existing store for reading only, also while another process writes it."""
+    def open_readonly(cls, path: str | Path, *, wait_s: float = 10.0) -> Self:
+        """Open an existing store for reading only, also while another process writes it.
+
+        wait_s: seconds to wait for a lock, which only a process that wants the file for itself holds.
+        """
         store = cls.__new__(cls)
         store.path = store_path(path)
         if not store.path.is_file():
@@ -69,7 +90,7 @@ class RunStore:
                 f"{store.path.parent}: expected a run folder with {store.path.name} in it, found none; "
                 "check the path, or wait until the run has written its first step"
             )
-        store._db = _open(store.path, readonly=True)
+        store._db = _open(store.path, readonly=True, wait_s=wait_s)
         return store
 
     def close(self) -> None:
@@ -108,28 +129,46 @@ class RunStore:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Keep named numbers of one step; the same name and step again replaces the value."""
         now = time.time()
-        rows = [(name, step, _to_real(value), now) for name, value in values.items()]
+        rows = [(name, step, to_real(value), now) for name, value in values.items()]
         with self.transaction():
             self._db.executemany("INSERT OR REPLACE INTO scalars VALUES (?, ?, ?, ?)", rows)
 
     def routing(self, window: Sequence[RoutingStats]) -> None:
         """Keep one flush, a record per layer; the same layer and step again replaces the record."""
-        rows = [(s.step, s.layer, _dump_stats(s), np.asarray(s.counts_E, dtype="<i8").tobytes()) for s in window]
+        rows = [(s.step, s.layer, dump_stats(s), np.asarray(s.counts_E, dtype="<i8").tobytes()) for s in window]
         with self.transaction():
             self._db.executemany(
                 "INSERT OR REPLACE INTO routing (step, layer, stats, counts) VALUES (?, ?, ?, ?)", rows
             )
 
+    def co_selection(self, window: Sequence[CoSelection]) -> None:
+        """Keep which experts one flush chose together. Of at most 16 flushes, spread over the run, the newest included.
+
+        Half of each symmetric matrix, in the smallest whole numbers that hold it: 61 layers of 256 experts take 2 to
+        8 MB per flush.
+        """
+        rows = [(c.step, c.layer, c.num_tokens, len(c.counts_EE), dump_pairs(c.counts_EE)) for c in window]
+        with self.transaction():
+            self._db.executemany(
+                "INSERT OR REPLACE INTO co_selection (step, layer, num_tokens, num_experts, counts) "
+                "VALUES (?, ?, ?, ?, ?)",
+                rows,
+            )
+            steps = [step for (step,) in self.rows("SELECT DISTINCT step FROM co_selection ORDER BY step")]
+            if len(steps) > MAX_CO_SELECTIONS:
+                gone = [(step,) for step in steps[1:-1:2]]
+                self._db.executemany("DELETE FROM co_selection WHERE step = ?", gone)
+
     def alert(self, alert: Alert) -> None:
         """Keep one change of an alert."""
-        row = (alert.step, alert.key, alert.state, alert.since_step, _dump(asdict(alert.finding)))
+        row = (alert.step, alert.key, alert.state, alert.since_step, dump(asdict(alert.finding)))
         with self.transaction():
             self._db.execute("INSERT INTO alerts (step, key, state, since_step, finding) VALUES (?, ?, ?, ?, ?)", row)
 
     def action(self, action: Action) -> None:
         """Keep one change of a repair."""
         detail = dict(action.detail) | {"state": action.state, "note": action.note}
-        row = (action.step, action.kind, action.layer, action.reason, _dump(detail))
+        row = (action.step, action.kind, action.layer, action.reason, dump(detail))
         with self.transaction():
             self._db.execute("INSERT INTO actions (step, kind, layer, reason, detail) VALUES (?, ?, ?, ?, ?)", row)
 
@@ -137,13 +176,13 @@ class RunStore:
         """Keep facts about the run, JSON-able. The views use name, total_steps and status ("running" while it runs)."""
         with self.transaction():
             self._db.executemany(
-                "INSERT OR REPLACE INTO meta VALUES (?, ?)", [(key, _dump(value)) for key, value in values.items()]
+                "INSERT OR REPLACE INTO meta VALUES (?, ?)", [(key, dump(value)) for key, value in values.items()]
             )
 
     def truncate_after(self, step: int) -> None:
         """Forget everything after `step`: a run resumed from its checkpoint repeats those steps."""
         with self.transaction():
-            for table in ("scalars", "routing", "alerts", "actions"):
+            for table in ("scalars", "routing", "co_selection", "alerts", "actions"):
                 self._db.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
 
     def forget_before(self, step: int) -> None:
@@ -164,47 +203,100 @@ class RunStore:
             finally:
                 self._roll_back()
 
-    def latest_routing(self) -> list[RoutingStats]:
-        """The newest flush, a record per layer in the order of the model; empty before the first."""
-        rows = self._rows("SELECT stats, counts FROM routing WHERE step = (SELECT max(step) FROM routing) ORDER BY id")
-        return [_load_stats(*row) for row in rows]
+    def latest_routing(self, at: int | None = None) -> list[RoutingStats]:
+        """The newest flush, or the newest at or before step `at`, a record per layer in the order of the model.
 
-    def routing_history(self, layer: str) -> list[RoutingStats]:
-        """All records of one layer by step.
+        Empty where there is none.
+        """
+        query = """SELECT stats, counts FROM routing WHERE step = (SELECT max(step) FROM routing WHERE step <= ?)
+            ORDER BY id"""
+        return self.records(load_stats, query, (_LAST if at is None else at,))
+
+    def routing_history(self, layer: str, steps: Sequence[int] | None = None) -> list[RoutingStats]:
+        """All records of one layer by step, or those of some steps, fewer where it has none.
 
         Raises StoreError for a layer without any, naming those that have some.
         """
-        rows = self._rows("SELECT stats, counts FROM routing WHERE layer = ? ORDER BY step", (layer,))
-        if not rows:
+        query, values = "SELECT stats, counts FROM routing WHERE layer = ?", [layer, *(steps or ())]
+        if steps is not None:
+            query += f" AND step IN ({','.join('?' * len(steps))})"
+        found = self.records(load_stats, f"{query} ORDER BY step", values)
+        if not found and layer not in self.layers():
             known = ", ".join(self.layers()) or "none"
             raise StoreError(f"layer: expected one of the recorded layers ({known}), got {layer!r}")
-        return [_load_stats(*row) for row in rows]
+        return found
+
+    def routing_after(self, step: int, page: int = 64) -> Iterator[list[RoutingStats]]:
+        """The flushes after `step`, oldest first, each a record per layer. Reads `page` flushes at a time."""
+        while steps := self.flush_steps(after=step, at_most=page):
+            query = "SELECT stats, counts FROM routing WHERE step > ? AND step <= ? ORDER BY step, id"
+            records = self.records(load_stats, query, (step, steps[-1]))
+            yield from (list(flush) for _, flush in groupby(records, key=lambda stats: stats.step))
+            step = steps[-1]
+
+    def latest_co_selection(self, layer: str, at: int | None = None) -> CoSelection | None:
+        """Which experts a layer chose together, newest, or newest at or before step `at`; None where none is kept."""
+        if not self.rows("SELECT 1 FROM sqlite_master WHERE name = 'co_selection'"):
+            return None
+        query = """SELECT layer, step, num_tokens, num_experts, counts FROM co_selection
+            WHERE layer = ? AND step <= ? ORDER BY step DESC LIMIT 1"""
+        return next(iter(self.records(load_pairs, query, (layer, _LAST if at is None else at))), None)
+
+    def flush_steps(self, after: int = -1, at_most: int = -1) -> list[int]:
+        """The steps of the flushes after a step, oldest first; at_most: so many, -1 for all."""
+        query = "SELECT DISTINCT step FROM routing WHERE step > ? ORDER BY step LIMIT ?"
+        return self.records(int, query, (after, at_most))
+
+    def flushed_at(self, step: int) -> float:
+        """When the flush of `step` was written, in seconds since 1970: routing has no clock of its own.
+
+        The time of that step's loss, else of the file's last change (of its log, if that is newer).
+        """
+        for when in self.records(float, "SELECT time FROM scalars WHERE name = 'loss' AND step = ?", (step,)):
+            return when
+        files = (self.path, self.path.with_name(self.path.name + "-wal"))
+        return max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
 
     def layers(self) -> list[str]:
         """The names of all recorded layers, in the order of the model."""
-        return [name for (name,) in self._rows("SELECT layer FROM routing GROUP BY layer ORDER BY min(id)")]
+        return self.records(str, "SELECT layer FROM routing GROUP BY layer ORDER BY min(id)")
 
     def scalar_history(self, name: str, *, last: int | None = None) -> list[tuple[int, float, float]]:
         """(step, value, time) of one scalar by step, the `last` ones or all; time is in seconds since 1970."""
         query = "SELECT step, value, time FROM scalars WHERE name = ? ORDER BY step DESC LIMIT ?"
-        rows = self._rows(query, (name, -1 if last is None else last))
+        rows = self.rows(query, (name, -1 if last is None else last))
         return [(step, math.nan if value is None else value, when) for step, value, when in reversed(rows)]
 
-    def alerts(self) -> list[Alert]:
-        """Every change of every alert, oldest first."""
-        rows = self._rows("SELECT key, state, since_step, step, finding FROM alerts ORDER BY id")
-        return [Alert(key, state, since, step, _load_finding(text)) for key, state, since, step, text in rows]
+    def alerts(self, last: int | None = None) -> list[Alert]:
+        """The `last` changes of alerts, or all, oldest first."""
+        query = "SELECT key, state, since_step, step, finding FROM alerts ORDER BY id DESC LIMIT ?"
+        return self.records(load_alert, query, (-1 if last is None else last,))[::-1]
 
-    def actions(self) -> list[Action]:
-        """Every change of every repair, oldest first."""
-        rows = self._rows("SELECT kind, layer, step, reason, detail FROM actions ORDER BY id")
-        return [load_action(row) for row in rows]
+    def actions(self, last: int | None = None) -> list[Action]:
+        """The `last` changes of repairs, or all, oldest first."""
+        query = "SELECT kind, layer, step, reason, detail FROM actions ORDER BY id DESC LIMIT ?"
+        return self.records(load_action, query, (-1 if last is None else last,))[::-1]
 
     def meta(self) -> dict[str, Any]:
         """The facts about the run that `set_meta` kept."""
-        return {key: json.loads(value) for key, value in self._rows("SELECT key, value FROM meta")}
+        return dict(self.records(lambda key, value: (key, json.loads(value)), "SELECT key, value FROM meta"))
 
-    def _rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def records(self, load: Callable[..., T], query: str, values: Sequence[Any] = ()) -> list[T]:
+        """What a query of the reader's own finds, each row through `load(*columns)`; the tables are above.
+
+        Raises StoreError for a query that fails, and for a row that cannot be read.
+        """
+        found = self.rows(query, values)
+        try:
+            return [load(*row) for row in found]
+        except (KeyError, TypeError, AttributeError, ValueError) as error:  # of JSON that is not what we write
+            raise StoreError(
+                f"{self.path}: a record cannot be read ({type(error).__name__}); the file is damaged, or newer than "
+                "this program"
+            ) from error
+
+    def rows(self, query: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """The same, without a `load`."""
         with _explained(self.path):
             return self._db.execute(query, values).fetchall()
 
@@ -218,11 +310,11 @@ def store_path(path: str | Path) -> Path:
 # ------------------------------------------------------------------------------------------------------- opening
 
 
-def _open(path: Path, *, readonly: bool) -> sqlite3.Connection:
+def _open(path: Path, *, readonly: bool, wait_s: float = 10.0) -> sqlite3.Connection:
     with _explained(path):
         uri = f"{path.absolute().as_uri()}?mode={'ro' if readonly else 'rwc'}"
         # isolation_level None: transactions are begun and ended by us alone
-        db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=10.0)
+        db = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=wait_s)
         try:
             if not readonly:
                 _prepare(db, path)
@@ -243,6 +335,9 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
             f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA application_id = {APPLICATION_ID};"
             f"PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
         )
+    else:
+        _check_version(db, path)
+    db.executescript(_CO_SELECTION)
     db.execute("PRAGMA synchronous = NORMAL")  # safe against a killed process; a power cut may cost the last commits
 
 
@@ -277,64 +372,7 @@ _REMEDIES = {
     "unable to open": "check that the folder exists and that you may write in it",
     "not a database": "this is no run store, or it is damaged; move it away and go on from the last checkpoint",
     "malformed": "the file is damaged; move it away and go on from the last checkpoint",
-    "locked": "another process is writing to this run; end it, or choose another run folder",
+    "locked": "another process holds it; try again when it is done, or choose another run folder",
     "closed database": "open the run again",
     "disk I/O": "check the disk and go on from the last checkpoint",
 }
-
-
-# ------------------------------------------------------------------------------------------- records as JSON text
-
-
-def _dump(value: Any) -> str:
-    """JSON text; NaN and infinities, which JSON has not, become the strings that float() reads."""
-    return json.dumps(_plain(value), allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
-
-
-def _to_real(value: float) -> float | None:
-    """SQLite keeps no NaN; NULL stands for it."""
-    return None if math.isnan(value) else float(value)
-
-
-def _floats(record: Mapping[str, Any]) -> dict[str, float]:
-    return {key: float(value) for key, value in record.items()}
-
-
-def _dump_stats(stats: RoutingStats) -> str:
-    return _dump({f.name: getattr(stats, f.name) for f in fields(stats) if f.name != "counts_E"})
-
-
-def _load_stats(text: str, counts: bytes) -> RoutingStats:
-    record = json.loads(text)
-    # a record written before a field existed keeps that field's default
-    record.update(
-        {f.name: float(record[f.name]) for f in fields(RoutingStats) if f.type == "float" and f.name in record}
-    )
-    record["losses"] = _floats(record["losses"])
-    record["dead_experts"] = tuple(record["dead_experts"])
-    return RoutingStats(**record, counts_E=np.frombuffer(counts, dtype="<i8").astype(np.int64))
-
-
-def load_action(row: tuple[str, str, int, str, str]) -> Action:
-    """A row of the table: kind, layer, step, reason, detail. Rows from before repairs had states were applied."""
-    kind, layer, step, reason, text = row
-    detail = json.loads(text)
-    state, note = detail.pop("state", "applied"), detail.pop("note", "")
-    return Action(kind, layer, step, reason, _floats(detail), state, note)
-
-
-def _load_finding(text: str) -> Finding:
-    record = json.loads(text)
-    return Finding(**{**record, "value": float(record["value"]), "threshold": float(record["threshold"])})

@@ -14,9 +14,9 @@ from equipoise.monitor.baseline import Baseline
 from equipoise.monitor.detectors import MIN_EXPECTED, layers_without_opinion
 from equipoise.monitor.profiles import Profile, rules_of
 from equipoise.monitor.recorder import Recorder, observable_layers
-from equipoise.monitor.stats import RoutingSums, routing_stats
+from equipoise.monitor.stats import RoutingSums, all_routing_stats
 from equipoise.monitor.window import TimeWindow
-from equipoise.types import Alert, Detector, RoutingStats, Sink
+from equipoise.types import Alert, CoSelection, CoSelectionSink, Detector, RoutingStats, Sink
 
 
 class Watch:
@@ -28,7 +28,9 @@ class Watch:
     rules: more rules, pure functions from a window to findings. `use_baselines` says what is normal.
     sinks: get each flush and each change of an alert, in the loop: the error of one is raised after all have been told.
     Behind a `Background` a sink may hang or raise as it likes, the loop does not notice.
-    reduce: sums a tensor over data-parallel ranks in place; None on one rank. clock: seconds.
+    reduce: sums a tensor over data-parallel ranks in place, once per flush: torch.distributed.all_reduce, with a group
+    partial(all_reduce, group=...). Each rank then sees the whole batch, and each must flush at the same steps: give the
+    sinks to one of them. None counts this rank alone. clock: seconds.
     Use it as a context manager, or call `detach` when done.
     """
 
@@ -41,7 +43,7 @@ class Watch:
         profile: Profile | None = "relative",
         rules: Sequence[Detector] = (),
         sinks: Sequence[Sink] = (),
-        reduce: Callable[[Tensor], None] | None = None,
+        reduce: Callable[[Tensor], object] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if every < 1:
@@ -67,8 +69,8 @@ class Watch:
 
     def flush(self, step: int) -> list[Alert]:
         """Flush now, whatever has been seen since the last time."""
-        sums = self.recorder.flush_sums()
-        self._window = [routing_stats(layer, step, each) for layer, each in sums.items()]
+        sums = self.recorder.flush_sums(step)
+        self._window = all_routing_stats(step, sums)
         judged = self._judged(step, sums)
         findings = [
             finding
@@ -88,6 +90,8 @@ class Watch:
                 sink.routing(self._window)
                 for alert in changed:
                     sink.alert(alert)
+                if self.recorder.co_selection and isinstance(sink, CoSelectionSink):
+                    sink.co_selection(self.recorder.co_selection)
             except Exception as error:
                 failed.append(error)
         if failed:
@@ -97,11 +101,10 @@ class Watch:
         """What the rules look at: per layer this flush, or as many more as are needed."""
         self._span.add(self._clock(), sums)
         seen = self._span.whole() if self._literal else self._span.recent(MIN_EXPECTED)
-        flushed = {stats.layer: stats for stats in self._window}
-        return [
-            flushed[layer] if seen[layer] is each else routing_stats(layer, step, seen[layer])
-            for layer, each in sums.items()
-        ]
+        records = {stats.layer: stats for stats in self._window}
+        longer = {layer: seen[layer] for layer, each in sums.items() if seen[layer] is not each}
+        records |= {stats.layer: stats for stats in all_routing_stats(step, longer)}
+        return list(records.values())
 
     def use_baselines(self, baselines: Mapping[str, Baseline] | None, *, learning: bool = False) -> None:
         """Compare with these layers in health from the next flush on, as `KnownGood(run).latest().baselines` has them.
@@ -120,6 +123,18 @@ class Watch:
                 "; record them on this model, or rename them"
             )
         self._detectors = (rules_of(self._profile, baselines, learning=learning) if self._profile else ()) + self._rules
+
+    def co_select(self, tokens: int = 256) -> None:
+        """From now on, also count which experts at most so many tokens of each forward choose together, in every layer.
+
+        Sinks that are a `CoSelectionSink`, as the run store, get it with each flush. It takes 8 E^2 bytes per layer.
+        Raises ValueError below 1.
+        """
+        self.recorder.co_select(tokens)
+
+    def co_selection(self) -> list[CoSelection]:
+        """Of the last flush, a record per layer; empty where `co_select` was not called."""
+        return list(self.recorder.co_selection)
 
     def stats(self) -> list[RoutingStats]:
         """The last flush, a record per layer; empty before the first."""
@@ -160,12 +175,15 @@ def watch(
     rules: Sequence[Detector] = (),
     sinks: Sequence[Sink] = (),
     baselines: Mapping[str, Baseline] | None = None,
+    reduce: Callable[[Tensor], object] | None = None,
 ) -> Watch:
-    """Attach to every MoE layer of the model. See `Watch`, and `Watch.use_baselines` for what baselines are.
+    """Attach to every MoE layer of the model, before or after it is wrapped for data parallelism.
+
+    See `Watch`, and `Watch.use_baselines` for what baselines are.
 
     Raises ValueError when the model has no layer that can be watched, and for baselines of another one.
     """
-    watching = Watch(model, every=every, window_s=window_s, profile=profile, rules=rules, sinks=sinks)
+    watching = Watch(model, every=every, window_s=window_s, profile=profile, rules=rules, sinks=sinks, reduce=reduce)
     try:
         watching.use_baselines(baselines)
     except ValueError:

@@ -51,3 +51,40 @@ def accumulate(total: Tensor, addend: Tensor) -> None:
 @accumulate.register_fake
 def _(total: Tensor, addend: Tensor) -> None:
     return None
+
+
+@torch.library.custom_op("equipoise::accumulate_pairs", mutates_args=("counts_EE",))
+def accumulate_pairs(counts_EE: Tensor, ids_TK: Tensor) -> None:
+    """Add, for each pair of experts, the tokens that chose both, to counts_EE (int64 (E, E), contiguous), in place.
+
+    ids_TK: int64, distinct within a row. The diagonal counts tokens by expert. Nothing in a recomputed forward.
+    """
+    if not inside_backward():
+        pairs = (ids_TK[:, :, None] * counts_EE.shape[0] + ids_TK[:, None, :]).reshape(-1)
+        counts_EE.view(-1).scatter_add_(0, pairs, torch.ones_like(pairs))
+
+
+@accumulate_pairs.register_fake
+def _(counts_EE: Tensor, ids_TK: Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("equipoise::accumulate_ragged_pairs", mutates_args=("counts_EE",))
+def accumulate_ragged_pairs(
+    counts_EE: Tensor, token_ids_N: Tensor, expert_ids_N: Tensor, num_tokens: int, stride: int
+) -> None:
+    """The same for tokens with different numbers of experts, in any order, of every stride-th token: A^T A.
+
+    token_ids_N: int64 in [0, num_tokens). A is float64, tokens by experts: exact, and no autocast rounds it.
+    """
+    if not inside_backward():
+        rows = -(-num_tokens // stride)
+        row_N = torch.where(token_ids_N % stride == 0, token_ids_N // stride, rows)  # the last row is thrown away
+        chosen = torch.zeros(rows + 1, counts_EE.shape[0], dtype=torch.float64, device=counts_EE.device)
+        chosen.index_put_((row_N, expert_ids_N), chosen.new_ones(()))
+        counts_EE.add_((chosen[:rows].T @ chosen[:rows]).long())
+
+
+@accumulate_ragged_pairs.register_fake
+def _(counts_EE: Tensor, token_ids_N: Tensor, expert_ids_N: Tensor, num_tokens: int, stride: int) -> None:
+    return None

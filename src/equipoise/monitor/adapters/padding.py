@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from equipoise.ops.count import inside_backward
 
 TOKENS = ("input_ids", "inputs_embeds")
-MASK, CACHE = "attention_mask", "past_key_values"
+MASK = "attention_mask"
 
 
 class Arguments:
@@ -74,12 +74,17 @@ class RealTokens:
             return
         self.shape = shapes[0]
         with torch.no_grad():
-            real_BS = real_tokens(mask, self.shape, self._arguments.value(CACHE, args, kwargs))
+            real_BS = real_tokens(mask, self.shape, _cache(args, kwargs))
             if real_BS is not None:
                 self.index_T = real_BS.reshape(-1).nonzero().squeeze(1)  # a GPU waits here, once per forward
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         self.index_T = self.shape = None
+
+
+def _cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The cache of this call: what can tell its length. It is `past_key_values` or, from transformers 5.24, `cache`."""
+    return next((value for value in (*args, *kwargs.values()) if hasattr(value, "get_seq_length")), None)
 
 
 def real_tokens(mask: Any, shape: tuple[int, int], cache: Any = None) -> Tensor | None:

@@ -7,9 +7,9 @@ for the watch's sinks, or for `on_alert`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from equipoise.monitor.adapters.counting import Counting
 from equipoise.monitor.watch import Watch
 from equipoise.types import Alert
 
@@ -30,7 +30,7 @@ def trainer_callback(watch: Watch, on_alert: Callable[[Alert], None] | None = No
         raise ModuleNotFoundError(
             "trainer_callback: expected transformers to be installed, got none; pip install 'equipoise[hf]'"
         ) from error
-    counting = _Counting(watch, on_alert)
+    counting = Counting(watch, on_alert)
 
     class WatchCallback(TrainerCallback):
         """Training forwards happen between on_step_begin and on_step_end, all others outside."""
@@ -53,24 +53,3 @@ def trainer_callback(watch: Watch, on_alert: Callable[[Alert], None] | None = No
             counting.start()
 
     return WatchCallback()
-
-
-class _Counting:
-    """The watch, paused or not, whatever the order of the calls."""
-
-    def __init__(self, watch: Watch, on_alert: Callable[[Alert], None] | None) -> None:
-        self._watch = watch
-        self._on_alert = on_alert
-        self._pause = ExitStack()
-
-    def start(self) -> None:
-        self._pause.close()
-
-    def stop(self) -> None:
-        self.start()
-        self._pause.enter_context(self._watch.recorder.paused())
-
-    def step(self, step: int) -> None:
-        for alert in self._watch.step(step):
-            if self._on_alert is not None:
-                self._on_alert(alert)

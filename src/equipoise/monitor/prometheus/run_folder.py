@@ -9,14 +9,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 from equipoise.monitor.prometheus.source import LayerTotals, Snapshot
-from equipoise.monitor.store import RunStore, StoreError, _load_stats
-from equipoise.types import RoutingStats
+from equipoise.monitor.store import RunStore, StoreError
 
 PAGE = 64  # flushes that are read at a time: bounds memory when a long run is read for the first time
 Key = TypeVar("Key")
@@ -55,10 +54,11 @@ def _follow(last: Snapshot, path: Path) -> Snapshot:
         newest, alerts = store.latest_routing(), store.alerts()
         step = newest[0].step if newest else 0
         layers, flushes = dict(last.layers), last.num_flushes
-        for stats, begins_flush in _routing_after(store, min(last.step, step)):  # step < last.step: it was truncated
-            before = layers.get(stats.layer)
-            layers[stats.layer] = LayerTotals.of(stats) if before is None else before.plus(stats)
-            flushes += begins_flush
+        for flush in store.routing_after(min(last.step, step), PAGE):  # step < last.step: it was truncated
+            for stats in flush:
+                before = layers.get(stats.layer)
+                layers[stats.layer] = LayerTotals.of(stats) if before is None else before.plus(stats)
+            flushes += 1
         state = {alert.key: alert for alert in alerts}
         fired = Counter((a.finding.rule, str(a.finding.severity)) for a in alerts if a.state == "firing")
         changes = Counter((action.kind, str(action.state)) for action in store.actions())
@@ -70,37 +70,10 @@ def _follow(last: Snapshot, path: Path) -> Snapshot:
             actions=_grown(last.actions, changes),
             num_flushes=flushes,
             step=step,
-            flushed_at=_time_of(store, step) if flushes > last.num_flushes else last.flushed_at,
+            flushed_at=store.flushed_at(step) if flushes > last.num_flushes else last.flushed_at,
             running=store.meta().get("status") == "running",
             readable=True,
         )
-
-
-def _routing_after(store: RunStore, step: int) -> Iterator[tuple[RoutingStats, bool]]:
-    """Every record of the flushes after `step`, in order, and whether it is the first of its flush."""
-    while True:
-        steps = store._rows("SELECT DISTINCT step FROM routing WHERE step > ? ORDER BY step LIMIT ?", (step, PAGE))
-        if not steps:
-            return
-        (last,), previous = steps[-1], step
-        query = "SELECT stats, counts FROM routing WHERE step > ? AND step <= ? ORDER BY step, id"
-        for text, counts in store._rows(query, (step, last)):
-            stats = _load_stats(text, counts)
-            yield stats, stats.step != previous
-            previous = stats.step
-        step = last
-
-
-def _time_of(store: RunStore, step: int) -> float:
-    """When the flush of `step` was written. Training keeps the loss of each step with its time; else it is the file's.
-
-    Of a write-ahead log, the newer file of the two counts.
-    """
-    times = {at: when for at, _, when in store.scalar_history("loss", last=1000)}
-    if step in times:
-        return times[step]
-    files = (store.path, store.path.with_name(store.path.name + "-wal"))
-    return max(file.stat().st_mtime for file in files if file.exists())
 
 
 def _grown(before: Mapping[Key, int], now: Mapping[Key, int]) -> dict[Key, int]:
