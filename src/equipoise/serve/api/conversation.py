@@ -54,11 +54,11 @@ async def converse(served: Served, endpoint: Endpoint, scope: Scope, receive: Re
         await unless_gone(receive, _say(served, endpoint, call, speaker))
         status = speaker.status
     except ClientGoneError:
-        status = GONE
+        status = speaker.status if speaker.complete else GONE
     except Exception as error:
         problem = api_error(error, request_id, served.retry_after())
         status = problem.status
-        await speaker.complain(problem, receive if unread else None)
+        await speaker.complain(problem, receive if unread and status != 408 else None)
     try:
         served.count(tally.counted(endpoint.path, status, degraded))
     except Exception:  # who counts must not take down what is counted
@@ -145,11 +145,12 @@ async def _say(served: Served, endpoint: Endpoint, call: Call, speaker: Speaker)
 
 
 class Speaker:
-    """Sends one response. status: 0 until it has begun."""
+    """Sends one response. status: 0 until it has begun. complete: its last byte is on its way."""
 
     def __init__(self, send: Send, seconds: float, headers: Mapping[str, str]) -> None:
         self._send, self._seconds, self._headers = send, seconds, headers
         self.status = 0
+        self.complete = False
 
     async def say(self, status: int, body: bytes, headers: Mapping[str, str] = NOTHING, more: bool = False) -> None:
         """The whole response; with `more`, its end is still to be sent."""
@@ -189,6 +190,7 @@ class Speaker:
         await self._write({"type": "http.response.start", "status": status, "headers": listed})
 
     async def _write(self, message: Message) -> None:
+        self.complete = message.get("more_body") is False
         try:
             async with asyncio.timeout(self._seconds):
                 await self._send(message)
