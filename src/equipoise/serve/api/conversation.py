@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextlib import aclosing
 from typing import Any
 
@@ -90,10 +90,11 @@ async def _body(served: Served, headers: Mapping[str, str], receive: Receive) ->
     length = headers.get("content-length", "")
     if length.isdigit() and (len(length) > 18 or int(length) > bounds.max_body):
         raise too_large
-    body = bytearray()
+    body, more = bytearray(), True
     try:
         async with asyncio.timeout(bounds.body_seconds):
-            async for piece in _arriving(receive):
+            while more:
+                piece, more = await _next_piece(receive)
                 body += piece
                 if len(body) > bounds.max_body:
                     raise too_large
@@ -103,15 +104,12 @@ async def _body(served: Served, headers: Mapping[str, str], receive: Receive) ->
     return bytes(body)
 
 
-async def _arriving(receive: Receive) -> AsyncIterator[bytes]:
-    """A body's pieces. Raises ClientGoneError for half of one."""
-    more = True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        yield message.get("body", b"")
-        more = message.get("more_body", False)
+async def _next_piece(receive: Receive) -> tuple[bytes, bool]:
+    """A piece of a body, and whether there are more. Raises ClientGoneError for half of one."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientGoneError
+    return message.get("body", b""), message.get("more_body", False)
 
 
 async def unless_gone(receive: Receive, work: Awaitable[None]) -> None:
@@ -200,13 +198,12 @@ class Speaker:
 
 async def _discard(receive: Receive) -> None:
     """Read on for a while, and forget it."""
-    size = 0
+    size, more = 0, True
     try:
         async with asyncio.timeout(LINGER_SECONDS):
-            async for piece in _arriving(receive):
+            while more and size < LINGER_BYTES:
+                piece, more = await _next_piece(receive)
                 size += len(piece)
-                if size > LINGER_BYTES:
-                    return
     except (TimeoutError, ClientGoneError):
         return
 
