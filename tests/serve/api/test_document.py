@@ -24,6 +24,12 @@ from equipoise.serve.engine import Engine
 from equipoise.serve.loop import EngineLoop
 
 MODEL = "tiny"
+EXAMPLES = {
+    "/v1/completions": {"model": MODEL, "prompt": ["a", "b"], "logprobs": 1, "echo": True},
+    "/v1/chat/completions": {"model": MODEL, "messages": [{"role": "user", "content": "a"}], "logprobs": True},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [97]},
+}
 CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
 
 
@@ -34,17 +40,15 @@ def _served() -> Served:
 
 
 def _for_this_model() -> dict:
-    """The document, with the one name that is not answered with 404, and few choices."""
+    """The document, with the one name that is not answered with 404, few choices, and a good example each."""
     changed = copy.deepcopy(document())
     for name in ("CompletionBody", "ChatBody", "TokenizeBody", "DetokenizeBody"):
         properties = changed["components"]["schemas"][name]["properties"]
         properties["model"] = {"const": MODEL}
         if "n" in properties:
             properties["n"] = {"type": "integer", "minimum": 0, "maximum": 3}
-    message = changed["components"]["schemas"]["Message"]["properties"]
-    message["role"] = {"enum": ["user", "system"]}
-    message["content"] = {"type": "string"}
-    del message["tool_calls"], message["function_call"]
+    for path, example in EXAMPLES.items():
+        changed["paths"][path]["post"]["requestBody"]["content"]["application/json"]["example"] = example
     return changed
 
 
@@ -73,7 +77,7 @@ def test_answers_are_as_declared(case):
 
 def test_both_kinds_of_answers_were_seen():
     """Or the test above would show little."""
-    for path in ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"):
+    for path in EXAMPLES:
         assert {200, 400} <= SEEN[path], path
 
 
