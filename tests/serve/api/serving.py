@@ -18,7 +18,7 @@ from equipoise.models.tokenizer import Tokenizer
 from equipoise.routing import TopK
 from equipoise.serve.api.app import create_app
 from equipoise.serve.api.served import Counted, Served
-from equipoise.serve.api.wire import uvicorn_config
+from equipoise.serve.api.wire import patient_protocol, uvicorn_config
 from equipoise.serve.engine import Engine
 from equipoise.serve.loop import EngineLoop
 from equipoise.serve.reference import answer
@@ -74,8 +74,10 @@ def wait_until(condition, seconds=10.0) -> bool:
 
 
 @contextlib.contextmanager
-def running(model: Decoder, *, engine=None, change=lambda served: served, start=True, **options) -> Iterator[Running]:
-    """A server with its own engine. change: of the `Served`. options: of the Engine."""
+def running(
+    model: Decoder, *, engine=None, change=lambda served: served, start=True, http=None, **options
+) -> Iterator[Running]:
+    """A server with its own engine. change: of the `Served`. http: uvicorn's protocol. options: of the Engine."""
     tokenizer = byte_tokenizer()
     engine = engine or Engine(model, tokenizer, **{"num_blocks": 256, "block_size": 8} | options)
     loop = EngineLoop(engine)
@@ -85,7 +87,11 @@ def running(model: Decoder, *, engine=None, change=lambda served: served, start=
     )
     served = change(served)
     bound = socket.create_server(("127.0.0.1", 0), backlog=4096)
-    server = uvicorn.Server(uvicorn_config(create_app(served), served.bounds, timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn_config(
+            create_app(served), served.bounds, http=patient_protocol(served.bounds, http), timeout_graceful_shutdown=1
+        )
+    )
     thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()
     if start:

@@ -42,6 +42,7 @@ WRONG = [
     ({"frequency_penalty": -3}, "frequency_penalty", "expected a number from -2 to 2, got -3"),
     ({"repetition_penalty": 0}, "repetition_penalty", "expected a factor"),
     ({"logit_bias": {"a": 1}}, "logit_bias", "expected token ids as keys, such as '42', got 'a'"),
+    ({"logit_bias": {"": 1}}, "logit_bias", "expected token ids as keys, such as '42', got ''"),
     ({"logit_bias": {"300": 1}}, "logit_bias", "expected token ids from 0 to 256, got 300"),
     ({"logit_bias": {"5": 101}}, "logit_bias", "expected a number from -100 to 100, got 101"),
     ({"logit_bias": {"5": None}}, "logit_bias.5", "expected a number, got null"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing_extensions import TypedDict  # that of typing has no schema before Python 3.12
+from typing import NotRequired  # that of typing has no schema before Python 3.12
+
+from typing_extensions import TypedDict
 
 from equipoise.serve.api.answer import Extra, Form
 from equipoise.serve.api.bodies import ROLES, ChatBody, Message
@@ -68,6 +70,18 @@ class DeltaChoice(TypedDict):
     delta: Delta
     logprobs: ChatLogprobs | None
     finish_reason: str | None
+
+
+class ChatChunk(TypedDict):
+    """A piece of it. usage: where it is asked for. equipoise: in the last one."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[DeltaChoice]
+    usage: NotRequired[Usage | None]
+    equipoise: NotRequired[Extra]
 
 
 class ChatCompletion(TypedDict):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import (
+    NotRequired,  # that of typing has no schema before Python 3.12
+    cast,
+)
 
-from typing_extensions import TypedDict  # that of typing has no schema before Python 3.12
+from typing_extensions import TypedDict
 
 from equipoise.serve.api.answer import Extra, Form
 from equipoise.serve.api.bodies import CompletionBody
@@ -39,8 +42,20 @@ class CompletionChoice(TypedDict):
     finish_reason: str | None
 
 
+class CompletionChunk(TypedDict):
+    """A piece of it. usage: where it is asked for. equipoise: in the last one."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: NotRequired[Usage | None]
+    equipoise: NotRequired[Extra]
+
+
 class Completion(TypedDict):
-    """What comes back, whole or in chunks."""
+    """What comes back in one piece."""
 
     id: str
     object: str

@@ -11,7 +11,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from contextlib import aclosing
 from typing import Any
 
@@ -54,11 +54,11 @@ async def converse(served: Served, endpoint: Endpoint, scope: Scope, receive: Re
         await unless_gone(receive, _say(served, endpoint, call, speaker))
         status = speaker.status
     except ClientGoneError:
-        status = GONE
+        status = speaker.status if speaker.complete else GONE
     except Exception as error:
         problem = api_error(error, request_id, served.retry_after())
         status = problem.status
-        await speaker.complain(problem, receive if unread else None)
+        await speaker.complain(problem, receive if unread and status != 408 else None)
     try:
         served.count(tally.counted(endpoint.path, status, degraded))
     except Exception:  # who counts must not take down what is counted
@@ -90,10 +90,11 @@ async def _body(served: Served, headers: Mapping[str, str], receive: Receive) ->
     length = headers.get("content-length", "")
     if length.isdigit() and (len(length) > 18 or int(length) > bounds.max_body):
         raise too_large
-    body = bytearray()
+    body, more = bytearray(), True
     try:
         async with asyncio.timeout(bounds.body_seconds):
-            async for piece in _arriving(receive):
+            while more:
+                piece, more = await _next_piece(receive)
                 body += piece
                 if len(body) > bounds.max_body:
                     raise too_large
@@ -103,15 +104,12 @@ async def _body(served: Served, headers: Mapping[str, str], receive: Receive) ->
     return bytes(body)
 
 
-async def _arriving(receive: Receive) -> AsyncIterator[bytes]:
-    """A body's pieces. Raises ClientGoneError for half of one."""
-    more = True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError
-        yield message.get("body", b"")
-        more = message.get("more_body", False)
+async def _next_piece(receive: Receive) -> tuple[bytes, bool]:
+    """A piece of a body, and whether there are more. Raises ClientGoneError for half of one."""
+    message = await receive()
+    if message["type"] == "http.disconnect":
+        raise ClientGoneError
+    return message.get("body", b""), message.get("more_body", False)
 
 
 async def unless_gone(receive: Receive, work: Awaitable[None]) -> None:
@@ -145,11 +143,12 @@ async def _say(served: Served, endpoint: Endpoint, call: Call, speaker: Speaker)
 
 
 class Speaker:
-    """Sends one response. status: 0 until it has begun."""
+    """Sends one response. status: 0 until it has begun. complete: its last byte is on its way."""
 
     def __init__(self, send: Send, seconds: float, headers: Mapping[str, str]) -> None:
         self._send, self._seconds, self._headers = send, seconds, headers
         self.status = 0
+        self.complete = False
 
     async def say(self, status: int, body: bytes, headers: Mapping[str, str] = NOTHING, more: bool = False) -> None:
         """The whole response; with `more`, its end is still to be sent."""
@@ -189,6 +188,7 @@ class Speaker:
         await self._write({"type": "http.response.start", "status": status, "headers": listed})
 
     async def _write(self, message: Message) -> None:
+        self.complete = message.get("more_body") is False
         try:
             async with asyncio.timeout(self._seconds):
                 await self._send(message)
@@ -198,13 +198,12 @@ class Speaker:
 
 async def _discard(receive: Receive) -> None:
     """Read on for a while, and forget it."""
-    size = 0
+    size, more = 0, True
     try:
         async with asyncio.timeout(LINGER_SECONDS):
-            async for piece in _arriving(receive):
+            while more and size < LINGER_BYTES:
+                piece, more = await _next_piece(receive)
                 size += len(piece)
-                if size > LINGER_BYTES:
-                    return
     except (TimeoutError, ClientGoneError):
         return
 

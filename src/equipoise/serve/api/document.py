@@ -29,7 +29,7 @@ def document() -> dict[str, Any]:
     """OpenAPI 3.1."""
     from pydantic import TypeAdapter
 
-    kinds = [kind for each in ENDPOINTS for kind in (each.body, each.answer) if kind is not None]
+    kinds = [kind for each in ENDPOINTS for kind in (each.body, each.answer, each.chunk) if kind is not None]
     adapters = [(kind, "validation", TypeAdapter(kind)) for kind in dict.fromkeys([*kinds, ErrorBody])]
     schemas, shared = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     paths: dict[str, Any] = {}
@@ -53,8 +53,8 @@ def document() -> dict[str, Any]:
 
 def _operation(endpoint: Endpoint, schemas: dict[Any, Any]) -> dict[str, Any]:
     answers: dict[str, Any] = {"application/json": {"schema": schemas[endpoint.answer]}}
-    if endpoint.streams:
-        answers["text/event-stream"] = {"schema": {"type": "string"}}
+    if endpoint.chunk is not None:
+        answers["text/event-stream"] = {"itemSchema": _event(schemas[endpoint.chunk], schemas[ErrorBody])}
     responses: dict[str, Any] = {"200": {"description": "as asked", "content": answers}}
     for status in sorted(endpoint.statuses):
         error = schemas[HealthBody] if endpoint.answer is HealthBody and status == 503 else schemas[ErrorBody]
@@ -71,3 +71,10 @@ def _operation(endpoint: Endpoint, schemas: dict[Any, Any]) -> dict[str, Any]:
     if "{model}" in endpoint.path:
         operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]
     return operation
+
+
+def _event(*schemas: Any) -> dict[str, Any]:
+    """One server-sent event: an object as JSON, or the last one."""
+    objects = [{"type": "string", "contentMediaType": "application/json", "contentSchema": each} for each in schemas]
+    data = {"anyOf": [{"const": "[DONE]"}, *objects]}
+    return {"type": "object", "properties": {"data": data, "event": {"type": "string"}}, "required": ["data"]}

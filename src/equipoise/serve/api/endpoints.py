@@ -14,8 +14,8 @@ from typing_extensions import TypedDict  # that of typing has no schema before P
 
 from equipoise.serve.api.answer import Form, Json, chunks, respond
 from equipoise.serve.api.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from equipoise.serve.api.chat import ChatCompletion, plan_chat
-from equipoise.serve.api.completions import Completion, plan_completions
+from equipoise.serve.api.chat import ChatChunk, ChatCompletion, plan_chat
+from equipoise.serve.api.completions import Completion, CompletionChunk, plan_completions
 from equipoise.serve.api.health import HealthBody, answer, dead, health, not_ready
 from equipoise.serve.api.plan import Caller, Plan, check_model, check_tokens
 from equipoise.serve.api.read import read
@@ -44,7 +44,8 @@ class Reply:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """body: what it takes, None for nothing. answer: what it gives. statuses: other than 200. open: without a key."""
+    """body: what it takes, None for nothing. answer: what it gives. statuses: other than 200. open: without a key.
+    chunk: what it gives bit by bit, if it can."""
 
     method: Literal["GET", "POST"]
     path: str
@@ -54,7 +55,7 @@ class Endpoint:
     body: Any = None
     statuses: tuple[int, ...] = ()
     open: bool = False
-    streams: bool = False
+    chunk: Any = None
 
 
 class ModelBody(TypedDict):
@@ -173,11 +174,11 @@ _TAKES, _COMPUTES = (400, 401, 404, 408, 413, 415, 500), (429, 503)
 ENDPOINTS: tuple[Endpoint, ...] = (
     Endpoint(
         "POST", "/v1/completions", "Continue texts", _completions, Completion, CompletionBody,
-        (*_TAKES, *_COMPUTES), streams=True,
+        (*_TAKES, *_COMPUTES), chunk=CompletionChunk,
     ),
     Endpoint(
         "POST", "/v1/chat/completions", "Answer conversations", _chat, ChatCompletion, ChatBody,
-        (*_TAKES, *_COMPUTES), streams=True,
+        (*_TAKES, *_COMPUTES), chunk=ChatChunk,
     ),
     Endpoint("GET", "/v1/models", "List the model", _models, ModelList, statuses=(401, 500)),
     Endpoint("GET", "/v1/models/{model}", "Describe the model", _model, ModelBody, statuses=(401, 404, 500)),

@@ -179,7 +179,8 @@ def _biases(served: Served, body: Common) -> dict[int, float]:
     given = body.logit_bias or {}
     if len(given) > MAX_BIASES:
         raise invalid("logit_bias", f"expected at most {MAX_BIASES} tokens, got {len(given)}")
-    if wrong := next((key for key in given if not (key.isascii() and key.isdigit() and len(key) < 10)), None):
+    wrong = next((key for key in given if not (key.isascii() and key.isdigit() and len(key) < 10)), None)
+    if wrong is not None:
         raise invalid("logit_bias", f"expected token ids as keys, such as '42', got {wrong[:40]!r}")
     biases = {int(key): value for key, value in given.items()}
     check_tokens(served, "logit_bias", tuple(biases))

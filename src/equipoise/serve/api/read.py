@@ -46,6 +46,8 @@ def _read(kind: Any, value: Any, place: str) -> Any:
         return _read_record(kind, value, place)
     if get_origin(kind) is tuple and isinstance(value, list):
         item = get_args(kind)[0]
+        if item in _NAMES and all(type(each) is item for each in value):
+            return tuple(value)  # the usual case, and the long one
         return tuple(_read(item, each, f"{place}[{n}]") for n, each in enumerate(value))
     if get_origin(kind) is Mapping and isinstance(value, dict):
         item = get_args(kind)[1]

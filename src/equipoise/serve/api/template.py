@@ -13,6 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jinja2 import TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 FILE_NAME = "chat_template.jinja"
 _PLAIN = """\
 {%- for message in messages -%}
@@ -36,8 +39,6 @@ class ChatTemplate:
 
     @cached_property
     def _compiled(self) -> Any:
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -45,11 +46,7 @@ class ChatTemplate:
         return environment.from_string(self.source)
 
     def check(self) -> None:
-        """Raise ValueError for a template that is not Jinja2, ImportError without the extra."""
-        try:
-            from jinja2 import TemplateSyntaxError
-        except ImportError as error:
-            raise ImportError("chat needs Jinja2, which is not installed; pip install 'equipoise[serve]'") from error
+        """Raise ValueError for a template that is not Jinja2."""
         try:
             _ = self._compiled
         except TemplateSyntaxError as error:

@@ -36,11 +36,14 @@ def uvicorn_config(app: Any, bounds: Bounds, **options: Any) -> uvicorn.Config:
     return uvicorn.Config(app, **(careful | options))
 
 
-def patient_protocol(bounds: Bounds) -> type[asyncio.Protocol]:
-    """uvicorn's protocol, with bounds on how long a request's head may take and how long it may be."""
+def patient_protocol(bounds: Bounds, base: type[asyncio.Protocol] | None = None) -> type[asyncio.Protocol]:
+    """uvicorn's protocol, with bounds on how long a request's head may take and how long it may be.
+
+    base: one of uvicorn's two, None for the one that it chooses itself.
+    """
     from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-    return type("PatientProtocol", (_Patient, AutoHTTPProtocol), {"_bounds": bounds})
+    return type("PatientProtocol", (_Patient, base or AutoHTTPProtocol), {"_bounds": bounds})
 
 
 class _Patient:
