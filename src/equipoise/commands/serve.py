@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,6 +228,8 @@ class Front:
         try:
             from equipoise.dashboard.server import build_app
 
+            # NiceGUI looks at every object for its server, torch's deprecated ones too
+            warnings.filterwarnings("ignore", message=".*torch.distributed.reduce_op", category=FutureWarning)
             return build_app([self._server.config.folder, self._server.loaded.folder], Access(token, port))
         except ImportError as error:
             print(f"no dashboard: {error}", file=sys.stderr)

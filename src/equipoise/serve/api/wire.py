@@ -64,7 +64,7 @@ class _Patient:
         if self._timer is None and not self._answering:
             self._start()
         super().data_received(data)  # type: ignore[misc]
-        if self._answering:
+        if self._answering or self._became_a_websocket:
             self._stop()
             return
         self._num_bytes += len(data)
@@ -79,6 +79,12 @@ class _Patient:
     def _answering(self) -> bool:
         """Whether a request's head is complete and its response is not."""
         return self.cycle is not None and not self.cycle.response_complete
+
+    @property
+    def _became_a_websocket(self) -> bool:
+        """Whether the connection now belongs to another protocol."""
+        owner: object = self.transport.get_protocol()
+        return owner is not self
 
     def _start(self) -> None:
         self._num_bytes = 0
