@@ -33,7 +33,9 @@ class PairCounts:
 
     def __init__(self, layers: Mapping[str, Observable], tokens: int, device: torch.device) -> None:
         if tokens < 1:
-            raise ValueError(f"tokens: expected at least 1 per forward to count pairs of experts, got {tokens}; 256 are enough")
+            raise ValueError(
+                f"tokens: expected at least 1 per forward to count pairs of experts, got {tokens}; 256 are enough"
+            )
         self._tokens = tokens
         sizes = [layer.num_experts for layer in layers.values()]
         self.words = torch.zeros(sum(1 + E * E for E in sizes), dtype=torch.int64, device=device)
