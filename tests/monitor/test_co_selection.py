@@ -194,7 +194,7 @@ def test_memory_is_what_it_says():
 
 
 def test_no_sample():
-    with watch(build_moe()) as eye, pytest.raises(ValueError, match="tokens: expected at least 1 .*, got 0; 256 are"):
+    with watch(build_moe()) as eye, pytest.raises(ValueError, match=r"tokens: expected at least 1 .*, got 0; 256 are"):
         eye.co_select(0)
 
 

@@ -15,7 +15,7 @@ from equipoise.types import CoSelection
 MAX_EXPERTS = 126  # as many as fit in a map's cells
 NOT_RECORDED = (
     "Not recorded. This run's store keeps how many tokens reach each expert, not which experts are chosen together: "
-    "co_select of the watch does."
+    "Watch.co_select does."
 )
 ONE_EACH = "Each token has one expert: none are chosen together."
 
