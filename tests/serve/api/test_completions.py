@@ -200,6 +200,13 @@ def test_usage_in_streams(client):
     assert all("usage" not in chunk.model_fields_set for chunk in chunks())
 
 
+def test_a_stream_is_not_kept_by_proxies(client):
+    raw = client.completions.with_raw_response.create(model="tiny", prompt="x", max_tokens=1, stream=True)
+    assert raw.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert (raw.headers["cache-control"], raw.headers["x-accel-buffering"]) == ("no-cache", "no")
+    assert raw.http_response.read().endswith(b"data: [DONE]\n\n")
+
+
 def test_prompts_that_were_seen_before_are_cached(client):
     prompt = "a prompt of more than one block"
     client.completions.create(model="tiny", prompt=prompt, max_tokens=1)

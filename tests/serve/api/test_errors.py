@@ -201,7 +201,7 @@ def test_a_request_that_fails_in_the_engine_is_an_error_of_ours(caplog):
         with pytest.raises(openai.InternalServerError):  # nothing of the stream was sent yet
             own.client().completions.create(model="tiny", prompt="x", stream=True)
         assert wait_until(lambda: len(own.counted) == 2)
-        assert [counted.status for counted in own.counted] == [500, 500]
+        assert [(counted.status, counted.finishes) for counted in own.counted] == [(500, ("failed",))] * 2
 
 
 def test_a_stream_that_breaks_ends_with_an_error_event(caplog):

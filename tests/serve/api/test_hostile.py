@@ -73,6 +73,13 @@ def test_what_says_that_it_is_large_is_refused_before_it_is_sent(server, length)
     assert answer.startswith((b"HTTP/1.1 413", b"HTTP/1.1 400"))  # the parser itself refuses the longest
 
 
+def test_who_sends_all_before_it_listens_hears_why(server):
+    """If the connection were closed with a part of the body unread, the answer would be lost."""
+    head = HEAD.format(path="/tokenize") + f"content-length: {4 * 2**20}\r\n\r\n"
+    with connect(server, head.encode() + b"x" * 4 * 2**20) as connection:
+        assert read_all(connection).startswith(b"HTTP/1.1 413")
+
+
 def test_a_body_without_end_is_cut_off(server):
     """It is read for a while, so that the answer arrives, and not for ever."""
     head = HEAD.format(path="/tokenize") + f"content-length: {10**12}\r\n\r\n"
@@ -202,6 +209,14 @@ def test_heads_that_do_not_come_are_not_waited_for(hurried, sent):
     with connect(hurried, sent) as connection:
         received = read_all(connection)
     assert received.startswith(b"HTTP/1.1 200" if b"\r\n\r\n" in sent else b"")
+
+
+def test_a_second_head_that_does_not_come_is_not_waited_for(hurried):
+    """uvicorn's own limit between requests ends with the first byte of the next one."""
+    with connect(hurried, b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n") as connection:
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET /hea")
+        assert read_all(connection) == b""
 
 
 def test_heads_that_come_byte_by_byte_are_not_waited_for(hurried):
