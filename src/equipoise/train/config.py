@@ -75,6 +75,7 @@ class TrainConfig:
     policy: "ladder" (the gentlest repair first) or "round_robin_then_reload". canary_batches: of the validation text,
     by which a repair is judged. keep_known_good: the newest n known-good records, and the best.
     accept_faults: obey `equipoise inject`, for trying all this out.
+    co_select: count which experts are chosen together for at most so many tokens of each forward; 0 is none.
     interference_every: steps between measurements of balancing against task gradients; 0 means never.
     specialisation: measure at the end how the routers divide the domains; needs at least two of them.
     """
@@ -99,6 +100,7 @@ class TrainConfig:
     canary_batches: int = 2
     keep_known_good: int = 5
     accept_faults: bool = False
+    co_select: int = 256
     interference_every: int = 0
     specialisation: bool = False
 
@@ -118,6 +120,8 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 (only at the end) or more, got {getattr(self, name)}")
         policy_of(self.policy)
+        if self.co_select < 0:
+            raise ValueError(f"co_select: expected 0 (none) or more tokens of each forward, got {self.co_select}")
         if self.interference_every < 0:
             raise ValueError(f"interference_every: expected 0 (never) or more, got {self.interference_every}")
         micro = self.micro_batch_size
@@ -197,6 +201,8 @@ class Overrides:
     """Steps between checkpoints; 0 writes one at the end only."""
     eval_every: int | None = None
     """Steps between validations; 0 validates at the end only."""
+    co_select: int | None = None
+    """Tokens of each forward for which it is counted which experts they go to together; 0 is none."""
     interference_every: int | None = None
     """Steps between measurements of how balancing losses pull against the task; each costs about two steps."""
     specialisation: bool | None = None

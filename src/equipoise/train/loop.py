@@ -90,6 +90,8 @@ class Trainer:
         per_flush = config.watch_every * config.batch_size * config.data.seq_len
         told = (self.store, *sinks)
         self.watch = Watch(self.model, every=config.watch_every, rules=(CountRule(per_flush),), sinks=told)
+        if config.co_select:
+            self.watch.co_select(config.co_select)
         self.faults = FaultDesk(out, self.model, self.show_text, self.watch.recorder) if config.accept_faults else None
         self.repairs = Repairs(config, self.model, self.optimizer, data, out, self.watch, told)
         self.step_number = 0
