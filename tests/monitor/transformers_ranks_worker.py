@@ -67,6 +67,7 @@ def main(folder: Path, world: int, rank: int) -> None:
         for order in ("watch first", "wrap first")
     }
     torch.save(results, folder / f"{rank}.pt")
+    dist.barrier()  # none leaves while the other still talks to it
     dist.destroy_process_group()
 
 
