@@ -407,3 +407,59 @@ def test_state_of_another_model():
         Recorder(MoE(D, 8, E + 2)).load_state_dict(state)
     with pytest.raises(ValueError, match=r"recorder state: expected layers\.0\.mlp\.integers .* got None"):
         Recorder(build_decoder()).load_state_dict(state)
+
+
+class TestSmallForwards:
+    """Single tokens, as in decoding, are added several forwards at a time."""
+
+    def tokens(self, number):
+        return torch.randn(number, D, generator=torch.Generator().manual_seed(3))
+
+    @pytest.mark.parametrize("options", [{}, {"capacity": Capacity(factor=0.5, policy="position")}])
+    def test_one_by_one_is_as_all_at_once(self, options):
+        moe, x = build(**options).eval(), self.tokens(700)
+        one, all_at_once = Recorder(moe), Recorder(moe)
+        with torch.inference_mode(), all_at_once.paused():
+            for row in x.split(1):
+                moe(row)
+        with torch.inference_mode(), one.paused():
+            if not options:
+                moe(x)
+            else:  # a capacity is a batch's: what it drops is another number for other batches
+                for row in x.split(1):
+                    moe(row)
+        [a], [b] = one.flush(1), all_at_once.flush(1)
+        assert a.num_tokens == b.num_tokens == 700
+        assert np.array_equal(a.counts_E, b.counts_E)
+        assert a.dropped == b.dropped
+        for name in ("token_entropy", "marginal_entropy", "logit_mean", "logit_std", "logit_logsumexp"):
+            assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-5, abs=1e-6), name
+
+    def test_what_waits_is_bounded(self):
+        moe = build().eval()
+        recorder = Recorder(moe)
+        [backlog] = recorder._backlogs.values()
+        most = 0
+        with torch.inference_mode():
+            for row in self.tokens(6000).split(1):
+                moe(row)
+                most = max(most, backlog._size)
+        assert most < backlog.MAX_WAITING
+        assert recorder.flush(1)[0].num_tokens == 6000
+
+    def test_what_waits_is_in_the_state_and_is_replaced_by_one(self):
+        moe = build().eval()
+        recorder = Recorder(moe)
+        with torch.inference_mode():
+            moe(self.tokens(3))
+            state = recorder.state_dict()
+            moe(self.tokens(5))
+            recorder.load_state_dict(state)
+        assert recorder.flush(1)[0].num_tokens == 3
+
+    def test_no_graph_is_kept(self):
+        moe = build()
+        recorder = Recorder(moe)
+        moe(self.tokens(4))  # with gradients, and small
+        assert all(not backlog._waiting for backlog in recorder._backlogs.values())
+        assert recorder.flush(1)[0].num_tokens == 4

@@ -1,7 +1,8 @@
 """Exact sums over what the routers of a model decide: attached from outside, flushed every few steps.
 
 Each layer's `tap` is hooked. A hook adds to buffers that were allocated once, on the layer's device, without waiting
-for it; a forward that is run again for its gradients adds nothing. `flush` moves all sums to the host together.
+for it, several small forwards together; a forward that is run again for its gradients adds nothing. `flush` moves all
+sums to the host together.
 """
 
 from __future__ import annotations
@@ -46,23 +47,65 @@ class _Sums:
         reasons = tuple(integers[num_experts:].unbind())
         return _Sums(integers, floats, num_experts, loss_names, integers[:num_experts], reasons)
 
-    def add(self, routed: Routed) -> None:
-        decision, device = routed.decision, self.floats.device  # layers may be spread over devices
-        accumulate_counts(self.counts_E, decision.expert_ids_N.to(device))
+    def add(self, seen: Sequence[Routed]) -> None:
+        """Of one forward, or of several small ones together."""
+        device = self.floats.device  # layers may be spread over devices
+        decisions = [routed.decision for routed in seen]
+        accumulate_counts(self.counts_E, _cat([decision.expert_ids_N for decision in decisions]).to(device))
         for reason, total in zip(_REASONS, self.reasons, strict=True):
-            if reason in routed.plan.drops:
-                accumulate(total, routed.plan.drops[reason].to(device))
-        logits_TE, probs_TE = decision.logits_TE.detach(), decision.probs_TE.detach()
+            for routed in seen:
+                if reason in routed.plan.drops:
+                    accumulate(total, routed.plan.drops[reason].to(device))
+        logits_TE = _cat([decision.logits_TE.detach() for decision in decisions])
+        probs_TE = _cat([decision.probs_TE.detach() for decision in decisions])
         zero = logits_TE.new_zeros(())
         moments = [
-            zero + decision.num_tokens,
+            zero + len(probs_TE),
             torch.special.entr(probs_TE).sum(),
             logits_TE.sum(),
             logits_TE.square().sum(),
             logits_TE.logsumexp(-1).sum(),
         ]
-        losses = [routed.losses.get(name, zero) * decision.num_tokens for name in self.loss_names]
+        losses = [
+            sum((routed.losses[name] * routed.decision.num_tokens for routed in seen if name in routed.losses), zero)
+            for name in self.loss_names
+        ]
         accumulate(self.floats, torch.cat([probs_TE.sum(0), torch.stack(moments + losses)]).to(device))
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class _Backlog:
+    """Small forwards of one layer, as when single tokens are decoded, kept to be added together: a dozen operators per
+    forward would take a tenth of the time of such a forward. At most MAX_WAITING probabilities wait."""
+
+    SMALL, MAX_WAITING = 2**12, 2**15
+
+    def __init__(self, sums: _Sums) -> None:
+        self._sums, self._waiting, self._size = sums, list[Routed](), 0
+
+    def add(self, routed: Routed) -> None:
+        """Now, or later together with others. What a backward pass is waiting for is not kept."""
+        probs_TE = routed.decision.probs_TE
+        if torch.compiler.is_compiling() or probs_TE.requires_grad or probs_TE.numel() > self.SMALL:
+            self._sums.add([routed])
+            return
+        self._waiting.append(routed)
+        self._size += probs_TE.numel()
+        if self._size >= self.MAX_WAITING:
+            self.settle()
+
+    def settle(self) -> None:
+        """Add all that waits."""
+        if self._waiting:
+            self._sums.add(self._waiting)
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing waits any more."""
+        self._waiting, self._size = [], 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +205,7 @@ class Recorder:
         devices = [p.device for p in model.parameters() if p.device.type != "meta"]  # meta: weights kept elsewhere
         self._buffers = _Buffers.allocate(layers, devices[0] if devices else torch.device("cpu"))
         self._sums = self._buffers.by_layer()
+        self._backlogs = {name: _Backlog(sums) for name, sums in self._sums.items()}
         self._handles: list[RemovableHandle] = [
             layer.tap.register_forward_hook(self._hook(name)) for name, layer in layers.items()
         ]
@@ -175,14 +219,14 @@ class Recorder:
         self._pairs = PairCounts(self._buffers.layers, tokens, self._buffers.words.device)
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Routed], Routed], None]:
-        sums = self._sums[name]
+        backlog = self._backlogs[name]
 
         @torch.no_grad()
         def record(module: nn.Module, args: tuple[Routed], routed: Routed) -> None:
             # The operators look for themselves, also in a compiled graph; this spares the arithmetic where it can.
             recomputed = not torch.compiler.is_compiling() and inside_backward()
             if not self._paused and not recomputed:
-                sums.add(routed)
+                backlog.add(routed)
                 if self._pairs is not None:
                     self._pairs.add(name, routed.decision)
 
@@ -203,6 +247,7 @@ class Recorder:
 
     def flush_sums(self, step: int = 0) -> dict[str, RoutingSums]:
         """The sums behind `flush`, by layer, for whoever adds up several flushes."""
+        self._settle()
         if self._reduce is not None:
             pairs = [] if self._pairs is None else [self._pairs.words]
             _reduce_together(self._reduce, [self._buffers.integers, self._buffers.floats, *pairs])
@@ -214,6 +259,7 @@ class Recorder:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The open window, so that a resumed run goes on in the middle of it."""
+        self._settle()
         state: dict[str, Tensor] = {}
         for name, sums in self._sums.items():
             state |= {f"{name}.integers": sums.integers.clone(), f"{name}.floats": sums.floats.clone()}
@@ -230,6 +276,13 @@ class Recorder:
                         f"{None if saved is None else tuple(saved.shape)}; it belongs to another model"
                     )
                 buffer.copy_(saved)
+        for backlog in self._backlogs.values():
+            backlog.forget()
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        for backlog in self._backlogs.values():
+            backlog.settle()
 
     def detach(self) -> None:
         """Remove the hooks: the model is as it was."""

@@ -52,13 +52,15 @@ class TimeWindow:
     def recent(self, min_expected: float) -> dict[str, RoutingSums]:
         """Per layer, the newest flushes, as many as bring min_expected assignments per expert, or all there are."""
         found: dict[str, RoutingSums] = {}
+        enough: set[str] = set()
         for span in reversed(self._spans):
             for layer, sums in span.sums.items():
+                if layer in enough:
+                    continue
                 have = found.get(layer)
-                if have is None:
-                    found[layer] = sums
-                elif have.counts_E.sum() < min_expected * len(have.counts_E):
-                    found[layer] = merge(have, sums)
+                found[layer] = sums if have is None else merge(have, sums)
+                if found[layer].counts_E.sum() >= min_expected * len(sums.counts_E):
+                    enough.add(layer)
         return found
 
     def whole(self) -> dict[str, RoutingSums]:
