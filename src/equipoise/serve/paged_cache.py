@@ -36,12 +36,12 @@ class PagedKV:
         """Memory of one block in all layers."""
         return 2 * config.num_layers * block_size * config.kv_heads * config.head_size * dtype.itemsize
 
-    def clear(self, blocks: Sequence[int]) -> None:
-        """Put zeros: what is not finite must not stay, as a masked NaN is still NaN in a sum."""
-        for block in blocks:
-            slots = slice(block * self.block_size, (block + 1) * self.block_size)
-            self.keys_LSHD[:, slots] = 0
-            self.values_LSHD[:, slots] = 0
+    def clear(self, slots: Sequence[int]) -> None:
+        """Put zeros."""
+        if slots:
+            slots_T = torch.tensor(slots, device=self.keys_LSHD.device)
+            self.keys_LSHD.index_fill_(1, slots_T, 0)
+            self.values_LSHD.index_fill_(1, slots_T, 0)
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,7 @@ class Ragged:
         self._positions_1T = torch.tensor([positions], device=kv.keys_LSHD.device)
         self._slots_T = torch.tensor(slots, device=kv.keys_LSHD.device)
         self._decoding = [self._group(group) for group in _by_length(single, kv.block_size)]
+        kv.clear([slot for span in spans for slot in _unwritten(span, kv.block_size)])
 
     def longest(self, num_new: int) -> int:
         """Tokens of the longest sequence."""
@@ -151,7 +152,7 @@ class Ragged:
     def _group(self, group: Sequence[tuple[int, Span]]) -> _Decoding:
         device, size = self._kv.keys_LSHD.device, self._kv.block_size
         width = max(-(-span.end // size) for _, span in group)
-        blocks = [[*span.blocks[:width], *[0] * (width - len(span.blocks))] for _, span in group]
+        blocks = [_padded(span.blocks, width) for _, span in group]
         ends_B = torch.tensor([span.end for _, span in group], device=device)
         visible_BK = torch.arange(width * size, device=device) < ends_B[:, None]
         rows_B = torch.tensor([row for row, _ in group], device=device)
@@ -161,6 +162,23 @@ class Ragged:
 def _slots(span: Span, block_size: int, first: int) -> list[int]:
     """Slots of the positions from `first` to the end of the span."""
     return [span.blocks[at // block_size] * block_size + at % block_size for at in range(first, span.end)]
+
+
+def _unwritten(span: Span, block_size: int) -> range:
+    """The slots after the span's last token in a block that it is the first to write to.
+
+    Whoever had the block may have left NaN there, and a masked NaN is still NaN in a sum.
+    """
+    last = (span.end - 1) // block_size
+    if span.start > last * block_size:
+        return range(0)
+    first = span.blocks[last] * block_size
+    return range(first + span.end - last * block_size, first + block_size)
+
+
+def _padded(blocks: Sequence[int], width: int) -> list[int]:
+    """So many blocks; its own again where it has fewer, as masked values count when they are NaN."""
+    return [*blocks[:width], *[blocks[-1]] * (width - len(blocks))]
 
 
 def _by_length(single: Sequence[tuple[int, Span]], block_size: int) -> list[list[tuple[int, Span]]]:

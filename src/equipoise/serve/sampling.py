@@ -7,7 +7,7 @@ that is computed again continues as it would have.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,16 +16,17 @@ from torch import Tensor
 
 from equipoise.serve.request import Logprob, Sampling
 
+_COLDEST = 1e-5  # below, the likeliest is taken: dividing by so little leaves nothing else
 _FIRST_LOOK = 256  # likeliest tokens among which the nucleus usually is
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the choice depends on besides the logits. prompt, answer: token ids so far."""
+    """What the choice depends on besides the logits. tokens: so far, the prompt's num_prompt first."""
 
     sampling: Sampling
-    prompt: Sequence[int]
-    answer: Sequence[int]
+    tokens: Sequence[int]
+    num_prompt: int
 
 
 def uniform(seed: int, position: int) -> float:
@@ -41,7 +42,7 @@ def choose(logits_NV: Tensor, rows: Sequence[Row]) -> list[int]:
         for logits_V, row in zip(logits_NV, rows, strict=True):
             _penalise(logits_V, row)
     chosen: list[int] = logits_NV.argmax(-1).tolist()
-    drawn = [n for n, row in enumerate(rows) if row.sampling.temperature > 0]
+    drawn = [n for n, row in enumerate(rows) if row.sampling.temperature >= _COLDEST]
     if drawn:
         for n, id in zip(drawn, _draw(logits_NV[drawn], [rows[n] for n in drawn]), strict=True):
             chosen[n] = id
@@ -52,15 +53,20 @@ def _penalise(logits_V: Tensor, row: Row) -> None:
     """In place."""
     sampling = row.sampling
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*row.prompt, *row.answer}), device=logits_V.device)
+        seen = torch.tensor(sorted(set(row.tokens)), device=logits_V.device)
         values = logits_V[seen]
         factor = sampling.repetition_penalty
         logits_V[seen] = torch.where(values > 0, values / factor, values * factor)
     if sampling.presence_penalty or sampling.frequency_penalty:
-        for id, times in Counter(row.answer).items():
-            logits_V[id] -= sampling.presence_penalty + times * sampling.frequency_penalty
-    for id, bias in sampling.logit_bias.items():
-        logits_V[id] += bias
+        times = Counter(row.tokens[row.num_prompt :])
+        _add(logits_V, {id: -sampling.presence_penalty - n * sampling.frequency_penalty for id, n in times.items()})
+    _add(logits_V, sampling.logit_bias)
+
+
+def _add(logits_V: Tensor, values: Mapping[int, float]) -> None:
+    if values:
+        ids = torch.tensor(list(values), device=logits_V.device)
+        logits_V[ids] += torch.tensor(list(values.values()), dtype=logits_V.dtype, device=logits_V.device)
 
 
 def _draw(logits_NV: Tensor, rows: Sequence[Row]) -> list[int]:
@@ -71,7 +77,7 @@ def _draw(logits_NV: Tensor, rows: Sequence[Row]) -> list[int]:
         if row.sampling.filters:
             _filter(scaled_V, row.sampling)
     upto_NV = scaled_NV.softmax(-1).cumsum(-1, dtype=torch.float64)
-    points = [[uniform(row.sampling.seed, len(row.answer))] for row in rows]
+    points = [[uniform(row.sampling.seed, len(row.tokens) - row.num_prompt)] for row in rows]
     points_N1 = torch.tensor(points, dtype=torch.float64, device=logits_NV.device) * upto_NV[:, -1:]
     ids_N = torch.searchsorted(upto_NV, points_N1, right=True)[:, 0]
     beyond_N = ids_N >= logits_NV.shape[1]  # a point that rounding has put on the end
