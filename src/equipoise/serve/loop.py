@@ -52,7 +52,7 @@ class EngineLoop:
     """Start it, submit from any number of asyncio tasks, stop it.
 
     running: a context for each step, in which nobody else may change the model. max_open: requests at a time; more are
-    refused.
+    refused. clock: seconds, for `progress`.
     """
 
     def __init__(
@@ -61,9 +61,10 @@ class EngineLoop:
         *,
         running: Callable[[], AbstractContextManager[object]] = nullcontext,
         max_open: int = 1024,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
-        self._running, self._max_open = running, max_open
+        self._running, self._max_open, self._clock = running, max_open, clock
         self._condition = threading.Condition()
         self._inbox: list[tuple[Future[Any], Callable[[], Any]]] = []
         self._listeners: dict[str, _Listener] = {}
@@ -71,7 +72,7 @@ class EngineLoop:
         self._idle = True  # nothing to do: neither a call that was posted, nor work in the engine
         self._error = ""
         self._num_steps = 0
-        self._last_progress = time.monotonic()
+        self._last_progress = clock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -140,7 +141,7 @@ class EngineLoop:
     def progress(self) -> Progress:
         """Whether it moves."""
         with self._condition:
-            seconds = 0.0 if self._idle else time.monotonic() - self._last_progress
+            seconds = 0.0 if self._idle else self._clock() - self._last_progress
             return Progress(self._num_steps, seconds, len(self._listeners), self._error)
 
     @property
@@ -161,6 +162,11 @@ class EngineLoop:
         """Whether new requests are refused."""
         return self._draining
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the thread ends after its step, or has ended."""
+        return self._stopping
+
     def resume(self) -> None:
         """Take requests again."""
         with self._condition:
@@ -178,7 +184,7 @@ class EngineLoop:
         """Under the lock: to the inbox of the engine's thread."""
         future: Future[T] = Future()
         if self._idle:
-            self._idle, self._last_progress = False, time.monotonic()
+            self._idle, self._last_progress = False, self._clock()
         self._inbox.append((future, function))
         self._condition.notify_all()
         return future
@@ -206,15 +212,16 @@ class EngineLoop:
             inbox, self._inbox = self._inbox, []
         for future, function in inbox:
             _call(future, function)
-        if self.engine.has_work:
+        if steps := self.engine.has_work:
             with self._running():
                 if self._stale:
                     self._stale = False
                     self.engine.forget_cache()
                 outputs = self.engine.step()
             self._hand_over(outputs)
-            self._num_steps += 1
-        self._last_progress = time.monotonic()
+        with self._condition:
+            self._num_steps += steps
+            self._last_progress = self._clock()
         return True
 
     def _hand_over(self, outputs: list[Output]) -> None:

@@ -123,8 +123,13 @@ class Scheduler:
 
         decoding = [sequence for sequence in self.running if sequence.decodes]
         prompts = [sequence for sequence in self.running if not sequence.decodes]
-        for sequence in [*_by_order(self._chosen(decoding)), *_by_order(prompts)]:
-            if sequence.state == "running" and budget:  # not preempted for one before it
+        for sequence in self._in_turn(decoding):
+            if len(busy) == self.limits.decode_batch:
+                break
+            if sequence.state == "running":  # not preempted for one before it
+                take(sequence)
+        for sequence in _by_order(prompts):
+            if sequence.state == "running" and budget:
                 take(sequence)
         while budget and len(self.running) < self.limits.max_running and (admitted := self._admit()) is not None:
             take(admitted)
@@ -138,14 +143,20 @@ class Scheduler:
         sequence.num_computed = piece.end
         sequence.publish(self.pool)
 
+    def _in_turn(self, decoding: list[Sequence]) -> list[Sequence]:
+        """Answers that are to go on in this step, then those that may where the first ones find no room."""
+        chosen = self._chosen(decoding)
+        others = set(decoding).difference(chosen)
+        return [*_by_order(chosen), *_by_order(others)]
+
     def _chosen(self, decoding: list[Sequence]) -> list[Sequence]:
-        """The answers that go on in this step."""
+        """As many as decode_batch says."""
         size = self.limits.decode_batch
         if size is None or len(decoding) <= size:
             return decoding
         if self.limits.group_by_experts:
             return choose_by_experts(decoding, size, self.limits.max_skips)
-        return sorted(decoding, key=lambda each: -each.skipped)[:size]  # stable: the longest skipped first
+        return sorted(decoding, key=lambda each: (-each.skipped, each.num_made))[:size]
 
     def _make_room(self, sequence: Sequence, num_tokens: int, busy: set[Sequence]) -> bool:
         """Blocks for so many tokens; others that came later go back to the queue for it, if they must.

@@ -33,6 +33,11 @@ class Sequence:
         self.prompt_logprobs: list[Logprob | None] = [None]
 
     @property
+    def num_made(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
     def num_to_compute(self) -> int:
         """Tokens without keys and values; 1 while the answer is being made."""
         return len(self.tokens) - self.num_computed
@@ -40,7 +45,7 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """Whether all but the newest token of the answer are computed."""
-        return self.num_to_compute == 1 and len(self.tokens) > len(self.request.prompt)
+        return self.num_to_compute == 1 and self.num_made > 0
 
     def publish(self, pool: BlockPool) -> None:
         """Let others use the blocks that have become full."""
@@ -72,7 +77,7 @@ class Sequence:
         text = self.text.push(decode(token))
         if self.text.stopped is not None:
             return text, "stop"
-        if len(self.tokens) - len(self.request.prompt) >= self.request.max_tokens:
+        if self.num_made >= self.request.max_tokens:
             text += self.text.finish()
             return text, "stop" if self.text.stopped is not None else "length"
         return text, None

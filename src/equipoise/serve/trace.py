@@ -58,7 +58,7 @@ def experts_of_any(decisions: Sequence[RoutingDecision]) -> np.ndarray:
 
 
 def joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
-    """int16 (L, T, K) of all pieces of a sequence, K the most that any of its tokens has: no trace of other sequences."""
+    """int16 (L, T, K) of all pieces of a sequence. K is the most that any of its own tokens has."""
     if not pieces:
         return np.empty((0, 0, 0), dtype=np.int16)
     width = max(each.shape[2] for each in pieces)
