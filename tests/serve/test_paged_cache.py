@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.serve.small import tiny_model
 
+from equipoise.serve import paged_cache
 from equipoise.serve.paged_cache import PagedKV, Ragged, Span
 
 MODEL = tiny_model()
@@ -26,9 +27,15 @@ def plans(draw):
     return size, plan
 
 
-@given(plans(), st.booleans())
-def test_each_sequence_as_if_alone(drawn, dirty):
-    size, plan = drawn
+@given(plans(), st.booleans(), st.sampled_from([1, 4, 1000]))
+def test_each_sequence_as_if_alone(drawn, dirty, most_blocks):
+    """However many blocks are copied together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paged_cache, "_most_blocks", lambda keys, block_size: most_blocks)
+        compare(*drawn, dirty)
+
+
+def compare(size, plan, dirty):
     kv = PagedKV(MODEL.config, sum(len(blocks) for blocks, _ in plan), size, torch.float64)
     if dirty:  # whoever had the blocks has left what is not a number
         kv.keys_LSHD.fill_(torch.nan)

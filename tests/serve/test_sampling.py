@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equipoise.serve.request import RequestError, Sampling
-from equipoise.serve.sampling import Row, _penalise, choose, logprobs_of, uniform
+from equipoise.serve.sampling import Row, _descending, _penalise, choose, logprobs_of, uniform
 
 # The upper 0.1 % point of chi-square, by degrees of freedom.
 CHI2 = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46, 7: 24.32}
@@ -69,8 +69,8 @@ def test_draws_follow_the_probabilities(options):
     assert chi2 < CHI2.get(len(possible) - 1, 1e-9)
 
 
-def test_the_nucleus_beyond_the_first_look():
-    """300 tokens alike: the fewest that reach 0.99 are more than are looked at first, and ties stay."""
+def test_a_wide_nucleus():
+    """300 tokens alike, and as many that are hardly possible: ties of the last one that is needed stay."""
     logits = torch.cat((torch.zeros(300), torch.full((300,), -20.0)))
     rows = [Row(Sampling(top_p=0.99, seed=seed), (0,), 1) for seed in range(2000)]
     chosen = set(choose(logits.expand(2000, -1), rows))
@@ -147,6 +147,12 @@ def test_a_row_does_not_depend_on_others(rows, seed):
     assert together == [choose(logits[n : n + 1], [row])[0] for n, row in enumerate(rows)]
     order = list(range(len(rows)))[::-1]
     assert choose(logits[order], [rows[n] for n in order]) == together[::-1]
+
+
+@given(st.lists(st.lists(st.sampled_from([-3.0, -math.inf, 0.0, 0.5, 7.0]), min_size=5, max_size=5), min_size=1))
+def test_sorted_by_numpy_as_by_torch(values):
+    values = torch.tensor(values)
+    assert torch.equal(_descending(values), values.sort(dim=-1, descending=True).values)
 
 
 def test_numbers_follow_from_seed_and_position():

@@ -6,6 +6,7 @@ that is computed again continues as it would have.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,6 @@ from torch import Tensor
 from equipoise.serve.request import Logprob, Sampling
 
 _COLDEST = 1e-5  # below, the likeliest is taken: dividing by so little leaves nothing else
-_FIRST_LOOK = 256  # likeliest tokens among which the nucleus usually is
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class Row:
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) that follows from both (Philox, Salmon et al. 2011)."""
-    return float(np.random.Generator(np.random.Philox(key=seed % 2**64, counter=position)).random())
+    raw = np.random.Philox(key=seed % 2**64, counter=position).random_raw()
+    return float(raw >> 11) * 2.0**-53  # the leading 53 bits: as many as a float holds
 
 
 def choose(logits_NV: Tensor, rows: Sequence[Row]) -> list[int]:
@@ -71,39 +72,49 @@ def _add(logits_V: Tensor, values: Mapping[int, float]) -> None:
 
 def _draw(logits_NV: Tensor, rows: Sequence[Row]) -> list[int]:
     """By inverting the cumulative distribution at one random number per row."""
-    temperature_N1 = torch.tensor([[row.sampling.temperature] for row in rows], device=logits_NV.device)
-    scaled_NV = logits_NV / temperature_N1
-    for scaled_V, row in zip(scaled_NV, rows, strict=True):
-        if row.sampling.filters:
-            _filter(scaled_V, row.sampling)
+    scaled_NV = logits_NV / _column([row.sampling.temperature for row in rows], logits_NV)
+    filtered = [n for n, row in enumerate(rows) if row.sampling.filters]
+    if filtered:
+        scaled_NV[filtered] = _filtered(scaled_NV[filtered], [rows[n].sampling for n in filtered])
     upto_NV = scaled_NV.softmax(-1).cumsum(-1, dtype=torch.float64)
-    points = [[uniform(row.sampling.seed, len(row.tokens) - row.num_prompt)] for row in rows]
-    points_N1 = torch.tensor(points, dtype=torch.float64, device=logits_NV.device) * upto_NV[:, -1:]
-    ids_N = torch.searchsorted(upto_NV, points_N1, right=True)[:, 0]
+    points = [uniform(row.sampling.seed, len(row.tokens) - row.num_prompt) for row in rows]
+    ids_N = torch.searchsorted(upto_NV, _column(points, upto_NV) * upto_NV[:, -1:], right=True)[:, 0]
     beyond_N = ids_N >= logits_NV.shape[1]  # a point that rounding has put on the end
     return torch.where(beyond_N, scaled_NV.argmax(-1), ids_N).tolist()
 
 
-def _filter(scaled_V: Tensor, sampling: Sampling) -> None:
-    """Put -inf in place of the tokens that are left out. The likeliest always stays; ties with the last kept do too."""
-    if sampling.top_k is not None and sampling.top_k < len(scaled_V):
-        scaled_V[scaled_V < scaled_V.topk(sampling.top_k).values[-1]] = -torch.inf
-    if sampling.top_p < 1.0:
-        scaled_V[scaled_V < _nucleus_end(scaled_V, sampling.top_p)] = -torch.inf
-    if sampling.min_p > 0.0:
-        scaled_V[scaled_V < scaled_V.max() + float(np.log(sampling.min_p))] = -torch.inf
+def _filtered(scaled_NV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """-inf in place of the tokens that are left out. The likeliest always stays; ties with the last kept do too."""
+    num_ids = scaled_NV.shape[1]
+    sorted_NV = _descending(scaled_NV)
+    kth_N1 = torch.tensor([[min(each.top_k or num_ids, num_ids) - 1] for each in samplings], device=scaled_NV.device)
+    least_N1 = sorted_NV.gather(1, kth_N1)
+    if any(each.top_p < 1.0 for each in samplings):
+        top_p_N1 = _column([each.top_p for each in samplings], scaled_NV)
+        least_N1 = torch.where(top_p_N1 < 1.0, _nucleus_end(sorted_NV, least_N1, top_p_N1), least_N1)
+    below_best = [math.log(each.min_p) if each.min_p else -math.inf for each in samplings]
+    least_N1 = least_N1.maximum(sorted_NV[:, :1] + _column(below_best, scaled_NV))
+    return scaled_NV.masked_fill(scaled_NV < least_N1, -torch.inf)
 
 
-def _nucleus_end(scaled_V: Tensor, top_p: float) -> Tensor:
-    """The smallest logit among the fewest whose probability reaches top_p (arXiv 1904.09751, section 3.1)."""
-    total = scaled_V.logsumexp(-1)
-    for size in (_FIRST_LOOK, len(scaled_V)):
-        values_k = scaled_V.topk(min(size, len(scaled_V))).values
-        upto_k = (values_k - total).exp().cumsum(-1)
-        inside = int((upto_k < top_p).sum())  # so many are not enough
-        if inside < len(values_k):
-            return values_k[inside]
-    return values_k[-1]
+def _nucleus_end(sorted_NV: Tensor, least_N1: Tensor, top_p_N1: Tensor) -> Tensor:
+    """The smallest among the fewest logits whose probability reaches top_p (arXiv 1904.09751, section 3.1), of those
+    that are not below `least_N1` already."""
+    probs_NV = sorted_NV.masked_fill(sorted_NV < least_N1, -torch.inf).softmax(-1)
+    upto_NV = probs_NV.cumsum(-1, dtype=torch.float64)
+    not_enough_N1 = (upto_NV < top_p_N1).sum(-1, keepdim=True).clamp(max=sorted_NV.shape[1] - 1)
+    return sorted_NV.gather(1, not_enough_N1).maximum(least_N1)
+
+
+def _descending(values_NV: Tensor) -> Tensor:
+    """Each row sorted. On a CPU numpy's sort is tens of times faster than torch's, or its topk."""
+    if values_NV.device.type != "cpu":
+        return values_NV.sort(dim=-1, descending=True).values
+    return -torch.from_numpy(np.sort(-values_NV.numpy(), axis=-1))
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
 def logprobs_of(logits_NV: Tensor, ids: Sequence[int], num_top: Sequence[int]) -> list[Logprob]:
