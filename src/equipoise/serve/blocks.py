@@ -33,6 +33,11 @@ class BlockPool:
         """Blocks that can be taken."""
         return len(self._free)
 
+    @property
+    def num_used(self) -> int:
+        """Blocks that somebody uses."""
+        return sum(references > 0 for references in self._references)
+
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that hold so many tokens."""
         return -(-num_tokens // self.block_size)
@@ -97,6 +102,11 @@ class BlockPool:
         """No content can be used again: the weights that made it have changed."""
         self._block_of.clear()
         self._key_of.clear()
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        """What is in these must not be used again."""
+        for block in blocks:
+            self._forget(block)
 
     def _forget(self, block: int) -> None:
         key = self._key_of.pop(block, None)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 
 from equipoise.models.decoder import Decoder
@@ -21,8 +20,9 @@ from equipoise.serve.request import FinishReason, Output, Request, RequestError
 from equipoise.serve.runner import Computed, Runner, StepResult
 from equipoise.serve.scheduler import Limits, Piece, Scheduler
 from equipoise.serve.sequence import Sequence
+from equipoise.serve.trace import joined, touched_by_last
 
-MAX_RETRIES = 2  # of a request whose forward failed
+MAX_FAILURES = 3  # forwards in a row, after which a request is given up
 
 
 class OverloadedError(RuntimeError):
@@ -80,7 +80,8 @@ class Engine:
         weight = model.embed_tokens.weight
         self.pool = BlockPool(num_blocks, block_size, reuse=prefix_reuse)
         self.scheduler = Scheduler(self.pool, limits)
-        self._runner = Runner(model, PagedKV(model.config, num_blocks, block_size, weight.dtype, weight.device))
+        kv = PagedKV(model.config, num_blocks, block_size, weight.dtype, weight.device)
+        self._runner = Runner(model, kv, num_ids(model, tokenizer))
         self._sequences: dict[str, Sequence] = {}
         self._order = 0
         self._on_step = on_step
@@ -97,7 +98,7 @@ class Engine:
 
     def add(self, request: Request) -> None:
         """Take a request. Raises RequestError for one that can never be served, OverloadedError when too many wait."""
-        check(request, self.max_tokens, self.model.config.vocab_size)
+        check(request, self.max_tokens, num_ids(self.model, self.tokenizer))
         if request.id in self._sequences:
             raise RequestError("id", f"expected a new one, {request.id!r} is being served")
         if self.scheduler.num_waiting >= self.limits.max_waiting:
@@ -122,7 +123,7 @@ class Engine:
         try:
             result = self._runner.run(pieces)
         except Exception as error:  # one bad forward must not take down all that wait
-            return outputs + self._failed(pieces, error)
+            return outputs + self._one_by_one(pieces, error)
         for computed in result.pieces:
             outputs += self._account(computed)
         self._on_step(self._report(time.perf_counter() - began, pieces, result))
@@ -143,15 +144,17 @@ class Engine:
         """What the piece means for its sequence: it goes on, has a new token, or ends."""
         piece, sequence = computed.piece, computed.piece.sequence
         if not computed.finite:
-            self._runner.kv.clear(sequence.blocks)
+            self.pool.forget(sequence.blocks)
             return [self._finish(sequence, "failed", error="the model's output is not a number")]
         self.scheduler.computed(piece)
+        sequence.failures = 0
         request = sequence.request
         if request.routed_experts:
             sequence.experts.append(computed.experts)
         if request.prompt_logprobs:
             sequence.prompt_logprobs += computed.prompt_logprobs
-        sequence.last_experts = _touched(computed.experts)
+        if self.limits.group_by_experts:
+            sequence.last_experts = touched_by_last(computed.experts)
         if computed.token is None:
             return []
         if request.max_tokens == 0:
@@ -170,31 +173,42 @@ class Engine:
         request = sequence.request
         del self._sequences[request.id]
         self.scheduler.remove(sequence)
-        if "text" not in last and reason in ("deadline", "cancelled"):
+        if "text" not in last:
             last["text"] = sequence.text.finish()
         return Output(
             request.id,
             finish=reason,
             prompt_logprobs=tuple(sequence.prompt_logprobs) if request.prompt_logprobs else None,
-            experts=_joined(sequence.experts) if request.routed_experts else None,
-            num_cached=sequence.num_cached,
+            experts=joined(sequence.experts) if request.routed_experts else None,
+            num_cached=sequence.num_cached or 0,
             **last,  # type: ignore[arg-type]  # fields of Output
         )
 
     def _past_deadline(self) -> list[Output]:
         now = time.monotonic()
-        late = [each for each in self._sequences.values() if (each.request.deadline or now) < now]
+        late = [each for each in self._sequences.values() if _is_past(each.request.deadline, now)]
         return [self._finish(sequence, "deadline") for sequence in late]
 
-    def _failed(self, pieces: tuple[Piece, ...], error: Exception) -> list[Output]:
-        """Those of the batch are computed again, and given up when it goes on failing."""
+    def _one_by_one(self, pieces: tuple[Piece, ...], error: Exception) -> list[Output]:
+        """After a forward that failed: each piece alone, so that one that makes it fail takes nobody with it."""
+        if len(pieces) == 1:
+            return self._failed(pieces[0].sequence, error)
         outputs = []
-        for sequence in [piece.sequence for piece in pieces]:
-            sequence.retries += 1
-            if sequence.retries > MAX_RETRIES:
-                outputs.append(self._finish(sequence, "failed", error=f"{type(error).__name__}: {error}"))
-        self.scheduler.retract([piece.sequence for piece in pieces if piece.sequence.state == "running"])
+        for piece in pieces:
+            try:
+                [computed] = self._runner.run([piece]).pieces
+            except Exception as alone:  # it is tried again in the next step
+                outputs += self._failed(piece.sequence, alone)
+            else:
+                outputs += self._account(computed)
         return outputs
+
+    def _failed(self, sequence: Sequence, error: Exception) -> list[Output]:
+        """Tried again in the next step, unless it goes on failing."""
+        sequence.failures += 1
+        if sequence.failures < MAX_FAILURES:
+            return []
+        return [self._finish(sequence, "failed", error=f"{type(error).__name__}: {error}")]
 
     def _report(self, seconds: float, pieces: tuple[Piece, ...], result: StepResult) -> StepReport:
         new = sum(computed.token is not None for computed in result.pieces)
@@ -212,7 +226,12 @@ class Engine:
         )
 
 
-def check(request: Request, max_tokens: int, vocab_size: int) -> None:
+def num_ids(model: Decoder, tokenizer: Tokenizer) -> int:
+    """Tokens that can be asked for and given: a model's vocabulary may be filled up beyond its tokenizer's."""
+    return min(model.config.vocab_size, tokenizer.vocab_size)
+
+
+def check(request: Request, max_tokens: int, num_ids: int) -> None:
     """Raise RequestError for a request that this model can never serve."""
     total = len(request.prompt) + request.max_tokens
     if total > max_tokens:
@@ -221,27 +240,14 @@ def check(request: Request, max_tokens: int, vocab_size: int) -> None:
             f"the prompt's {len(request.prompt)} tokens and {request.max_tokens} new ones make {total}, expected at "
             f"most {max_tokens}; shorten the prompt or ask for fewer",
         )
-    wrong = [id for id in (*request.prompt, *request.sampling.logit_bias) if not 0 <= id < vocab_size]
-    if wrong:
-        raise RequestError(
-            "prompt", f"expected token ids in [0, {vocab_size}), got {wrong[0]}; use this model's tokens"
-        )
+    for param, ids in (("prompt", request.prompt), ("logit_bias", request.sampling.logit_bias)):
+        wrong = [id for id in ids if not 0 <= id < num_ids]
+        if wrong:
+            raise RequestError(param, f"expected token ids in [0, {num_ids}), got {wrong[0]}; use this model's tokens")
 
 
-def _touched(experts_LTK: np.ndarray) -> frozenset[int]:
-    """Experts of the last token, as layer * 65536 + expert."""
-    if not experts_LTK.size:
-        return frozenset()
-    last_LK = experts_LTK[:, -1].astype(np.int64)
-    numbered_LK = last_LK + 65536 * np.arange(len(last_LK))[:, None]
-    return frozenset(numbered_LK[last_LK >= 0].tolist())
-
-
-def _joined(experts: list[np.ndarray]) -> np.ndarray:
-    """int16 (L, T, K) of all pieces."""
-    width = max((each.shape[2] for each in experts), default=0)
-    padded = [np.pad(each, ((0, 0), (0, 0), (0, width - each.shape[2])), constant_values=-1) for each in experts]
-    return np.concatenate(padded, axis=1) if padded else np.empty((0, 0, 0), dtype=np.int16)
+def _is_past(deadline: float | None, now: float) -> bool:
+    return deadline is not None and deadline <= now
 
 
 def blocks_that_fit(model: Decoder, block_size: int, gigabytes: float) -> int:

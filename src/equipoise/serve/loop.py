@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from equipoise.serve.engine import Backend, OverloadedError
-from equipoise.serve.request import FinishReason, Output, Request
+from equipoise.serve.request import FinishReason, Output, Request, RequestError
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class EngineLoop:
     """Start it, submit from any number of asyncio tasks, stop it.
 
     running: a context for each step, in which nobody else may change the model. max_open: requests at a time; more are
-    refused.
+    refused. clock: seconds, for `progress`.
     """
 
     def __init__(
@@ -61,16 +61,18 @@ class EngineLoop:
         *,
         running: Callable[[], AbstractContextManager[object]] = nullcontext,
         max_open: int = 1024,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
-        self._running, self._max_open = running, max_open
+        self._running, self._max_open, self._clock = running, max_open, clock
         self._condition = threading.Condition()
-        self._inbox: list[Callable[[], None]] = []
+        self._inbox: list[tuple[Future[Any], Callable[[], Any]]] = []
         self._listeners: dict[str, _Listener] = {}
         self._draining = self._stopping = self._stale = False
+        self._idle = True  # nothing to do: neither a call that was posted, nor work in the engine
         self._error = ""
         self._num_steps = 0
-        self._last_progress = time.monotonic()
+        self._last_progress = clock()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -106,6 +108,8 @@ class EngineLoop:
                 raise StoppedError(self._error or "the engine has been stopped")
             if self._draining:
                 raise DrainingError("the server is shutting down and takes no new requests")
+            if request.id in self._listeners:
+                raise RequestError("id", f"expected a new one, {request.id!r} is being served")
             if len(self._listeners) >= self._max_open:
                 raise OverloadedError(f"{len(self._listeners)} requests are open already")
             self._listeners[request.id] = listener
@@ -137,8 +141,7 @@ class EngineLoop:
     def progress(self) -> Progress:
         """Whether it moves."""
         with self._condition:
-            idle = not self._listeners
-            seconds = 0.0 if idle else time.monotonic() - self._last_progress
+            seconds = 0.0 if self._idle else self._clock() - self._last_progress
             return Progress(self._num_steps, seconds, len(self._listeners), self._error)
 
     @property
@@ -159,6 +162,11 @@ class EngineLoop:
         """Whether new requests are refused."""
         return self._draining
 
+    @property
+    def stopping(self) -> bool:
+        """Whether the thread ends after its step, or has ended."""
+        return self._stopping
+
     def resume(self) -> None:
         """Take requests again."""
         with self._condition:
@@ -175,18 +183,9 @@ class EngineLoop:
     def _post(self, function: Callable[[], T]) -> Future[T]:
         """Under the lock: to the inbox of the engine's thread."""
         future: Future[T] = Future()
-
-        def call() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function())
-            except BaseException as error:  # it belongs to whoever asked
-                future.set_exception(error)
-
-        if not self._inbox and not self._listeners:
-            self._last_progress = time.monotonic()  # it was idle until now
-        self._inbox.append(call)
+        if self._idle:
+            self._idle, self._last_progress = False, self._clock()
+        self._inbox.append((future, function))
         self._condition.notify_all()
         return future
 
@@ -206,13 +205,14 @@ class EngineLoop:
         """What was posted, then one step. False when it is time to end."""
         with self._condition:
             while not (self._inbox or self._stopping or self.engine.has_work):
+                self._idle = True
                 self._condition.wait()
             if self._stopping:
                 return False
             inbox, self._inbox = self._inbox, []
-        for call in inbox:
-            call()
-        if self.engine.has_work:
+        for future, function in inbox:
+            _call(future, function)
+        if steps := self.engine.has_work:
             with self._running():
                 if self._stale:
                     self._stale = False
@@ -220,8 +220,8 @@ class EngineLoop:
                 outputs = self.engine.step()
             self._hand_over(outputs)
         with self._condition:
-            self._num_steps += 1
-            self._last_progress = time.monotonic()
+            self._num_steps += steps
+            self._last_progress = self._clock()
         return True
 
     def _hand_over(self, outputs: list[Output]) -> None:
@@ -237,24 +237,33 @@ class EngineLoop:
                     del self._listeners[output.id]
                     self._condition.notify_all()
         for loop, pieces in by_loop.items():
-            _call(loop, _deliver, pieces)
+            _deliver(loop, pieces)
 
     def _end_all(self, reason: FinishReason, error: str) -> None:
         with self._condition:
-            self._stopping = True
+            self._stopping = self._idle = True
             ids, inbox, self._inbox = list(self._listeners), self._inbox, []
-        for call in inbox:
-            call()  # whoever waits for it must not wait for ever; requests are ended below
+        for future, _ in inbox:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(StoppedError(error))
         self._hand_over([Output(id, finish=reason, error=error) for id in ids])
 
 
-def _deliver(pieces: list[tuple[asyncio.Queue[Output], Output]]) -> None:
-    for queue, output in pieces:
-        queue.put_nowait(output)
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., Any], *args: Any) -> None:
+def _call(future: Future[Any], function: Callable[[], Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
     try:
-        loop.call_soon_threadsafe(function, *args)
+        future.set_result(function())
+    except BaseException as error:  # it belongs to whoever asked
+        future.set_exception(error)
+
+
+def _deliver(loop: asyncio.AbstractEventLoop, pieces: list[tuple[asyncio.Queue[Output], Output]]) -> None:
+    def put() -> None:
+        for queue, output in pieces:
+            queue.put_nowait(output)
+
+    try:
+        loop.call_soon_threadsafe(put)
     except RuntimeError:  # that loop is closed: its listeners are gone too
         return

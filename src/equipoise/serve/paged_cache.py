@@ -14,6 +14,8 @@ from torch import Tensor
 from equipoise.models.attend import attend, attention_mask
 from equipoise.models.config import DecoderConfig
 
+_CACHED_BYTES = 2**21  # keys of one layer; measured for 8 heads of 64
+
 
 class PagedKV:
     """Keys and values of num_blocks * block_size tokens: (L, slots, H, D) each; slot = block * block_size + offset."""
@@ -36,12 +38,12 @@ class PagedKV:
         """Memory of one block in all layers."""
         return 2 * config.num_layers * block_size * config.kv_heads * config.head_size * dtype.itemsize
 
-    def clear(self, blocks: Sequence[int]) -> None:
-        """Put zeros: what is not finite must not stay, as a masked NaN is still NaN in a sum."""
-        for block in blocks:
-            slots = slice(block * self.block_size, (block + 1) * self.block_size)
-            self.keys_LSHD[:, slots] = 0
-            self.values_LSHD[:, slots] = 0
+    def clear(self, slots: Sequence[int]) -> None:
+        """Put zeros."""
+        if slots:
+            slots_T = torch.tensor(slots, device=self.keys_LSHD.device)
+            self.keys_LSHD.index_fill_(1, slots_T, 0)
+            self.values_LSHD.index_fill_(1, slots_T, 0)
 
 
 @dataclass(frozen=True)
@@ -60,19 +62,22 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class _Chunk:
-    """A piece of a prompt. rows: its tokens in the row. slots_K: of all that it may see; None where that is itself."""
+    """A piece of a prompt. rows: its tokens in the row. end: tokens that it may see. blocks_M: where they are; None
+    where they are its own."""
 
     rows: slice
-    slots_K: Tensor | None
+    end: int
+    blocks_M: Tensor | None
     mask: Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
 class _Decoding:
-    """Sequences of similar length with one new token each. rows_B: in the row. visible_B11K: what is theirs."""
+    """Sequences of similar length with one new token each. rows_B: in the row. blocks_N: M of each, one sequence after
+    the other. visible_B11K: what is theirs."""
 
     rows_B: Tensor
-    blocks_BM: Tensor
+    blocks_N: Tensor
     visible_B11K: Tensor
 
 
@@ -89,14 +94,16 @@ class Ragged:
         for span in spans:
             row = len(positions)
             positions += range(span.start, span.end)
-            slots += _slots(span, kv.block_size, span.start)
+            slots += _new_slots(span, kv.block_size)
             if span.num_tokens == 1:
                 single.append((row, span))
             else:
                 self._chunks.append(self._chunk(row, span))
         self._positions_1T = torch.tensor([positions], device=kv.keys_LSHD.device)
         self._slots_T = torch.tensor(slots, device=kv.keys_LSHD.device)
-        self._decoding = [self._group(group) for group in _by_length(single, kv.block_size)]
+        groups = _by_length(single, kv.block_size, _most_blocks(kv.keys_LSHD, kv.block_size))
+        self._decoding = [self._group(group) for group in groups]
+        kv.clear([slot for span in spans for slot in _unwritten(span, kv.block_size)])
 
     def longest(self, num_new: int) -> int:
         """Tokens of the longest sequence."""
@@ -117,10 +124,10 @@ class Ragged:
         values_SHD[self._slots_T] = v_BHSD[0].transpose(0, 1)
         out_BHSD = torch.empty_like(q_BHSD)
         for chunk in self._chunks:
-            if chunk.slots_K is None:
+            if chunk.blocks_M is None:
                 k, v = k_BHSD[:, :, chunk.rows], v_BHSD[:, :, chunk.rows]
             else:
-                k, v = (all_SHD[chunk.slots_K].transpose(0, 1)[None] for all_SHD in (keys_SHD, values_SHD))
+                k, v = (self._read(all_SHD, chunk.blocks_M, 1)[:, :, : chunk.end] for all_SHD in (keys_SHD, values_SHD))
             out_BHSD[:, :, chunk.rows] = attend(q_BHSD[:, :, chunk.rows], k, v, chunk.mask)
         for group in self._decoding:
             out_BHSD[0, :, group.rows_B] = self._decode(group, q_BHSD, keys_SHD, values_SHD)
@@ -133,39 +140,78 @@ class Ragged:
         """(query heads, B, D). The query heads of a key/value head are its queries: no copy of keys for each."""
         B = len(group.rows_B)
         num_heads, kv_heads, D = q_BHSD.shape[1], keys_SHD.shape[1], keys_SHD.shape[2]
-        k, v = (
-            all_SHD.view(-1, self._kv.block_size, kv_heads, D)[group.blocks_BM].view(B, -1, kv_heads, D).transpose(1, 2)
-            for all_SHD in (keys_SHD, values_SHD)
-        )
+        k, v = (self._read(all_SHD, group.blocks_N, B) for all_SHD in (keys_SHD, values_SHD))
         q = q_BHSD[0, :, group.rows_B].transpose(0, 1).reshape(B, kv_heads, num_heads // kv_heads, D)
         return attend(q, k, v, group.visible_B11K).reshape(B, num_heads, D).transpose(0, 1)
+
+    def _read(self, all_SHD: Tensor, blocks_N: Tensor, B: int) -> Tensor:
+        """Copy blocks of B sequences together: (B, H, K, D)."""
+        shape = all_SHD.shape[1:]
+        blocks_NSHD = all_SHD.view(-1, self._kv.block_size, *shape).index_select(0, blocks_N)
+        return blocks_NSHD.view(B, -1, *shape).transpose(1, 2)
 
     def _chunk(self, row: int, span: Span) -> _Chunk:
         rows = slice(row, row + span.num_tokens)
         if span.start == 0:
-            return _Chunk(rows, None, None)
+            return _Chunk(rows, span.end, None, None)
         device = self._kv.keys_LSHD.device
-        slots_K = torch.tensor(_slots(span, self._kv.block_size, 0), device=device)
-        return _Chunk(rows, slots_K, attention_mask(span.num_tokens, span.start, None, device))
+        blocks_M = torch.tensor(span.blocks[: _num_blocks(span, self._kv.block_size)], device=device)
+        return _Chunk(rows, span.end, blocks_M, attention_mask(span.num_tokens, span.start, None, device))
 
     def _group(self, group: Sequence[tuple[int, Span]]) -> _Decoding:
         device, size = self._kv.keys_LSHD.device, self._kv.block_size
-        width = max(-(-span.end // size) for _, span in group)
-        blocks = [[*span.blocks[:width], *[0] * (width - len(span.blocks))] for _, span in group]
+        width = max(_num_blocks(span, size) for _, span in group)
+        blocks = [block for _, span in group for block in _padded(span.blocks, width)]
         ends_B = torch.tensor([span.end for _, span in group], device=device)
         visible_BK = torch.arange(width * size, device=device) < ends_B[:, None]
         rows_B = torch.tensor([row for row, _ in group], device=device)
         return _Decoding(rows_B, torch.tensor(blocks, device=device), visible_BK[:, None, None])
 
 
-def _slots(span: Span, block_size: int, first: int) -> list[int]:
-    """Slots of the positions from `first` to the end of the span."""
-    return [span.blocks[at // block_size] * block_size + at % block_size for at in range(first, span.end)]
+def _num_blocks(span: Span, block_size: int) -> int:
+    """Blocks that its tokens so far are in."""
+    return -(-span.end // block_size)
 
 
-def _by_length(single: Sequence[tuple[int, Span]], block_size: int) -> list[list[tuple[int, Span]]]:
-    """Groups in which no sequence has more than twice the blocks of another: what is padded is less than half."""
-    groups: dict[int, list[tuple[int, Span]]] = {}
+def _new_slots(span: Span, block_size: int) -> list[int]:
+    """Of the span's tokens."""
+    return [span.blocks[at // block_size] * block_size + at % block_size for at in range(span.start, span.end)]
+
+
+def _unwritten(span: Span, block_size: int) -> range:
+    """The slots after the span's last token in a block that it is the first to write to.
+
+    Whoever had the block may have left NaN there, and a masked NaN is still NaN in a sum.
+    """
+    last = (span.end - 1) // block_size
+    if span.start > last * block_size:
+        return range(0)
+    first = span.blocks[last] * block_size
+    return range(first + span.end - last * block_size, first + block_size)
+
+
+def _most_blocks(keys_LSHD: Tensor, block_size: int) -> int:
+    """Blocks to copy together: on a CPU so many that the copy is still in its cache when it is used."""
+    if keys_LSHD.device.type != "cpu":
+        return 2**31
+    return _CACHED_BYTES // (block_size * keys_LSHD[0, 0].nbytes)
+
+
+def _padded(blocks: Sequence[int], width: int) -> list[int]:
+    """So many blocks; its own again where it has fewer, as masked values count when they are NaN."""
+    return [*blocks[:width], *[blocks[-1]] * (width - len(blocks))]
+
+
+def _by_length(single: Sequence[tuple[int, Span]], block_size: int, most: int) -> list[list[tuple[int, Span]]]:
+    """Groups in which no sequence has more than twice the blocks of another: what is padded is less than half.
+
+    most: blocks of a group, unless one sequence alone has more.
+    """
+    by_length: dict[int, list[tuple[int, Span]]] = {}
     for row, span in single:
-        groups.setdefault((-(-span.end // block_size)).bit_length(), []).append((row, span))
-    return list(groups.values())
+        by_length.setdefault(_num_blocks(span, block_size).bit_length(), []).append((row, span))
+    groups = []
+    for alike in by_length.values():
+        size = max(1, most // max(_num_blocks(span, block_size) for _, span in alike))
+        groups += [alike[start : start + size] for start in range(0, len(alike), size)]
+    return groups

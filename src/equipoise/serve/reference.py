@@ -10,11 +10,12 @@ import torch
 
 from equipoise.models.decoder import Decoder
 from equipoise.models.tokenizer import Tokenizer
-from equipoise.serve.engine import check
+from equipoise.serve.engine import check, num_ids
 from equipoise.serve.request import FinishReason, Logprob, Output, Request, RequestError
 from equipoise.serve.sampling import Row, choose, logprobs_of
 from equipoise.serve.text import TextStream
-from equipoise.serve.trace import ExpertTrace, stack
+from equipoise.serve.trace import ExpertTrace, experts_of_any
+from equipoise.types import RoutingDecision
 
 
 @torch.inference_mode()
@@ -35,9 +36,8 @@ def _answer(model: Decoder, tokenizer: Tokenizer, request: Request, trace: Exper
     prompt_logprobs: tuple[Logprob | None, ...] | None = None
     finish: FinishReason | None = None
     while finish is None:
-        trace.clear()
-        logits_SV = model(torch.tensor([tokens]))[0]
-        experts = stack(trace.take()) if model.moe_layers else np.empty((0, 0, 0), dtype=np.int16)
+        with trace.watching() as decisions:
+            logits_SV = model(torch.tensor([tokens]))[0, :, : num_ids(model, tokenizer)]
         if request.prompt_logprobs and prompt_logprobs is None:
             after = list(request.prompt[1:])
             number = [request.num_logprobs or 0] * len(after)
@@ -45,7 +45,7 @@ def _answer(model: Decoder, tokenizer: Tokenizer, request: Request, trace: Exper
         if request.max_tokens == 0:
             finish = "length"
             break
-        [token] = choose(logits_SV[-1:], [Row(request.sampling, request.prompt, made)])
+        [token] = choose(logits_SV[-1:], [Row(request.sampling, tokens, len(request.prompt))])
         if request.num_logprobs is not None:
             logprobs += logprobs_of(logits_SV[-1:], [token], [request.num_logprobs])
         tokens.append(token)
@@ -69,8 +69,12 @@ def _answer(model: Decoder, tokenizer: Tokenizer, request: Request, trace: Exper
         finish=finish,
         stop=stop,
         prompt_logprobs=prompt_logprobs,
-        experts=experts if request.routed_experts else None,
+        experts=_experts(decisions, len(tokens) - bool(made)) if request.routed_experts else None,
     )
+
+
+def _experts(decisions: list[RoutingDecision], num_tokens: int) -> np.ndarray:
+    return experts_of_any(decisions) if decisions else np.empty((0, num_tokens, 0), dtype=np.int16)
 
 
 class SlowEngine:
@@ -92,7 +96,7 @@ class SlowEngine:
 
     def add(self, request: Request) -> None:
         """Take a request."""
-        check(request, self.max_tokens, self.model.config.vocab_size)
+        check(request, self.max_tokens, num_ids(self.model, self.tokenizer))
         if request.id in self._waiting:
             raise RequestError("id", f"expected a new one, {request.id!r} is being served")
         self._waiting[request.id] = request

@@ -17,7 +17,7 @@ from equipoise.serve.paged_cache import PagedKV, Ragged, Span
 from equipoise.serve.request import Logprob
 from equipoise.serve.sampling import Row, choose, logprobs_of
 from equipoise.serve.scheduler import Piece
-from equipoise.serve.trace import ExpertTrace, stack
+from equipoise.serve.trace import ExpertTrace, experts_of, num_distinct
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,37 +45,39 @@ class StepResult:
 
 
 class Runner:
-    """A model, its cache, and what is seen of its experts."""
+    """A model, its cache, and what is seen of its experts. num_ids: tokens with a higher id are never chosen."""
 
-    def __init__(self, model: Decoder, kv: PagedKV) -> None:
-        self.model, self.kv = model, kv
+    def __init__(self, model: Decoder, kv: PagedKV, num_ids: int) -> None:
+        self.model, self.kv, self._num_ids = model, kv, num_ids
         self._trace = ExpertTrace(model.moe_layers)
 
     @torch.inference_mode()
     def run(self, pieces: Several[Piece]) -> StepResult:
-        """Compute the pieces and choose the next tokens."""
+        """Compute the pieces and choose the next tokens. The same pieces can be run again when this raises."""
         device = self.kv.keys_LSHD.device
-        self._trace.clear()
         tokens = [token for piece in pieces for token in piece.sequence.tokens[piece.start : piece.end]]
         spans = [Span(piece.sequence.blocks, piece.start, piece.num_tokens) for piece in pieces]
         wanted, places = _logits_wanted(pieces)
-        logits_NV = self.model(
-            torch.tensor([tokens], device=device),
-            cache=Ragged(self.kv, spans),
-            logits_at=torch.tensor(wanted, dtype=torch.int64, device=device),
-        )
-        seen = self._trace.take()
-        experts_LTK = stack(seen) if seen else np.empty((0, len(tokens), 0), dtype=np.int16)
-        chosen = _choose(pieces, logits_NV, places)
-        computed = []
+        with self._trace.watching() as decisions:
+            logits_NV = self.model(
+                torch.tensor([tokens], device=device),
+                cache=Ragged(self.kv, spans),
+                logits_at=torch.tensor(wanted, device=device),
+            )
+        logits_NV = logits_NV[:, : self._num_ids]
+        experts_LTK = experts_of(decisions, len(tokens))
+        last_PV = _rows(logits_NV, [place.stop - 1 for place in places]).float()
+        finite = last_PV.isfinite().all(-1).tolist()
+        chosen = _choose(pieces, last_PV, finite)
+        computed: list[Computed] = []
         row = 0
-        for piece, place in zip(pieces, places, strict=True):
+        for piece, place, is_finite in zip(pieces, places, finite, strict=True):
             experts = experts_LTK[:, row : row + piece.num_tokens]
             row += piece.num_tokens
-            token, finite, logprob = chosen.get(id(piece.sequence), (None, True, None))
+            token, logprob = chosen[len(computed)]
             prompt = _prompt_logprobs(piece, logits_NV[place]) if piece.sequence.request.prompt_logprobs else ()
-            computed.append(Computed(piece, token, finite, logprob, prompt, experts))
-        return StepResult(tuple(computed), tuple(len(np.unique(each[each >= 0])) for each in seen))
+            computed.append(Computed(piece, token, is_finite, logprob, prompt, experts))
+        return StepResult(tuple(computed), num_distinct(experts_LTK))
 
     def detach(self) -> None:
         """Leave the model as it was."""
@@ -83,39 +85,42 @@ class Runner:
 
 
 def _logits_wanted(pieces: Several[Piece]) -> tuple[list[int], list[slice]]:
-    """(tokens of the row whose logits are needed, where among them each piece's are): the last one's, or all."""
+    """(tokens of the row whose logits are needed, where among them each piece's are): the last one's, or all.
+
+    Also in the middle of a prompt: what is not a number is seen there before others can share it.
+    """
     wanted: list[int] = []
     places = []
     row = 0
     for piece in pieces:
         rows = range(row, row + piece.num_tokens)
         row += piece.num_tokens
-        needed = rows if piece.sequence.request.prompt_logprobs else rows[-1:] if piece.is_last else rows[:0]
+        needed = rows if piece.sequence.request.prompt_logprobs else rows[-1:]
         places.append(slice(len(wanted), len(wanted) + len(needed)))
         wanted += needed
     return wanted, places
 
 
-def _choose(
-    pieces: Several[Piece], logits_NV: Tensor, places: Several[slice]
-) -> dict[int, tuple[int | None, bool, Logprob | None]]:
-    """By id of the sequence: (token, whether the logits are finite, log-probabilities)."""
-    ends = [(piece.sequence, place.stop - 1) for piece, place in zip(pieces, places, strict=True) if piece.is_last]
+def _choose(pieces: Several[Piece], last_PV: Tensor, finite: Several[bool]) -> list[tuple[int | None, Logprob | None]]:
+    """Of each piece: (token, its log-probability), where one can be chosen."""
+    ends = [n for n, piece in enumerate(pieces) if finite[n] and piece.is_last]
+    chosen: list[tuple[int | None, Logprob | None]] = [(None, None)] * len(pieces)
     if not ends:
-        return {}
-    last_NV = logits_NV[[at for _, at in ends]]
-    finite = last_NV.isfinite().all(-1).tolist()
-    sound = [n for n, is_finite in enumerate(finite) if is_finite]
-    sequences = [ends[n][0] for n in sound]
-    rows = [Row(each.request.sampling, each.request.prompt, each.answer) for each in sequences]
-    tokens = dict(zip(sound, choose(last_NV[sound], rows), strict=True)) if sound else {}
-    asked = [n for n in sound if ends[n][0].request.num_logprobs is not None]
-    numbers = [ends[n][0].request.num_logprobs or 0 for n in asked]
-    logprobs = dict(zip(asked, logprobs_of(last_NV[asked], [tokens[n] for n in asked], numbers), strict=True))
-    return {
-        id(sequence): (tokens.get(n), finite[n], logprobs.get(n) if asked else None)
-        for n, (sequence, _) in enumerate(ends)
-    }
+        return chosen
+    logits_NV = _rows(last_PV, ends)
+    requests = [pieces[n].sequence.request for n in ends]
+    rows = [
+        Row(request.sampling, pieces[n].sequence.tokens, len(request.prompt))
+        for n, request in zip(ends, requests, strict=True)
+    ]
+    tokens = choose(logits_NV, rows)
+    asked = [at for at, request in enumerate(requests) if request.num_logprobs is not None]
+    numbers = [requests[at].num_logprobs or 0 for at in asked]
+    logprobs = logprobs_of(_rows(logits_NV, asked), [tokens[at] for at in asked], numbers) if asked else []
+    by_place = dict(zip(asked, logprobs, strict=True))
+    for at, n in enumerate(ends):
+        chosen[n] = tokens[at], by_place.get(at)
+    return chosen
 
 
 def _prompt_logprobs(piece: Piece, logits_NV: Tensor) -> tuple[Logprob, ...]:
@@ -124,3 +129,8 @@ def _prompt_logprobs(piece: Piece, logits_NV: Tensor) -> tuple[Logprob, ...]:
     following = request.prompt[piece.start + 1 : piece.end + 1]
     top = [request.num_logprobs or 0] * len(following)
     return tuple(logprobs_of(logits_NV[: len(following)], following, top)) if following else ()
+
+
+def _rows(values_NV: Tensor, rows: Several[int]) -> Tensor:
+    """Some of the rows, in ascending order; no copy where that is all of them."""
+    return values_NV if len(rows) == len(values_NV) else values_NV[list(rows)]

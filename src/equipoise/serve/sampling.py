@@ -6,8 +6,9 @@ that is computed again continues as it would have.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,21 +17,22 @@ from torch import Tensor
 
 from equipoise.serve.request import Logprob, Sampling
 
-_FIRST_LOOK = 256  # likeliest tokens among which the nucleus usually is
+_COLDEST = 1e-5  # below, the likeliest is taken: dividing by so little leaves nothing else
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the choice depends on besides the logits. prompt, answer: token ids so far."""
+    """What the choice depends on besides the logits. tokens: so far, the prompt's num_prompt first."""
 
     sampling: Sampling
-    prompt: Sequence[int]
-    answer: Sequence[int]
+    tokens: Sequence[int]
+    num_prompt: int
 
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) that follows from both (Philox, Salmon et al. 2011)."""
-    return float(np.random.Generator(np.random.Philox(key=seed % 2**64, counter=position)).random())
+    raw = np.random.Philox(key=seed % 2**64, counter=position).random_raw()
+    return float(raw >> 11) * 2.0**-53  # the leading 53 bits: as many as a float holds
 
 
 def choose(logits_NV: Tensor, rows: Sequence[Row]) -> list[int]:
@@ -41,7 +43,7 @@ def choose(logits_NV: Tensor, rows: Sequence[Row]) -> list[int]:
         for logits_V, row in zip(logits_NV, rows, strict=True):
             _penalise(logits_V, row)
     chosen: list[int] = logits_NV.argmax(-1).tolist()
-    drawn = [n for n, row in enumerate(rows) if row.sampling.temperature > 0]
+    drawn = [n for n, row in enumerate(rows) if row.sampling.temperature >= _COLDEST]
     if drawn:
         for n, id in zip(drawn, _draw(logits_NV[drawn], [rows[n] for n in drawn]), strict=True):
             chosen[n] = id
@@ -52,52 +54,67 @@ def _penalise(logits_V: Tensor, row: Row) -> None:
     """In place."""
     sampling = row.sampling
     if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted({*row.prompt, *row.answer}), device=logits_V.device)
+        seen = torch.tensor(sorted(set(row.tokens)), device=logits_V.device)
         values = logits_V[seen]
         factor = sampling.repetition_penalty
         logits_V[seen] = torch.where(values > 0, values / factor, values * factor)
     if sampling.presence_penalty or sampling.frequency_penalty:
-        for id, times in Counter(row.answer).items():
-            logits_V[id] -= sampling.presence_penalty + times * sampling.frequency_penalty
-    for id, bias in sampling.logit_bias.items():
-        logits_V[id] += bias
+        times = Counter(row.tokens[row.num_prompt :])
+        _add(logits_V, {id: -sampling.presence_penalty - n * sampling.frequency_penalty for id, n in times.items()})
+    _add(logits_V, sampling.logit_bias)
+
+
+def _add(logits_V: Tensor, values: Mapping[int, float]) -> None:
+    if values:
+        ids = torch.tensor(list(values), device=logits_V.device)
+        logits_V[ids] += torch.tensor(list(values.values()), dtype=logits_V.dtype, device=logits_V.device)
 
 
 def _draw(logits_NV: Tensor, rows: Sequence[Row]) -> list[int]:
     """By inverting the cumulative distribution at one random number per row."""
-    temperature_N1 = torch.tensor([[row.sampling.temperature] for row in rows], device=logits_NV.device)
-    scaled_NV = logits_NV / temperature_N1
-    for scaled_V, row in zip(scaled_NV, rows, strict=True):
-        if row.sampling.filters:
-            _filter(scaled_V, row.sampling)
+    scaled_NV = logits_NV / _column([row.sampling.temperature for row in rows], logits_NV)
+    filtered = [n for n, row in enumerate(rows) if row.sampling.filters]
+    if filtered:
+        scaled_NV[filtered] = _filtered(scaled_NV[filtered], [rows[n].sampling for n in filtered])
     upto_NV = scaled_NV.softmax(-1).cumsum(-1, dtype=torch.float64)
-    points = [[uniform(row.sampling.seed, len(row.answer))] for row in rows]
-    points_N1 = torch.tensor(points, dtype=torch.float64, device=logits_NV.device) * upto_NV[:, -1:]
-    ids_N = torch.searchsorted(upto_NV, points_N1, right=True)[:, 0]
+    points = [uniform(row.sampling.seed, len(row.tokens) - row.num_prompt) for row in rows]
+    ids_N = torch.searchsorted(upto_NV, _column(points, upto_NV) * upto_NV[:, -1:], right=True)[:, 0]
     beyond_N = ids_N >= logits_NV.shape[1]  # a point that rounding has put on the end
     return torch.where(beyond_N, scaled_NV.argmax(-1), ids_N).tolist()
 
 
-def _filter(scaled_V: Tensor, sampling: Sampling) -> None:
-    """Put -inf in place of the tokens that are left out. The likeliest always stays; ties with the last kept do too."""
-    if sampling.top_k is not None and sampling.top_k < len(scaled_V):
-        scaled_V[scaled_V < scaled_V.topk(sampling.top_k).values[-1]] = -torch.inf
-    if sampling.top_p < 1.0:
-        scaled_V[scaled_V < _nucleus_end(scaled_V, sampling.top_p)] = -torch.inf
-    if sampling.min_p > 0.0:
-        scaled_V[scaled_V < scaled_V.max() + float(np.log(sampling.min_p))] = -torch.inf
+def _filtered(scaled_NV: Tensor, samplings: Sequence[Sampling]) -> Tensor:
+    """-inf in place of the tokens that are left out. The likeliest always stays; ties with the last kept do too."""
+    num_ids = scaled_NV.shape[1]
+    sorted_NV = _descending(scaled_NV)
+    kth_N1 = torch.tensor([[min(each.top_k or num_ids, num_ids) - 1] for each in samplings], device=scaled_NV.device)
+    least_N1 = sorted_NV.gather(1, kth_N1)
+    if any(each.top_p < 1.0 for each in samplings):
+        top_p_N1 = _column([each.top_p for each in samplings], scaled_NV)
+        least_N1 = torch.where(top_p_N1 < 1.0, _nucleus_end(sorted_NV, least_N1, top_p_N1), least_N1)
+    below_best = [math.log(each.min_p) if each.min_p else -math.inf for each in samplings]
+    least_N1 = least_N1.maximum(sorted_NV[:, :1] + _column(below_best, scaled_NV))
+    return scaled_NV.masked_fill(scaled_NV < least_N1, -torch.inf)
 
 
-def _nucleus_end(scaled_V: Tensor, top_p: float) -> Tensor:
-    """The smallest logit among the fewest whose probability reaches top_p (arXiv 1904.09751, section 3.1)."""
-    total = scaled_V.logsumexp(-1)
-    for size in (_FIRST_LOOK, len(scaled_V)):
-        values_k = scaled_V.topk(min(size, len(scaled_V))).values
-        upto_k = (values_k - total).exp().cumsum(-1)
-        inside = int((upto_k < top_p).sum())  # so many are not enough
-        if inside < len(values_k):
-            return values_k[inside]
-    return values_k[-1]
+def _nucleus_end(sorted_NV: Tensor, least_N1: Tensor, top_p_N1: Tensor) -> Tensor:
+    """The smallest among the fewest logits whose probability reaches top_p (arXiv 1904.09751, section 3.1), of those
+    that are not below `least_N1` already."""
+    probs_NV = sorted_NV.masked_fill(sorted_NV < least_N1, -torch.inf).softmax(-1)
+    upto_NV = probs_NV.cumsum(-1, dtype=torch.float64)
+    not_enough_N1 = (upto_NV < top_p_N1).sum(-1, keepdim=True).clamp(max=sorted_NV.shape[1] - 1)
+    return sorted_NV.gather(1, not_enough_N1).maximum(least_N1)
+
+
+def _descending(values_NV: Tensor) -> Tensor:
+    """Each row sorted. On a CPU numpy's sort is tens of times faster than torch's, or its topk."""
+    if values_NV.device.type != "cpu":
+        return values_NV.sort(dim=-1, descending=True).values
+    return -torch.from_numpy(np.sort(-values_NV.numpy(), axis=-1))
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]
 
 
 def logprobs_of(logits_NV: Tensor, ids: Sequence[int], num_top: Sequence[int]) -> list[Logprob]:

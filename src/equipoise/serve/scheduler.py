@@ -71,7 +71,7 @@ class Scheduler:
         self.pool, self.limits = pool, limits
         self.running: list[Sequence] = []
         self._waiting: dict[str, deque[Sequence]] = {}  # by client
-        self._served: dict[str, int] = {}  # tokens computed for those who wait or run
+        self._served: dict[str, int] = {}  # tokens that those who wait or run have had
         self.num_preempted = 0
 
     @property
@@ -99,33 +99,42 @@ class Scheduler:
         self._leave(sequence.request.client)
 
     def retract(self, sequences: Iterable[Sequence]) -> None:
-        """Back to the front of the queues, in their order; all is computed again."""
-        for sequence in sorted(sequences, key=lambda each: each.order, reverse=True):
+        """Back to the queues, where they were in the order of arrival; all is computed again."""
+        for sequence in sequences:
             self.running.remove(sequence)
             sequence.retract(self.pool)
-            self._waiting.setdefault(sequence.request.client, deque()).appendleft(sequence)
+            client = sequence.request.client
+            self._waiting[client] = deque(_by_order([sequence, *self._waiting.get(client, ())]))
 
     def schedule(self) -> tuple[Piece, ...]:
         """What to compute now; empty when there is nothing to do."""
         budget = self.limits.tokens_per_step
         pieces: list[Piece] = []
-        decoding = [sequence for sequence in self.running if sequence.decodes]
-        chosen = sorted(self._chosen(decoding), key=lambda each: each.order)
-        prompts = sorted((each for each in self.running if not each.decodes), key=lambda each: each.order)
-        for sequence in [*chosen, *prompts]:
-            if sequence.state != "running" or not budget:  # preempted for one before it
-                continue
+        busy: set[Sequence] = set()
+
+        def take(sequence: Sequence) -> None:
+            nonlocal budget
             number = min(sequence.num_to_compute, budget)
-            if self._make_room(sequence, sequence.num_computed + number, {each.sequence for each in pieces}):
+            if self._make_room(sequence, sequence.num_computed + number, busy):
                 pieces.append(Piece(sequence, sequence.num_computed, number))
+                busy.add(sequence)
                 budget -= number
-        while budget and len(self.running) < self.limits.max_running:
-            admitted = self._admit()
-            if admitted is None:
+                self._served[sequence.request.client] += number
+
+        decoding = [sequence for sequence in self.running if sequence.decodes]
+        prompts = [sequence for sequence in self.running if not sequence.decodes]
+        for sequence in self._in_turn(decoding):
+            if len(busy) == self.limits.decode_batch:
                 break
-            number = min(admitted.num_to_compute, budget)
-            pieces.append(Piece(admitted, admitted.num_computed, number))
-            budget -= number
+            if sequence.state == "running":  # not preempted for one before it
+                take(sequence)
+        for sequence in _by_order(prompts):
+            if sequence.state == "running" and budget:
+                take(sequence)
+        while budget and len(self.running) < self.limits.max_running and (admitted := self._admit()) is not None:
+            take(admitted)
+        for sequence in decoding:
+            sequence.skipped = 0 if sequence in busy else sequence.skipped + 1
         return tuple(pieces)
 
     def computed(self, piece: Piece) -> None:
@@ -133,21 +142,21 @@ class Scheduler:
         sequence = piece.sequence
         sequence.num_computed = piece.end
         sequence.publish(self.pool)
-        self._served[sequence.request.client] += piece.num_tokens
+
+    def _in_turn(self, decoding: list[Sequence]) -> list[Sequence]:
+        """Answers that are to go on in this step, then those that may where the first ones find no room."""
+        chosen = self._chosen(decoding)
+        others = set(decoding).difference(chosen)
+        return [*_by_order(chosen), *_by_order(others)]
 
     def _chosen(self, decoding: list[Sequence]) -> list[Sequence]:
-        """The answers that go on in this step."""
+        """As many as decode_batch says."""
         size = self.limits.decode_batch
         if size is None or len(decoding) <= size:
-            chosen = decoding
-        elif self.limits.group_by_experts:
-            chosen = choose_by_experts(decoding, size, self.limits.max_skips)
-        else:
-            chosen = sorted(decoding, key=lambda each: -each.skipped)[:size]  # stable: the longest skipped first
-        names = {id(each) for each in chosen}
-        for sequence in decoding:
-            sequence.skipped = 0 if id(sequence) in names else sequence.skipped + 1
-        return chosen
+            return decoding
+        if self.limits.group_by_experts:
+            return choose_by_experts(decoding, size, self.limits.max_skips)
+        return sorted(decoding, key=lambda each: (-each.skipped, each.num_made))[:size]
 
     def _make_room(self, sequence: Sequence, num_tokens: int, busy: set[Sequence]) -> bool:
         """Blocks for so many tokens; others that came later go back to the queue for it, if they must.
@@ -183,7 +192,7 @@ class Scheduler:
         sequence.blocks = blocks + self.pool.allocate(missing)
         sequence.prefix, sequence.num_published = prefix, len(blocks)
         sequence.num_computed = len(blocks) * self.pool.block_size
-        if len(sequence.tokens) == len(sequence.request.prompt):
+        if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
         sequence.state = "running"
         self.running.append(sequence)
@@ -202,3 +211,7 @@ class Scheduler:
         if not waits and not runs:
             self._served.pop(client, None)
             self._waiting.pop(client, None)
+
+
+def _by_order(sequences: Iterable[Sequence]) -> list[Sequence]:
+    return sorted(sequences, key=lambda each: each.order)

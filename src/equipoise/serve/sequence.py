@@ -22,20 +22,20 @@ class Sequence:
         self.tokens: list[int] = list(request.prompt)
         self.state: State = "waiting"
         self.num_computed = 0
-        self.num_cached = 0  # prompt tokens that were there at the first admission
+        self.num_cached: int | None = None  # prompt tokens that were there already; None before the first admission
         self.blocks: list[int] = []
         self.prefix, self.num_published = ROOT, 0
         self.text = TextStream(request.stop)
-        self.retries = 0
+        self.failures = 0  # forwards in a row that have failed
         self.skipped = 0  # steps in a row in which others went first
         self.last_experts: frozenset[int] = frozenset()
         self.experts: list[np.ndarray] = []  # int16 (L, tokens, K), in the order of the tokens
         self.prompt_logprobs: list[Logprob | None] = [None]
 
     @property
-    def answer(self) -> list[int]:
-        """The tokens made so far."""
-        return self.tokens[len(self.request.prompt) :]
+    def num_made(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - len(self.request.prompt)
 
     @property
     def num_to_compute(self) -> int:
@@ -45,7 +45,7 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """Whether all but the newest token of the answer are computed."""
-        return self.num_to_compute == 1 and len(self.tokens) > len(self.request.prompt)
+        return self.num_to_compute == 1 and self.num_made > 0
 
     def publish(self, pool: BlockPool) -> None:
         """Let others use the blocks that have become full."""
@@ -77,7 +77,7 @@ class Sequence:
         text = self.text.push(decode(token))
         if self.text.stopped is not None:
             return text, "stop"
-        if len(self.tokens) - len(self.request.prompt) >= self.request.max_tokens:
+        if self.num_made >= self.request.max_tokens:
             text += self.text.finish()
             return text, "stop" if self.text.stopped is not None else "length"
         return text, None

@@ -33,10 +33,10 @@ class TextStream:
         return self._take(len(self._held))
 
     def _find(self) -> bool:
-        """Cut at the stop that begins first, the longer one of two that begin together."""
-        found = [(at, -len(stop), stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        """Cut at the stop that is complete first, the longest one of those: however the text was cut into tokens."""
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            at, _, self.stopped = min(found)
+            _, at, self.stopped = min(found)
             self._held = self._held[:at]
         return bool(found)
 

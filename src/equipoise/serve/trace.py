@@ -1,8 +1,9 @@
-"""Which experts the tokens of a forward went to, layer by layer: seen at the taps of MoE layers, kept till taken."""
+"""Which experts the tokens of a forward went to, layer by layer, seen at the taps of MoE layers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -13,35 +14,77 @@ from equipoise.types import Routed, RoutingDecision
 
 
 class ExpertTrace:
-    """Attached to the layers until `detach`. Holds one forward at a time."""
+    """Attached to the layers until `detach`. Sees the forwards inside `watching`; others use the model too."""
 
     def __init__(self, layers: Mapping[str, MoE]) -> None:
-        self._decisions: list[RoutingDecision] = []
+        self._seen: list[RoutingDecision] | None = None
         self._handles = [layer.tap.register_forward_hook(self._see) for layer in layers.values()]
 
-    def _see(self, module: nn.Module, args: tuple[Routed], routed: Routed) -> None:
-        self._decisions.append(routed.decision)
-
-    def clear(self) -> None:
-        """Forget what was seen: a forward begins."""
-        self._decisions.clear()
-
-    def take(self) -> list[np.ndarray]:
-        """Per layer int16 (T, K): the experts of each token; -1 fills up where a token has fewer than others."""
-        seen = [_experts(decision) for decision in self._decisions]
-        self.clear()
-        return seen
+    @contextmanager
+    def watching(self) -> Iterator[list[RoutingDecision]]:
+        """A list that gets one decision per MoE layer as the forward inside goes on."""
+        self._seen = seen = list[RoutingDecision]()
+        try:
+            yield seen
+        finally:
+            self._seen = None
 
     def detach(self) -> None:
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
+    def _see(self, module: nn.Module, args: tuple[Routed], routed: Routed) -> None:
+        if self._seen is not None:
+            self._seen.append(routed.decision)
+
+
+def experts_of(decisions: Sequence[RoutingDecision], num_tokens: int) -> np.ndarray:
+    """int16 (L, T, K): the experts of each token in each layer; -1 fills up where it has fewer than others."""
+    if not decisions:
+        return np.empty((0, num_tokens, 0), dtype=np.int16)
+    top_k = decisions[0].top_k
+    if top_k is None or any(each.top_k != top_k for each in decisions):
+        return experts_of_any(decisions)
+    ids_LN = torch.stack([each.expert_ids_N for each in decisions]).to("cpu", torch.int16)
+    return ids_LN.view(len(decisions), num_tokens, top_k).numpy()
+
+
+def experts_of_any(decisions: Sequence[RoutingDecision]) -> np.ndarray:
+    """The slow twin of `experts_of`, for routers that give tokens different numbers of experts."""
+    layers = [_experts(each) for each in decisions]
+    width = max(each.shape[1] for each in layers)
+    return np.stack([_widened(each, width) for each in layers])
+
+
+def joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
+    """int16 (L, T, K) of all pieces of a sequence. K is the most that any of its own tokens has."""
+    if not pieces:
+        return np.empty((0, 0, 0), dtype=np.int16)
+    width = max(each.shape[2] for each in pieces)
+    experts_LTK = np.concatenate([_widened(each, width) for each in pieces], axis=1)
+    return experts_LTK[:, :, : int((experts_LTK >= 0).sum(axis=2).max(initial=0))]
+
+
+def num_distinct(experts_LTK: np.ndarray) -> tuple[int, ...]:
+    """How many experts each layer's tokens went to."""
+    touched_LE = np.zeros((len(experts_LTK), int(experts_LTK.max(initial=0)) + 2), dtype=bool)
+    touched_LE[np.arange(len(experts_LTK))[:, None, None], experts_LTK] = True  # -1 is the last column
+    return tuple(touched_LE[:, :-1].sum(axis=1).tolist())
+
+
+def touched_by_last(experts_LTK: np.ndarray) -> frozenset[int]:
+    """Experts of the last token, as layer * 65536 + expert."""
+    if not experts_LTK.size:
+        return frozenset()
+    last_LK = experts_LTK[:, -1].astype(np.int64)
+    numbered_LK = last_LK + 65536 * np.arange(len(last_LK))[:, None]
+    return frozenset(numbered_LK[last_LK >= 0].tolist())
+
 
 def _experts(decision: RoutingDecision) -> np.ndarray:
+    """int16 (T, K) of one layer."""
     ids_N = decision.expert_ids_N.to("cpu", torch.int16).numpy()
-    if decision.top_k is not None:
-        return ids_N.reshape(-1, decision.top_k)
     tokens_N = decision.token_ids_N.cpu().numpy()
     order_N = np.argsort(tokens_N, kind="stable")
     tokens_N, ids_N = tokens_N[order_N], ids_N[order_N]
@@ -52,7 +95,7 @@ def _experts(decision: RoutingDecision) -> np.ndarray:
     return ids_TK
 
 
-def stack(layers: list[np.ndarray]) -> np.ndarray:
-    """int16 (L, T, K) of layers whose K may differ."""
-    width = max((each.shape[1] for each in layers), default=0)
-    return np.stack([np.pad(each, ((0, 0), (0, width - each.shape[1])), constant_values=-1) for each in layers])
+def _widened(experts: np.ndarray, width: int) -> np.ndarray:
+    """The last axis filled up with -1."""
+    missing = width - experts.shape[-1]
+    return np.pad(experts, [(0, 0)] * (experts.ndim - 1) + [(0, missing)], constant_values=-1) if missing else experts
