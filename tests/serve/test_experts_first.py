@@ -13,7 +13,7 @@ from equipoise.serve.sequence import Sequence
 def sequences(experts, skipped=None):
     made = [Sequence(Request(str(n), (0,), 1), n) for n in range(len(experts))]
     for sequence, touched, times in zip(made, experts, skipped or [0] * len(made), strict=True):
-        sequence.last_experts, sequence.skipped = frozenset(touched), times
+        sequence.last_experts, sequence.skipped = sum(1 << expert for expert in touched), times
     return made
 
 
@@ -47,9 +47,10 @@ def test_one_by_one_the_fewest_new_experts(drawn, size):
     due = [each for each in candidates if each.skipped >= 4]
     assert set(due) <= set(chosen) or set(chosen) <= set(due)
     for number in range(min(len(due), size), len(chosen)):
-        touched = frozenset().union(*(each.last_experts for each in chosen[:number]))
-        fewest = min(len(each.last_experts - touched) for each in candidates if each not in chosen[:number])
-        assert len(chosen[number].last_experts - touched) == fewest
+        experts = {each: drawn[each.order][0] for each in candidates}
+        touched = frozenset().union(*(experts[each] for each in chosen[:number]))
+        fewest = min(len(experts[each] - touched) for each in candidates if each not in chosen[:number])
+        assert len(experts[chosen[number]] - touched) == fewest
 
 
 def test_two_are_chosen_as_by_trying_all_pairs_with_the_first():

@@ -9,7 +9,7 @@ from hypothesis.extra.numpy import arrays
 from tests.serve.small import tiny_model
 
 from equipoise.routing import Hash, Threshold, TopK
-from equipoise.serve.trace import ExpertTrace, experts_of, experts_of_any, joined, num_distinct, touched_by_last
+from equipoise.serve.trace import ExpertTrace, as_bits, experts_of, experts_of_any, joined, num_distinct
 
 TOKENS = torch.arange(40, 53)[None]
 
@@ -60,20 +60,23 @@ def test_without_experts():
     assert experts_of([], 5).shape == (0, 5, 0)
     assert joined([]).shape == (0, 0, 0)
     assert joined([experts_of([], 5), experts_of([], 2)]).shape == (0, 7, 0)
-    assert num_distinct(experts_of([], 5)) == ()
-    assert touched_by_last(experts_of([], 5)) == frozenset()
+    assert num_distinct(experts_of([], 5), 0) == ()
+    assert as_bits(experts_of([], 5), 0) == [0] * 5
 
 
 SHAPES = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(0, 4))
 
 
 @given(SHAPES.flatmap(lambda shape: arrays(np.int16, shape, elements=st.integers(-1, 9))))
-def test_counts_of_distinct_experts(experts):
-    assert num_distinct(experts) == tuple(len(np.unique(each[each >= 0])) for each in experts)
-    last = {
-        65536 * layer + expert for layer, row in enumerate(experts[:, -1].tolist()) for expert in row if expert >= 0
-    }
-    assert touched_by_last(experts) == last
+def test_distinct_experts_and_their_bits(experts):
+    assert num_distinct(experts, 10) == tuple(len(np.unique(each[each >= 0])) for each in experts)
+    sets = [
+        {(n, e) for n, layer in enumerate(experts) for e in layer[t].tolist() if e >= 0}
+        for t in range(experts.shape[1])
+    ]
+    bits = as_bits(experts, 10)
+    for one, touched in zip(bits, sets, strict=True):
+        assert [(one & other).bit_count() for other in bits] == [len(touched & other) for other in sets]
 
 
 def test_pieces_are_joined_without_what_others_had():

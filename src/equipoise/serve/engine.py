@@ -20,7 +20,7 @@ from equipoise.serve.request import FinishReason, Output, Request, RequestError
 from equipoise.serve.runner import Computed, Runner, StepResult
 from equipoise.serve.scheduler import Limits, Piece, Scheduler
 from equipoise.serve.sequence import Sequence
-from equipoise.serve.trace import joined, touched_by_last
+from equipoise.serve.trace import joined
 
 MAX_FAILURES = 3  # forwards in a row, after which a request is given up
 
@@ -153,8 +153,7 @@ class Engine:
             sequence.experts.append(computed.experts)
         if request.prompt_logprobs:
             sequence.prompt_logprobs += computed.prompt_logprobs
-        if self.limits.group_by_experts:
-            sequence.last_experts = touched_by_last(computed.experts)
+        sequence.last_experts = computed.last_experts
         if computed.token is None:
             return []
         if request.max_tokens == 0:

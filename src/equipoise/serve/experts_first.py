@@ -7,6 +7,8 @@ touches fewer experts is faster. Nobody waits for more than a given number of st
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
+from functools import reduce
+from operator import or_
 
 from equipoise.serve.sequence import Sequence
 
@@ -19,9 +21,9 @@ def choose_by_experts(candidates: Several[Sequence], size: int, max_skips: int) 
     due = sorted((each for each in candidates if each.skipped >= max_skips), key=lambda each: -each.skipped)[:size]
     chosen = list(due)
     left = [each for each in candidates if each not in due]
-    touched = frozenset[int]().union(*(each.last_experts for each in chosen))
+    touched = reduce(or_, (each.last_experts for each in chosen), 0)
     while left and len(chosen) < size:
-        best = min(left, key=lambda each: (len(each.last_experts - touched), -each.skipped, each.order))
+        best = min(left, key=lambda each: ((each.last_experts & ~touched).bit_count(), -each.skipped, each.order))
         chosen.append(best)
         left.remove(best)
         touched |= best.last_experts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from equipoise.serve.paged_cache import PagedKV, Ragged, Span
 from equipoise.serve.request import Logprob
 from equipoise.serve.sampling import Row, choose, logprobs_of
 from equipoise.serve.scheduler import Piece
-from equipoise.serve.trace import ExpertTrace, experts_of, num_distinct
+from equipoise.serve.trace import ExpertTrace, as_bits, experts_of, num_distinct
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,7 @@ class Computed:
     """Of one piece. token: the next one; None before the end of the prompt, or where the logits are not finite.
 
     logprob: of the token, where asked for. prompt_logprobs: of the tokens that follow the piece's ones in the prompt.
-    experts: int16 (L, tokens, K).
+    experts: int16 (L, tokens, K). last_experts: those of its last token, as bits.
     """
 
     piece: Piece
@@ -34,6 +35,7 @@ class Computed:
     logprob: Logprob | None
     prompt_logprobs: tuple[Logprob, ...]
     experts: np.ndarray
+    last_experts: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,7 @@ class Runner:
 
     def __init__(self, model: Decoder, kv: PagedKV, num_ids: int) -> None:
         self.model, self.kv, self._num_ids = model, kv, num_ids
+        self._num_experts = model.config.moe.num_experts if model.config.moe else 0
         self._trace = ExpertTrace(model.moe_layers)
 
     @torch.inference_mode()
@@ -69,15 +72,15 @@ class Runner:
         last_PV = _rows(logits_NV, [place.stop - 1 for place in places]).float()
         finite = last_PV.isfinite().all(-1).tolist()
         chosen = _choose(pieces, last_PV, finite)
-        computed: list[Computed] = []
-        row = 0
-        for piece, place, is_finite in zip(pieces, places, finite, strict=True):
-            experts = experts_LTK[:, row : row + piece.num_tokens]
-            row += piece.num_tokens
-            token, logprob = chosen[len(computed)]
-            prompt = _prompt_logprobs(piece, logits_NV[place]) if piece.sequence.request.prompt_logprobs else ()
-            computed.append(Computed(piece, token, is_finite, logprob, prompt, experts))
-        return StepResult(tuple(computed), num_distinct(experts_LTK))
+        ends = list(accumulate(piece.num_tokens for piece in pieces))
+        bits = as_bits(experts_LTK[:, [end - 1 for end in ends]], self._num_experts)
+        computed = []
+        for n, piece in enumerate(pieces):
+            token, logprob = chosen[n]
+            prompt = _prompt_logprobs(piece, logits_NV[places[n]]) if piece.sequence.request.prompt_logprobs else ()
+            experts = experts_LTK[:, ends[n] - piece.num_tokens : ends[n]]
+            computed.append(Computed(piece, token, finite[n], logprob, prompt, experts, bits[n]))
+        return StepResult(tuple(computed), num_distinct(experts_LTK, self._num_experts))
 
     def detach(self) -> None:
         """Leave the model as it was."""

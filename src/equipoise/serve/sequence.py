@@ -28,7 +28,7 @@ class Sequence:
         self.text = TextStream(request.stop)
         self.failures = 0  # forwards in a row that have failed
         self.skipped = 0  # steps in a row in which others went first
-        self.last_experts: frozenset[int] = frozenset()
+        self.last_experts = 0  # of the newest token that was computed, as bits
         self.experts: list[np.ndarray] = []  # int16 (L, tokens, K), in the order of the tokens
         self.prompt_logprobs: list[Logprob | None] = [None]
 

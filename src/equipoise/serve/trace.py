@@ -66,20 +66,20 @@ def joined(pieces: Sequence[np.ndarray]) -> np.ndarray:
     return experts_LTK[:, :, : int((experts_LTK >= 0).sum(axis=2).max(initial=0))]
 
 
-def num_distinct(experts_LTK: np.ndarray) -> tuple[int, ...]:
+def num_distinct(experts_LTK: np.ndarray, num_experts: int) -> tuple[int, ...]:
     """How many experts each layer's tokens went to."""
-    touched_LE = np.zeros((len(experts_LTK), int(experts_LTK.max(initial=0)) + 2), dtype=bool)
+    touched_LE = np.zeros((len(experts_LTK), num_experts + 1), dtype=bool)
     touched_LE[np.arange(len(experts_LTK))[:, None, None], experts_LTK] = True  # -1 is the last column
     return tuple(touched_LE[:, :-1].sum(axis=1).tolist())
 
 
-def touched_by_last(experts_LTK: np.ndarray) -> frozenset[int]:
-    """Experts of the last token, as layer * 65536 + expert."""
-    if not experts_LTK.size:
-        return frozenset()
-    last_LK = experts_LTK[:, -1].astype(np.int64)
-    numbered_LK = last_LK + 65536 * np.arange(len(last_LK))[:, None]
-    return frozenset(numbered_LK[last_LK >= 0].tolist())
+def as_bits(experts_LTK: np.ndarray, num_experts: int) -> list[int]:
+    """Per token the experts of all layers, each a bit of one number."""
+    L, T, _ = experts_LTK.shape
+    touched_TLE = np.zeros((T, L, num_experts + 1), dtype=bool)
+    touched_TLE[np.arange(T)[:, None], np.arange(L)[:, None, None], experts_LTK] = True
+    packed = np.packbits(touched_TLE[:, :, :-1].reshape(T, -1), axis=1)
+    return [int.from_bytes(row.tobytes(), "big") for row in packed]
 
 
 def _experts(decision: RoutingDecision) -> np.ndarray:
