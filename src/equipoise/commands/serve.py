@@ -12,7 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -105,7 +105,6 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
 
     from equipoise.dashboard.access import is_loopback
     from equipoise.models.run_files import load
-    from equipoise.recovery.breaker import BreakerConfig
     from equipoise.serve.api.access import read_keys
     from equipoise.serve.api.template import read_template
     from equipoise.serve.care import CareConfig
@@ -125,13 +124,9 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
         decode_batch=options.decode_batch,
         group_by_experts=options.group_by_experts,
     )
-    care = CareConfig(
-        flush_s=options.flush_s,
-        profile=options.profile,
-        recover=options.recover,
-        policy=options.policy,
-        breaker=BreakerConfig() if options.breaker else None,
-    )
+    care = CareConfig(flush_s=options.flush_s, profile=options.profile, recover=options.recover, policy=options.policy)
+    if not options.breaker:
+        care = replace(care, breaker=None)
     loaded = load(run, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype))
     config = ServerConfig(
         name=options.name or loaded.folder.resolve().name,

@@ -23,6 +23,7 @@ from equipoise.dashboard.records import Evenness, Frame, Head
 from equipoise.dashboard.run_data import MAIN_SCALARS, Choice, RunData, read_run
 from equipoise.dashboard.runs import RunRef
 from equipoise.dashboard.slider import Slider
+from equipoise.dashboard.speed_panel import SpeedPanel
 from equipoise.dashboard.timeline import Timeline, incident_address
 from equipoise.dashboard.widgets import (
     Chart,
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
 
 TICK_SECONDS = 0.4
 REST = 4.0  # a read that took t seconds is followed by at least REST * t without one
-FIGURES = ("step", "loss", "val. perplexity", "tokens/s", "worst layer", "last flush")
+FIGURES = ("step", "loss", "val. perplexity", "tokens/s", "first token p99", "waiting", "worst layer", "last flush")
+OF_TRAINING, OF_SERVING = ("loss", "val. perplexity"), ("first token p99", "waiting")
 MAX_BANNERS = 4
 
 
@@ -85,15 +87,17 @@ class RunPage:
             self._build_figures()
             self._build_load()
             self.layer = LayerPanel(self.view, self.choose_layer)
+            self.speed = SpeedPanel(self.view)
             self._build_training()
             self.timeline = Timeline(self.ref)
             self.together = CoSelectionPanel(self.view)
 
     def _build_figures(self) -> None:
         self.figures: dict[str, TextElement] = {}
+        self.figure_boxes: dict[str, TextElement] = {}
         with el("dl", "figures"):
             for name in FIGURES:
-                with el("div", "card figure-box"):
+                with el("div", "card figure-box") as self.figure_boxes[name]:
                     el("dt", text=name)
                     self.figures[name] = el("dd", text="-")
 
@@ -118,8 +122,8 @@ class RunPage:
 
     def _build_training(self) -> None:
         with el("section", "", aria_labelledby="training"):
-            el("h2", text="Training", id="training")
-            with el("div", "charts two"):
+            self.training_title = el("h2", text="Training", id="training")
+            with el("div", "charts two") as self.training:
                 self.loss = Chart(self.view, "Loss", 240)
                 self.perplexity = Chart(self.view, "Validation perplexity", 240)
             with el("details", "more"):
@@ -217,6 +221,7 @@ class RunPage:
         )
         self.layer.show(data)
         self._show_training(data)
+        self.speed.show(data)
         self.timeline.show(data.incidents, data.repairs, head.step)
         self.together.show(data.together)
 
@@ -240,12 +245,15 @@ class RunPage:
             "loss": number(head.loss),
             "val. perplexity": number(head.val_perplexity),
             "tokens/s": number(head.tokens_per_s, ",.0f"),
+            "first token p99": "-" if head.first_token_ms is None else f"{head.first_token_ms:,.0f} ms",
+            "waiting": number(head.queue_depth, ",.0f"),
             "worst layer": "-"
             if worst is None
             else f"{worst.effective_experts:.1f} of {worst.num_experts} in {names.get(worst.layer, worst.layer)}",
         }
         for name, text in texts.items():
             set_text(self.figures[name], text)
+            self.figure_boxes[name].set_visibility(name not in (OF_TRAINING if head.is_server else OF_SERVING))
         self._show_age(head)
 
     def _show_age(self, head: Head) -> None:
@@ -280,6 +288,8 @@ class RunPage:
         self.table.show(frame, self.data.layer if self.data else "")
 
     def _show_training(self, data: RunData) -> None:
+        self.training.set_visibility(not data.head.is_server)
+        set_text(self.training_title, "Numbers" if data.head.is_server else "Training")
         for chart, name in ((self.loss, "loss"), (self.perplexity, "val_perplexity")):
             curve = data.scalars.get(name)
             last = curve.points[-1][1] if curve and curve.points else None

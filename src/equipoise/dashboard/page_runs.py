@@ -65,6 +65,10 @@ async def runs_page(view: View) -> None:
     ui.timer(TICK_SECONDS, tick)
 
 
+# "loss" for what trains, "tokens/s" for what serves.
+CELLS = ("step", "loss", "tokens/s", "worst layer", "repairs", "last flush")
+
+
 def urgency(head: Head | StoreError) -> tuple[int, float]:
     """What is sorted by: what needs a person first, then the newest."""
     when = 0.0 if isinstance(head, StoreError) else head.flush_time
@@ -82,7 +86,7 @@ class RunRow:
                 with el("div"):
                     self.health = el("span", "pill")
                 self.place = el("span", "muted small")
-            self.cells = {name: _cell(name) for name in ("step", "loss", "worst layer", "repairs", "last flush")}
+            self.cells = {name: _cell(name) for name in CELLS}
             with self.cells["loss"].box:
                 self.spark = _sparkline()
             self.error = el("p", "error")
@@ -94,8 +98,9 @@ class RunRow:
         broken = isinstance(head, StoreError)
         set_class(self.card, "broken", broken)
         self.error.set_visibility(broken)
-        for cell in self.cells.values():
-            cell.box.set_visibility(not broken)
+        for name, cell in self.cells.items():
+            absent = "loss" if isinstance(head, Head) and head.is_server else "tokens/s"
+            cell.box.set_visibility(not broken and name != absent)
         if isinstance(head, StoreError):
             set_text(self.name, self.ref.label)
             set_text(self.place, "")
@@ -110,6 +115,7 @@ class RunRow:
         total = f" of {head.total_steps}" if head.total_steps else ""
         set_text(self.cells["step"].value, f"{head.step}{total}")
         set_text(self.cells["loss"].value, number(head.loss))
+        set_text(self.cells["tokens/s"].value, number(head.tokens_per_s, ",.0f"))
         worst = head.worst
         text = (
             "-" if worst is None else f"{worst.layer}: {worst.effective_experts:.1f} of {worst.num_experts} effective"
@@ -159,7 +165,7 @@ class Cell:
 
 
 def _cell(name: str) -> Cell:
-    with el("div", f"cell {name.replace(' ', '-')}") as box:
+    with el("div", f"cell {name.replace(' ', '-').replace('/', '-per-')}") as box:
         el("span", "cell-name", name)
         return Cell(box, el("span", "cell-value", "-"))
 

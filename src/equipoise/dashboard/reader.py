@@ -59,6 +59,9 @@ def head(run: RunStore, path: Path) -> Head:
         num_repairs=_num_repairs(run),
         flush_step=flush_step,
         flush_time=run.flushed_at(flush_step or 0),
+        is_server=meta.get("kind") == "server",
+        first_token_ms=(_newest(run, "time_to_first_token_ms.p99") or (0, None))[1],
+        queue_depth=(_newest(run, "queue_depth") or (0, None))[1],
     )
 
 

@@ -21,7 +21,8 @@ class Head:
 
     spark: the loss, at most 60 points, with None where it was not finite. worst: the newest record of the layer with
     the fewest effective experts relative to E. flush_time: of the newest flush, else of the file's last change.
-    num_repairs: how many repairs were applied, whether they were kept or undone later.
+    num_repairs: how many repairs were applied, whether they were kept or undone later. is_server: it serves a model,
+    and its steps are the engine's; first_token_ms (p99) and queue_depth are then of the last minute.
     """
 
     name: str
@@ -38,6 +39,9 @@ class Head:
     num_repairs: int
     flush_step: int | None
     flush_time: float
+    is_server: bool = False
+    first_token_ms: float | None = None
+    queue_depth: float | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,15 @@ from equipoise.monitor.store import RunStore
 from equipoise.types import Action, CoSelection, RoutingStats
 
 MAX_KEPT = 20  # newest alerts whose flush is in every map
+# Of a server: title, what the curves are called, the scalars they are of; {layer} is the chosen one.
+SPEED_CHARTS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    ("Tokens per second", (("answers", "tokens_per_s"), ("prompts", "prompt_tokens_per_s"))),
+    ("Time to first token, ms", (("p50", "time_to_first_token_ms.p50"), ("p99", "time_to_first_token_ms.p99"))),
+    ("Between tokens, ms", (("p50", "inter_token_ms.p50"), ("p99", "inter_token_ms.p99"))),
+    ("Requests", (("running", "running"), ("waiting", "queue_depth"))),
+    ("Experts' time per step, ms", (("p50", "experts_ms.{layer}.p50"), ("p99", "experts_ms.{layer}.p99"))),
+    ("Experts that a step touches", (("distinct experts", "distinct_experts.{layer}"),)),
+)
 MAIN_SCALARS = ("loss", "val_perplexity", "grad_norm", "learning_rate", "tokens_per_s")
 
 
@@ -65,6 +74,7 @@ def read_run(run: RunStore, ref: RunRef, choice: Choice) -> RunData:
     near = set(thinned([stats.step for stats in history], columns, fired))
     names = reader.scalar_names(run)
     wanted = [name for name in dict.fromkeys((*MAIN_SCALARS, choice.scalar)) if name in names]
+    wanted += speed_names(layer) if head.is_server else []  # there may be more names than are listed
     return RunData(
         head=head,
         steps=tuple(steps),
@@ -80,6 +90,11 @@ def read_run(run: RunStore, ref: RunRef, choice: Choice) -> RunData:
         repairs=tuple(repairs(actions)),
         together=run.latest_co_selection(layer, choice.step),
     )
+
+
+def speed_names(layer: str) -> list[str]:
+    """The scalars of a server's charts, with those of one layer."""
+    return [name.format(layer=layer) for _, curves in SPEED_CHARTS for _, name in curves]
 
 
 def thinned(steps: Sequence[int], at_most: int, keep: Sequence[int] = ()) -> list[int]:

@@ -35,14 +35,15 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class CareConfig:
     """flush_s: seconds between two looks at the routing. window_s, profile: see `Watch`. recover: act, or only propose.
-    policy: which repairs, in which order. breaker: None for no clocks and no breaker."""
+    policy: which repairs, in which order. breaker: None for no clocks and no breaker; below 10 ms a layer is never slow
+    here, as small layers on a busy machine easily take three times what they usually do, and nobody notices."""
 
     flush_s: float = 2.0
     window_s: float = 600.0
     profile: Profile = "relative"
     recover: bool = False
     policy: PolicyName = "ladder"
-    breaker: BreakerConfig | None = BreakerConfig()  # noqa: RUF009 - frozen
+    breaker: BreakerConfig | None = BreakerConfig(floor_s=0.01)  # noqa: RUF009 - frozen
 
     def __post_init__(self) -> None:
         if not self.flush_s > 0:

@@ -1,0 +1,33 @@
+"""How fast a server is: answers, waiting, and what the experts of the chosen layer take. For runs of kind "server"."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from equipoise.dashboard import charts
+from equipoise.dashboard.records import Series
+from equipoise.dashboard.run_data import SPEED_CHARTS, RunData
+from equipoise.dashboard.widgets import Chart, View, el, number, set_text
+
+
+class SpeedPanel:
+    """The section of one server's page."""
+
+    def __init__(self, view: View) -> None:
+        with el("section", "", aria_labelledby="speed") as self.box:
+            el("h2", text="Serving", id="speed")
+            self.of = el("p", "hint")
+            with el("div", "charts three"):
+                self.charts = [Chart(view, title, 200) for title, _ in SPEED_CHARTS]
+
+    def show(self, data: RunData) -> None:
+        """Draw what was read; nothing for a run that is no server."""
+        self.box.set_visibility(data.head.is_server)
+        if not data.head.is_server:
+            return
+        set_text(self.of, f"Over the last minute, by the engine's steps. Experts: {data.layer}.")
+        for chart, (_, wanted) in zip(self.charts, SPEED_CHARTS, strict=True):
+            found = [(label, data.scalars.get(name.format(layer=data.layer))) for label, name in wanted]
+            curves = [Series(label, curve.points) for label, curve in found if curve is not None and curve.points]
+            reading = ", ".join(f"{curve.name} {number(curve.points[-1][1])}" for curve in curves)
+            chart.show(partial(charts.lines, curves, marks=data.incidents, low=0.0), reading, empty=not curves)
