@@ -247,6 +247,19 @@ class TestHands:
         expect(page.locator("tr.chosen")).to_contain_text("layers.1")
         expect(page).to_have_url(re.compile(r"layer=layers\.1\.mlp"))
 
+    def test_a_server_shows_its_speed_in_place_of_a_loss(self, server, folder, visit, expect):
+        run = folder / "ladder"
+        page = visit().open(f"{server.base}/run/{run_ref(run).id}")
+        expect(page.locator("figure", has_text="Validation perplexity")).to_be_visible()
+        expect(page.locator("figure", has_text="Time to first token")).to_be_hidden()
+        with RunStore(run) as store:
+            store.set_meta(kind="server")
+            store.scalars(200, {"time_to_first_token_ms.p50": 12.0, "time_to_first_token_ms.p99": 34.0})
+        first = page.locator("figure", has_text="Time to first token")
+        expect(first.locator(".reading")).to_have_text("p50 12, p99 34")
+        expect(first.locator("canvas").first).to_be_visible()
+        expect(page.locator("figure", has_text="Validation perplexity")).to_be_hidden()
+
     def test_what_is_chosen_together(self, server, folder, visit, expect):
         run = folder / "ladder"
         page = visit().open(f"{server.base}/run/{run_ref(run).id}?layer=layers.0.mlp")

@@ -134,6 +134,35 @@ class TestBounded:
         assert 40 in [stats.step for stats in data.map_history]  # when the alert fired
 
 
+class TestServer:
+    """A server's folder is a run whose steps are the engine's."""
+
+    @pytest.fixture
+    def served(self, tmp_path):
+        run = write_run(tmp_path / "serving")
+        with RunStore(run) as store:
+            store.set_meta(kind="server", status="running")
+            speed = {"tokens_per_s": 733.0, "time_to_first_token_ms.p99": 21.5, "queue_depth": 4.0}
+            many = {f"distinct_experts.layers.{i}.mlp": float(i) for i in range(100)}
+            store.scalars(120, speed | {"experts_ms.layers.1.mlp.p99": 2.5} | many)
+        return run
+
+    def test_its_head_and_its_speed(self, served):
+        with reader.reading(served) as db:
+            data = read_run(db, run_ref(served), Choice("layers.1.mlp"))
+        assert data.head.is_server
+        assert (data.head.tokens_per_s, data.head.first_token_ms, data.head.queue_depth) == (733.0, 21.5, 4.0)
+        assert data.scalars["experts_ms.layers.1.mlp.p99"].points == ((120, 2.5),)
+        assert data.scalars["distinct_experts.layers.1.mlp"].points == ((120, 1.0),)  # though 64 names are listed
+        assert data.scalars["inter_token_ms.p50"].points == ()
+
+    def test_a_run_is_none(self, run):
+        with reader.reading(run) as db:
+            data = read_run(db, run_ref(run), Choice())
+        assert not data.head.is_server
+        assert "queue_depth" not in data.scalars
+
+
 class TestHead:
     def test_a_run_at_a_glance(self, run):
         with reader.reading(run) as db:
