@@ -277,3 +277,15 @@ class TestWatch:
     def test_no_run_is_a_clear_error(self, tmp_path):
         with pytest.raises(StoreError, match=r"expected a run folder with run\.sqlite in it, found none"):
             watch_run(tmp_path, follow=False)
+
+
+def test_a_server_shows_speed_and_load_instead_of_losses(tmp_path):
+    path = write_run(tmp_path / "serving", status="running")
+    with RunStore(path) as store:
+        store.set_meta(kind="server", total_steps=None)
+        store.scalars(100, {"queue_depth": 7.0, "requests_per_s": 2.5, "inter_token_ms.p99": 12.4, "running": 64.0})
+    text = " ".join(shown(path, width=200).split())
+    assert "step 100 tokens/s 5,000 requests/s 2.5 running 64 waiting 7 next p99 ms 12" in text
+    assert "tokens/s ▁" in text
+    for word in ("loss", "perplexity", "left", "first token"):
+        assert word not in text

@@ -256,6 +256,11 @@ def triage_finding(evidence):
     return CollapseDetector()([evidence.routing["b"][6]])[0]
 
 
+def report(store, path):
+    evidence = evidence_of(store)
+    return write_report(evidence, triage(evidence), path)
+
+
 def test_the_timeline_has_every_change(store):
     events = timeline(evidence_of(store))
     assert [step for step, _, _ in events] == [60, 70, 70, 70, 70, 90, 90, 95, 100]
@@ -277,7 +282,7 @@ def test_the_timeline_has_the_call_for_a_human(store):
 
 def test_post_mortem(store, tmp_path):
     pytest.importorskip("matplotlib")
-    markdown, page = write_report(store, tmp_path / "reports" / "night.md")
+    markdown, page = report(store, tmp_path / "reports" / "night.md")
     assert (markdown.name, page.name) == ("night.md", "night.html")
     text = markdown.read_text()
     assert "repair applied: quantile_bias on b" in text
@@ -289,7 +294,7 @@ def test_post_mortem(store, tmp_path):
 
 def test_repairs_are_a_table_in_the_post_mortem(store, tmp_path):
     pytest.importorskip("matplotlib")
-    markdown, page = write_report(store, tmp_path / "night")
+    markdown, page = report(store, tmp_path / "night")
     section = markdown.read_text().split("## Repairs\n\n")[1].split("\n\n")[0].splitlines()
     assert section[:4] == [
         "| step | what | why | state | perplexity | MaxVio | note |",
@@ -307,7 +312,7 @@ def test_repairs_are_a_table_in_the_post_mortem(store, tmp_path):
 
 def test_hostile_names_stay_text_in_the_post_mortem(store, tmp_path):
     pytest.importorskip("matplotlib")
-    markdown, page = write_report(store, tmp_path / "night")
+    markdown, page = report(store, tmp_path / "night")
     [row] = [line for line in markdown.read_text().splitlines() if line.startswith("| 95 |") and "failed |" in line]
     unescaped = re.sub(r"\\(.)", "", row)
     assert unescaped.count("|") == 8  # the seven cells' own
@@ -319,6 +324,6 @@ def test_a_run_without_repairs_says_so(tmp_path):
     pytest.importorskip("matplotlib")
     with RunStore(tmp_path / "run") as store:
         store.routing([flush("a", 10, FAIR)])
-        markdown, page = write_report(store, tmp_path / "night")
+        markdown, page = report(store, tmp_path / "night")
     assert "## Repairs\n\nNo repair is recorded.\n" in markdown.read_text()
     assert "<h2>Repairs</h2><p>No repair is recorded.</p>" in page.read_text()

@@ -24,7 +24,7 @@ from equipoise.recovery.policy import PolicyName
 if TYPE_CHECKING:
     from equipoise.serve.server import Server, ServerConfig
 
-API_PATHS = ("/v1", "/tokenize", "/detokenize", "/health", "/openapi.json")
+API_PATHS = ("/v1", "/tokenize", "/detokenize", "/health", "/openapi.json", "/equipoise/")
 DTYPES = Literal["auto", "float32", "bfloat16"]
 
 
@@ -160,7 +160,7 @@ class Front:
         options, bounds = self._options, self._server.config.bounds
         public, admin = bind(options.host, options.port), bind("127.0.0.1", options.admin_port)
         port, admin_port = public.getsockname()[1], admin.getsockname()[1]
-        app = Public(self._server, self._dashboard(port))
+        app = Public(self._server, self._dashboard(port), admin_port)
         configs = [uvicorn_config(app, bounds, lifespan="on", ws="auto")]
         admin_app = self._server.admin_app()
         if admin_app is not None:
@@ -244,8 +244,8 @@ class Front:
 class Public:
     """The application of the public port: the API, the metrics, and pages for whatever else is asked for."""
 
-    def __init__(self, server: Server, dashboard: Any | None) -> None:
-        self._server, self._api, self._dashboard = server, server.public_app(), dashboard
+    def __init__(self, server: Server, dashboard: Any | None, admin_port: int | None) -> None:
+        self._server, self._api, self._dashboard = server, server.public_app(admin_port), dashboard
 
     async def __call__(self, scope: Any, receive: Callable[..., Any], send: Callable[..., Any]) -> None:
         """Hand it to whom it is for."""

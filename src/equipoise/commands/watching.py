@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 if TYPE_CHECKING:
+    from equipoise.monitor.evidence import Evidence
     from equipoise.monitor.triage import Triage
     from equipoise.types import RoutingStats
 
@@ -33,28 +34,28 @@ def watch(run: Annotated[Path, tyro.conf.Positional], /, *, once: bool = False, 
     return 0
 
 
-def triage(run: Annotated[Path, tyro.conf.Positional], /, *, report: Path | None = None, json_: Json = False) -> int:
+def triage(run: Annotated[str, tyro.conf.Positional], /, *, report: Path | None = None, json_: Json = False) -> int:
     """It is 2 a.m.: what is wrong with this run, where, since when, what changed, and what to do.
 
-    Walks a decision tree with the run's own numbers, running or finished. The exit code is 0 when nothing is wrong
-    now, 1 when something is.
+    Walks a decision tree with the run's own numbers, running or finished, or with those of a running server, which is
+    asked for them: equipoise triage http://127.0.0.1:8000. The exit code is 0 when nothing is wrong now, 1 when
+    something is, 2 when there was no answer.
 
     Args:
-        run: The run folder.
+        run: The run folder, or the address of a server; EQUIPOISE_API_KEY has its key, if it asks for one.
         report: Also write a post-mortem here, as Markdown, HTML and pictures: the timeline from the first symptom to
             the resolution, and every question with its answer. Needs the extra `plot`.
         json_: The checks and the conclusion, as one JSON object.
     """
     from dataclasses import asdict
 
-    from equipoise.monitor.evidence import evidence_of
+    from equipoise.monitor.evidence_http import evidence_of_url, is_address
     from equipoise.monitor.postmortem import write_report
-    from equipoise.monitor.store import RunStore
     from equipoise.monitor.triage import triage as walk
 
-    with RunStore.open_readonly(run) as store:
-        found = walk(evidence_of(store), str(run))
-        written = [str(path) for path in write_report(store, report)] if report else []
+    evidence = evidence_of_url(run) if is_address(run) else _evidence(run)
+    found = walk(evidence, run)
+    written = [str(path) for path in write_report(evidence, found, report)] if report else []
     if json_:
         print(json.dumps(asdict(found) | {"healthy": found.healthy, "report": written}))
     else:
@@ -62,6 +63,14 @@ def triage(run: Annotated[Path, tyro.conf.Positional], /, *, report: Path | None
         for path in written:
             print(f"report  {path}")
     return 0 if found.healthy else 1
+
+
+def _evidence(run: str) -> Evidence:
+    from equipoise.monitor.evidence import evidence_of
+    from equipoise.monitor.store import RunStore
+
+    with RunStore.open_readonly(run) as store:
+        return evidence_of(store)
 
 
 def diagnose(
@@ -129,12 +138,14 @@ def _print_triage(found: Triage) -> None:
         answer = escape(check.answer)
         if check.verdict in ("trouble", "unknown") and check.remedy:
             answer += f"\n[italic]{escape(check.remedy)}[/]"
-        if check.verdict in ("trouble", "unknown") and check.command:
-            answer += f"\n[bold]{escape(check.command)}[/]"
         table.add_row(f"[{colours[check.verdict]}]{check.verdict}[/]", escape(check.question), answer)
     console = Console()
     console.print(table)
     console.print(f"\n{escape(found.conclusion)}")
+    for check in found.checks:  # whole, on a line of its own, so that it can be copied
+        if check.verdict in ("trouble", "unknown") and check.command:
+            console.print(f"\n{escape(check.remedy or check.question)}", style="italic")
+            console.print(check.command, style="bold", soft_wrap=True, markup=False, highlight=False)
 
 
 def _print_layers(stats: tuple[RoutingStats, ...]) -> None:

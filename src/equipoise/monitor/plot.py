@@ -26,14 +26,22 @@ def plot_layer_load(store: RunStore, layer: str, path: str | Path, *, marks: Map
     largest share of all times is highlighted.
     Raises ValueError for an unknown layer, and ImportError where matplotlib is missing.
     """
+    return draw_layer_load(store.routing_history(layer), path, marks=marks)
+
+
+def draw_layer_load(
+    history: Sequence[RoutingStats], path: str | Path, *, marks: Mapping[str, int] | None = None
+) -> Path:
+    """The same, of a layer's records by step, at least one."""
     figure_type, canvas_type = _matplotlib()
-    history = store.routing_history(layer)
     figure = figure_type(figsize=(9.0, 5.4), dpi=150, layout="constrained")
     canvas_type(figure)
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     marks = marks or {}
     title_pad = 6.0 + MARK_ROW * min(MARK_ROWS, len(marks))
-    top.set_title(f"{layer}: share of the tokens per expert", loc="left", fontsize=11, color=INK, pad=title_pad)
+    top.set_title(
+        f"{history[0].layer}: share of the tokens per expert", loc="left", fontsize=11, color=INK, pad=title_pad
+    )
     _draw_shares(top, history, title_pad)
     _draw_effective(below, history)
     for axes in (top, below):

@@ -1,6 +1,6 @@
 """An incident as a file that one can share: what happened when, with the numbers and the pictures. Markdown and HTML.
 
-Times are wall-clock where the run recorded them. Nothing is written that the run's store does not hold.
+Times are wall-clock where the run recorded them. Nothing is written that the evidence does not hold.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
-from equipoise.monitor.evidence import Evidence, evidence_of
+from equipoise.monitor.evidence import Evidence
 from equipoise.monitor.incidents import DONE, PAGE, REPAIR_COLUMNS, changes_of, effect_text, repair_row, target
-from equipoise.monitor.plot import plot_layer_load
-from equipoise.monitor.store import RunStore
-from equipoise.monitor.triage import Triage, onset, triage
+from equipoise.monitor.plot import draw_layer_load
+from equipoise.monitor.triage import Triage, onset
 from equipoise.types import Action
 
 NO_REPAIR = "No repair is recorded."
@@ -30,7 +29,7 @@ td, th {{ padding: .3rem .8rem .3rem 0; text-align: left; vertical-align: top }}
 """
 
 
-def write_report(store: RunStore, path: str | Path, now: float | None = None) -> tuple[Path, Path]:
+def write_report(evidence: Evidence, found: Triage, path: str | Path) -> tuple[Path, Path]:
     """Write `path`.md and `path`.html, and the pictures of the layers that collapsed beside them; return both.
 
     path: without a suffix, or with one of the two. The HTML holds its pictures and needs no other file.
@@ -39,12 +38,10 @@ def write_report(store: RunStore, path: str | Path, now: float | None = None) ->
     base = Path(path)
     base = base.with_suffix("") if base.suffix in (".md", ".html") else base
     base.parent.mkdir(parents=True, exist_ok=True)
-    evidence = evidence_of(store, now)
-    found = triage(evidence, str(store.path.parent))
     pictures = []
     for number, (layer, marks) in enumerate(_marks(evidence).items(), start=1):
         name = base.with_name(f"{base.name}-{number}.png")
-        pictures.append((layer, plot_layer_load(store, layer, name, marks=marks)))
+        pictures.append((layer, draw_layer_load(evidence.routing[layer], name, marks=marks)))
     markdown = base.with_suffix(".md")
     markdown.write_text(_markdown(evidence, found, pictures), encoding="utf-8")
     page = base.with_suffix(".html")

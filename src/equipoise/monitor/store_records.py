@@ -20,18 +20,19 @@ _WIDTHS = {1: "u1", 2: "<u2", 4: "<u4", 8: "<i8"}  # bytes of a count -> its typ
 
 def dump(value: Any) -> str:
     """JSON text; NaN and infinities, which JSON has not, become the strings that float() reads."""
-    return json.dumps(_plain(value), allow_nan=False)
+    return json.dumps(plain(value), allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """What JSON can hold of it, with the strings of NaN and infinities."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

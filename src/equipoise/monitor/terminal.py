@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,13 @@ MAX_CELLS = 64
 MAX_FIRING = 4  # alerts shown in full
 RECENT = 4  # resolved alerts and repairs shown
 STATE_STYLES = {"proposed": "dim", "applied": "cyan", "kept": "green", "undone": "yellow", "failed": "red"}
+SPEEDS = {  # words -> (a server's scalar, how it is written)
+    "requests/s": ("requests_per_s", ".1f"),
+    "running": ("running", ".0f"),
+    "waiting": ("queue_depth", ".0f"),
+    "first token p99 ms": ("time_to_first_token_ms.p99", ".0f"),
+    "next p99 ms": ("inter_token_ms.p99", ".0f"),
+}
 RATE_STEPS = 50  # the time left is extrapolated from so many recorded steps
 
 
@@ -42,8 +49,9 @@ RATE_STEPS = 50  # the time left is extrapolated from so many recorded steps
 class RunView:
     """What the terminal shows of a run, at one moment. None for what the run has not recorded.
 
-    losses: training losses by step, oldest first. routing: the newest flush, in the order of the model.
-    firing, resolved: alerts now, and those that are over. repairs: a record for each, oldest first.
+    losses: training losses by step, oldest first; of a server, tokens/s. routing: the newest flush, in the order of the
+    model. firing, resolved: alerts now, and those that are over. repairs: a record for each, oldest first. speeds: of a
+    server, what it does now and how fast, as texts; None for training.
     """
 
     name: str
@@ -59,13 +67,16 @@ class RunView:
     firing: tuple[Alert, ...]
     resolved: tuple[Alert, ...]
     repairs: tuple[Action, ...]
+    speeds: Mapping[str, str] | None = None
 
 
 def view_of(store: RunStore) -> RunView:
-    """Read the view from a run's store: scalars loss, val_perplexity, tokens_per_s; meta name, total_steps, status."""
+    """Read the view from a run's store: scalars loss, val_perplexity, tokens_per_s, and a server's; meta
+    name, kind, total_steps, status."""
     with store.snapshot():
         meta = store.meta()
-        losses = store.scalar_history("loss", last=2000)
+        server = meta.get("kind") == "server"
+        losses = store.scalar_history("tokens_per_s" if server else "loss", last=2000)
         routing = store.latest_routing()
         last_change = {alert.key: alert for alert in store.alerts()}
         steps = [step for step, _, _ in losses[-1:]] + [stats.step for stats in routing[:1]]
@@ -75,7 +86,7 @@ def view_of(store: RunStore) -> RunView:
             status=str(meta.get("status", "running")),
             step=step,
             total_steps=total,
-            loss=losses[-1][1] if losses else None,
+            loss=losses[-1][1] if losses and not server else None,
             val_perplexity=_latest(store, "val_perplexity"),
             tokens_per_s=_latest(store, "tokens_per_s"),
             seconds_left=_seconds_left(losses[-RATE_STEPS:], total),
@@ -84,6 +95,7 @@ def view_of(store: RunStore) -> RunView:
             firing=tuple(alert for alert in last_change.values() if alert.state == "firing"),
             resolved=tuple(alert for alert in last_change.values() if alert.state == "resolved"),
             repairs=tuple(repairs(store.actions())),
+            speeds=_speeds(store) if server else None,
         )
 
 
@@ -145,7 +157,8 @@ class _Screen:
         view, width = self.view, options.max_width
         parts: list[RenderableType] = [_header(view)]
         if view.losses:
-            parts.append(Text.assemble(("loss ", "dim"), (sparkline(view.losses, width - 9), "cyan")))
+            name = "loss " if view.speeds is None else "tokens/s "
+            parts.append(Text.assemble((name, "dim"), (sparkline(view.losses, width - 4 - len(name)), "cyan")))
         if view.total_steps and view.status == "running":  # last: rich ends its bar without a new line
             parts.append(ProgressBar(total=view.total_steps, completed=view.step, width=width - 4))
         title = Text.assemble((view.name, "bold"), "  ", (view.status, "dim"))
@@ -156,12 +169,11 @@ class _Screen:
 
 def _header(view: RunView) -> Text:
     total = f"/{view.total_steps}" if view.total_steps else ""
-    fields = [("step", f"{view.step}{total}"), ("loss", _number(view.loss, ".4f"))]
-    fields += [
-        ("val perplexity", _number(view.val_perplexity, ".2f")),
-        ("tokens/s", _number(view.tokens_per_s, ",.0f")),
-    ]
-    if view.status == "running":
+    fields = [("step", f"{view.step}{total}")]
+    if view.speeds is None:
+        fields += [("loss", _number(view.loss, ".4f")), ("val perplexity", _number(view.val_perplexity, ".2f"))]
+    fields += [("tokens/s", _number(view.tokens_per_s, ",.0f")), *(view.speeds or {}).items()]
+    if view.status == "running" and view.speeds is None:
         fields.append(("left", _duration(view.seconds_left)))
     return Text("  ").join(Text.assemble((f"{name} ", "dim"), (value, "bold")) for name, value in fields)
 
@@ -306,6 +318,12 @@ def _duration(seconds: float | None) -> str:
 def _latest(store: RunStore, name: str) -> float | None:
     history = store.scalar_history(name, last=1)
     return history[0][1] if history else None
+
+
+def _speeds(store: RunStore) -> dict[str, str]:
+    """Of a server that has recorded them."""
+    found = {words: (_latest(store, name), form) for words, (name, form) in SPEEDS.items()}
+    return {words: format(value, form) for words, (value, form) in found.items() if value is not None}
 
 
 def _seconds_left(history: Sequence[tuple[int, float, float]], total_steps: int | None) -> float | None:

@@ -9,42 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
+from equipoise.monitor.check import Check, Desk
 from equipoise.monitor.detectors import CollapseDetector, expected_per_expert
 from equipoise.monitor.evidence import Evidence
 from equipoise.monitor.incidents import EXHAUSTED, LOOK_AT_INPUT, Incident, told
 from equipoise.monitor.rules import drop_rate, load_moved
+from equipoise.monitor.triage_serving import FAULTS, WEIGHTS, changed_in_service, serving_checks
 from equipoise.types import Action, RoutingStats
 
-Verdict = Literal["ok", "trouble", "past", "unknown"]
 DETECT = CollapseDetector()
 LOGITS, OTHERS = "Did this router's logits change?", "Did the other layers' loads move at the same time?"
 REPAIRED = "Has anything been done about it?"
 STALE_S, MOVED_PSI, JUMP = 300.0, 0.25, 1.5
 MAX_TOLD = 6  # repairs, the newest
-NOT_SWITCHED_ON = (
-    "A resumed run keeps its configuration, so repairs can't be switched on in this one: start the next one with "
-    "--recover, and the recovery ladder acts at once. Without it the ladder only proposes what it would do."
-)
-
-
-@dataclass(frozen=True)
-class Check:
-    """One question of the tree. "past": it explains trouble that is over. since_step: when the trouble began.
-
-    command: that shows or mends it.
-    """
-
-    question: str
-    verdict: Verdict
-    answer: str
-    since_step: int | None = None
-    layer: str | None = None
-    remedy: str = ""
-    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,23 +42,28 @@ class Triage:
 
 
 def triage(evidence: Evidence, folder: str = "RUN") -> Triage:
-    """Walk the tree. folder: the run's path, for the commands in the answers."""
-    alive = _alive(evidence, folder)
-    uneven = _uneven(evidence, folder)
-    checks, rest = [alive, uneven], [_dead(evidence), _dropped(evidence), _logits(evidence), _loss(evidence)]
+    """Walk the tree. folder: the run's path, for the commands in the answers; a running server says its own."""
+    live = evidence.serving
+    desk = Desk(folder if live is None else live.folder, evidence.is_server, None if live is None else live.admin_port)
+    alive = _alive(evidence, desk)
+    judged = replace(evidence, routing={layer: _judged(history) for layer, history in evidence.routing.items()})
+    uneven = _uneven(judged, desk)
+    checks, rest = [alive, uneven], [_dead(evidence), _dropped(evidence), _logits(evidence)]
+    rest = serving_checks(evidence, desk) + rest if evidence.is_server else [*rest, _loss(evidence)]
     over = uneven.verdict == "ok"
     if uneven.layer is not None and uneven.since_step is not None:
-        changed = what_changed(evidence, uneven.layer, uneven.since_step)
+        changed = what_changed(judged, uneven.layer, uneven.since_step, desk)
         checks += [replace(each, verdict="past") if over and each.verdict == "trouble" else each for each in changed]
-        checks.append(_repaired(evidence, uneven.layer, uneven.since_step, folder, over=over))
+        checks.append(_repaired(evidence, uneven.layer, uneven.since_step, desk, over=over))
     elif any(incident.firing for incident in evidence.incidents):
-        rest.append(_repaired(evidence, None, 0, folder))
+        rest.append(_repaired(evidence, None, 0, desk))
     checks += rest
     return Triage(evidence.name, tuple(checks), _conclusion(checks))
 
 
 def onset(history: Sequence[RoutingStats]) -> tuple[int, int] | None:
     """(first, last) step of the latest unbroken stretch of flushes in which the layer had collapsed, or None."""
+    history = _judged(history)
     bad = [any(finding.rule == "collapse" for finding in DETECT([stats])) for stats in history]
     if not any(bad):
         return None
@@ -89,18 +74,22 @@ def onset(history: Sequence[RoutingStats]) -> tuple[int, int] | None:
     return history[first].step, history[last].step
 
 
-def what_changed(evidence: Evidence, layer: str, step: int) -> list[Check]:
-    """What was different from `step` on: this router's logits, the other layers, the traffic, the optimizer."""
+def _judged(history: Sequence[RoutingStats]) -> tuple[RoutingStats, ...]:
+    """The flushes with tokens enough for an opinion."""
+    return tuple(stats for stats in history if expected_per_expert(stats) >= DETECT.min_expected)
+
+
+def what_changed(evidence: Evidence, layer: str, step: int, desk: Desk) -> list[Check]:
+    """What was different from `step` on: this router's logits, the other layers, the traffic; and in training the
+    optimizer, in service the weights and the mix of the batches."""
     before, after = _around(evidence.routing[layer], step)
     if before is None or after is None:
-        return [
-            Check("What changed?", "unknown", "It was so from the first flush on; there is no before to compare with.")
-        ]
+        return [Check("What changed?", "unknown", "There is no flush from before with enough tokens to compare with.")]
     return [
         _router_changed(layer, before, after),
         _others_moved(evidence, layer, step),
         _traffic_changed(before, after),
-        _step_changed(evidence, step),
+        *(changed_in_service(evidence, before.step, step, desk) if desk.server else [_step_changed(evidence, step)]),
     ]
 
 
@@ -111,8 +100,10 @@ def _around(history: Sequence[RoutingStats], step: int) -> tuple[RoutingStats | 
     return (before[-1] if before else None), (after[0] if after else None)
 
 
-def _alive(evidence: Evidence, folder: str) -> Check:
-    question = "Is the run alive, and are the numbers fresh?"
+def _alive(evidence: Evidence, desk: Desk) -> Check:
+    question = f"Is the {'server' if desk.server else 'run'} alive, and are the numbers fresh?"
+    if not evidence.routing and desk.server:
+        return Check(question, "unknown", f"No request has been served yet, status {evidence.status}.")
     if not evidence.routing:
         return Check(
             question,
@@ -126,21 +117,15 @@ def _alive(evidence: Evidence, folder: str) -> Check:
             question,
             "trouble",
             f"It says it runs, but has been silent: {age}.",
-            remedy="Look whether the process lives. If it was killed, go on from its newest whole checkpoint.",
-            command=f"equipoise train --resume --out {folder}",
+            remedy="Look whether the process lives, and at its log. If it was killed, start it again.",
+            command=desk.start_again,
         )
     return Check(question, "ok", f"{age[0].upper()}{age[1:]}.")
 
 
-def _uneven(evidence: Evidence, folder: str) -> Check:
+def _uneven(evidence: Evidence, desk: Desk) -> Check:
     question = "Does a layer send its tokens to few experts?"
-    judged = {
-        layer: history
-        for layer, history in evidence.routing.items()
-        if history and expected_per_expert(history[-1]) > 0
-    }
-    if not judged:
-        return Check(question, "unknown", "There is no traffic to judge.")
+    judged = {layer: history for layer, history in evidence.routing.items() if history}
     now = {
         layer: found
         for layer, history in judged.items()
@@ -157,8 +142,15 @@ def _uneven(evidence: Evidence, folder: str) -> Check:
             since[0] if since else judged[layer][-1].step,
             layer,
             now[layer][0].remedy,
-            f"equipoise watch {folder}",
+            desk.watch,
         )
+    for incident in evidence.incidents:  # the monitor adds thin flushes up: it may know more than any of them shows
+        if incident.firing and incident.finding.rule == "collapse":
+            alarm = incident.finding
+            answer = f"{alarm.message}: an alert since step {incident.fired}."
+            return Check(question, "trouble", answer, incident.since, alarm.layer, alarm.remedy, desk.watch)
+    if not judged:
+        return Check(question, "unknown", "No flush has tokens enough to judge by, and no alert fires.")
     past = {layer: span for layer, history in judged.items() if (span := onset(history))}
     worst = max(judged.values(), key=lambda history: history[-1].max_violation)[-1]
     even = f"the least even layer now is {worst.layer}, MaxVio {worst.max_violation:.2f}, "
@@ -237,7 +229,7 @@ def _step_changed(evidence: Evidence, step: int) -> Check:
     return Check(question, "ok", f"No: {text}.")
 
 
-def _repaired(evidence: Evidence, layer: str | None, since: int, folder: str, *, over: bool = False) -> Check:
+def _repaired(evidence: Evidence, layer: str | None, since: int, desk: Desk, *, over: bool = False) -> Check:
     """What was done about a layer's collapse; without a layer, about the alerts that fire. over: it is even again."""
     firing = [incident for incident in evidence.incidents if incident.firing]
     page = next((incident for incident in firing if incident.finding.rule == EXHAUSTED), None)
@@ -245,24 +237,20 @@ def _repaired(evidence: Evidence, layer: str | None, since: int, folder: str, *,
     done = [action for action in made if action.state != "proposed"]
     earlier = len(made) - MAX_TOLD
     text = "; ".join(told(action) for action in made[-MAX_TOLD:]) + (f"; {earlier} earlier" if earlier > 0 else "")
-    watch = f"equipoise watch {folder}"
     if page is not None:
         answer = f"No repair is left, a human was called at step {page.fired}: {page.finding.message}."
         answer += f" Done: {text}." if text else ""
-        return Check(REPAIRED, "trouble", answer, page.fired, page.finding.layer, page.finding.remedy, watch)
+        return Check(REPAIRED, "trouble", answer, page.fired, page.finding.layer, page.finding.remedy, desk.watch)
     if not made:
-        return Check(REPAIRED, "unknown", "No repair is recorded.", remedy=NOT_SWITCHED_ON)
+        return Check(REPAIRED, "unknown", "No repair is recorded.", None, None, *desk.switch_on())
     if not done:
         looked = made[-1].kind == LOOK_AT_INPUT
-        remedy = "Compare what is sent with what was sent before it began." if looked else NOT_SWITCHED_ON
-        return Check(REPAIRED, "unknown", f"No, it was only proposed: {text}.", remedy=remedy)
+        advice = ("Compare what is sent with what was sent before it began.", "") if looked else desk.switch_on()
+        return Check(REPAIRED, "unknown", f"No, it was only proposed: {text}.", None, None, *advice)
     if done[-1].state not in ("undone", "failed"):
         return Check(REPAIRED, "ok", f"{text}.")
-    remedy = (
-        "The last repair did not hold, and the model is as it was before it. The ladder's next rung follows by itself; "
-        f"where none does, go back to a checkpoint from before step {since or done[0].step}."
-    )
-    return Check(REPAIRED, "past" if over else "trouble", f"{text}.", done[-1].step, layer, remedy, watch)
+    advice = desk.go_back(since or done[0].step)
+    return Check(REPAIRED, "past" if over else "trouble", f"{text}.", done[-1].step, layer, *advice)
 
 
 def _made(evidence: Evidence, layer: str | None, since: int, firing: Sequence[Incident]) -> list[Action]:
@@ -312,6 +300,8 @@ def _logits(evidence: Evidence) -> Check:
     if wild:
         text = ", ".join(f"{s.layer} {s.logit_logsumexp:.3g}" for s in wild)
         return Check(question, "trouble", f"Log-sum-exp: {text}.", layer=wild[0].layer, remedy="Add ZLoss(1e-3).")
+    if not last:
+        return Check(question, "unknown", "None are recorded.")
     largest = max((s.logit_logsumexp for s in last if not math.isnan(s.logit_logsumexp)), default=math.nan)
     return Check(question, "ok", f"The largest mean log-sum-exp is {largest:.3g}.")
 
@@ -338,7 +328,8 @@ def _conclusion(checks: Sequence[Check]) -> str:
     trouble = [check for check in checks if check.verdict == "trouble"]
     if uneven.verdict == "trouble":
         tried = next((check.remedy for check in trouble if check.question == REPAIRED), "")
-        remedy = tried or uneven.remedy  # what was tried in vain is not to be advised
+        source = next((check.remedy for check in trouble if check.question in (FAULTS, WEIGHTS)), "")
+        remedy = source or tried or uneven.remedy  # what was tried in vain is not to be advised
         return f"{uneven.layer} has collapsed since step {uneven.since_step}. {_cause(rest)} {remedy}"
     if trouble:
         first = trouble[0]
@@ -353,6 +344,10 @@ def _conclusion(checks: Sequence[Check]) -> str:
 def _cause(checks: Sequence[Check]) -> str:
     """The most likely one, in a sentence."""
     changed = {check.question for check in checks if check.verdict in ("trouble", "past")}
+    if FAULTS in changed:
+        return "A fault was put in on purpose."
+    if WEIGHTS in changed:
+        return "Other weights were taken just before."
     if OTHERS in changed:
         return "Other layers moved with it: look at the input first."
     if LOGITS in changed:

@@ -79,6 +79,16 @@ class Operator:
         self._care.recovery.act = act
         return act
 
+    @property
+    def acts(self) -> bool:
+        """Whether repairs are made, or only proposed. From any thread."""
+        return self._care.recovery.act
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """Those that are in. From any thread."""
+        return tuple(str(sentence(injection.fault)) for injection in tuple(self._injected))
+
     def put_in(self, record: object) -> str:
         """A fault of the model, as `equipoise inject` writes it; says what. Raises ValueError where it can't be."""
         fault: Fault = from_json(record)
@@ -114,14 +124,14 @@ class Operator:
         return {
             "weights": vars(self.weights.version) | {"checkpoints": self.weights.names()},
             "recovery": {
-                "acts": care.recovery.act,
+                "acts": self.acts,
                 "policy": care.config.policy,
                 "on_trial": None if trial is None else {"kind": trial.kind, "layer": trial.layer, "step": trial.step},
             },
             "breaker": None if care.guard is None else care.guard.states(),
             "modes": {name: layer.mode.to_json() for name, layer in care.layers.items() if layer.mode != NORMAL},
             "alerts": [vars(alert.finding) | {"since_step": alert.since_step} for alert in care.watch.alerts],
-            "faults": [str(sentence(injection.fault)) for injection in self._injected],
+            "faults": list(self.faults),
             "degraded": list(care.reasons()),
             "notes": list(care.notes),
         }

@@ -17,11 +17,13 @@ from equipoise.monitor.prometheus.live import LiveSource
 from equipoise.recovery.gate import Gate
 from equipoise.serve.admin import admin_token, endpoints, for_operators
 from equipoise.serve.api.app import create_app
+from equipoise.serve.api.endpoints import ENDPOINTS
 from equipoise.serve.api.served import Bounds, Served
 from equipoise.serve.api.template import BUILT_IN, ChatTemplate
 from equipoise.serve.care import Care, CareConfig, Shared
 from equipoise.serve.engine import Engine, blocks_that_fit
 from equipoise.serve.equipment import equip
+from equipoise.serve.evidence import Witness
 from equipoise.serve.loop import EngineLoop
 from equipoise.serve.metrics import ServingMetrics
 from equipoise.serve.operator import Operator
@@ -84,9 +86,12 @@ class Server:
         self.served = self._served(layers)
         self.token = admin_token(config.folder, environment)
 
-    def public_app(self) -> Starlette:
-        """For clients."""
-        return create_app(self.served)
+    def public_app(self, admin_port: int | None = None) -> Starlette:
+        """For clients. admin_port: where the verbs are, for whoever asks what is wrong."""
+        if self.operator is None:
+            return create_app(self.served)
+        witness = Witness(self.operator, self.config.folder, self.config.limits.max_waiting, admin_port)
+        return create_app(self.served, (*ENDPOINTS, witness.endpoint))
 
     def admin_app(self) -> Starlette | None:
         """For operators; None for a model without experts, which has nothing to operate on."""
