@@ -130,6 +130,17 @@ def test_who_came_first_is_never_interrupted():
     assert sorted(played.ended) == ["b", "c", "d", "first"]
 
 
+def test_who_came_last_gives_way():
+    played = Played(num_blocks=5, max_running=3, tokens_per_step=20)
+    for id in "abc":
+        played.add(id, num_prompt=4, max_tokens=12)
+    while not played.scheduler.num_preempted:  # until the first one needs a third block
+        played.step()
+    assert [each.request.id for each in played.scheduler.running] == ["a", "b"]
+    assert [each.request.id for each in played.scheduler.waiting] == ["c"]
+    played.play()
+
+
 def test_the_interrupted_wait_in_the_order_of_arrival():
     played = Played(max_running=8, tokens_per_step=64)
     sequences = [played.add(id) for id in "abcd"]
