@@ -23,8 +23,8 @@ Body = Mapping[str, Any]
 class Told:
     """What came of one request. Times are seconds of time.perf_counter.
 
-    pieces: when each chunk with text or tokens came. error: empty for an answer that ended as it should. left: this
-    client went away before the end, as it had meant to.
+    pieces: when each chunk with text came. degraded, seed: as the server says. error: empty for an answer that ended as
+    it should. left: this client went away before the end, as it had meant to.
     """
 
     body: Body
@@ -37,6 +37,7 @@ class Told:
     status: int = 0
     degraded: str = ""
     usage: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
     error: str = ""
     left: bool = False
 
@@ -64,7 +65,7 @@ async def ask(client: httpx.AsyncClient, api: str, body: Body, leave_after: int 
             told.status = response.status_code
             told.degraded = response.headers.get("x-equipoise-degraded", "")
             if response.status_code != 200:
-                told.error = f"status {response.status_code}: {(await response.aread()).decode()[:200]}"
+                told.error = f"status {response.status_code}: {(await response.aread()).decode()[:400]}"
             else:
                 await _read(told, response, leave_after)
     except httpx.HTTPError as error:
@@ -85,6 +86,7 @@ async def _read(told: Told, response: httpx.Response, leave_after: int | None) -
             return
         told.id = chunk.get("id", told.id)
         told.usage = chunk.get("usage") or told.usage
+        told.seed = chunk.get("equipoise", {}).get("seed", told.seed)
         for choice in chunk.get("choices", ()):
             if choice.get("text"):
                 told.pieces.append(time.perf_counter())
