@@ -104,10 +104,12 @@ class EngineLoop:
 
     def _submit(self, request: Request, listener: _Listener) -> Future[None]:
         with self._condition:
-            if self._error or self._stopping:
-                raise StoppedError(self._error or "the engine has been stopped")
-            if self._draining:
+            if self._error:
+                raise StoppedError(self._error)
+            if self._draining:  # also when it has stopped since: to whoever asks it is the same shut-down
                 raise DrainingError("the server is shutting down and takes no new requests")
+            if self._stopping:
+                raise StoppedError("the engine has been stopped")
             if request.id in self._listeners:
                 raise RequestError("id", f"expected a new one, {request.id!r} is being served")
             if len(self._listeners) >= self._max_open:

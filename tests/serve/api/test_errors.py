@@ -167,6 +167,15 @@ def test_a_server_on_its_way_out_takes_no_requests(model):
         own.client().completions.create(model="tiny", prompt="x")
 
 
+def test_who_comes_after_a_shut_down_is_told_of_it_and_of_no_failure(model):
+    with running(model) as own:
+        assert own.served.loop.drain(5)
+        own.served.loop.stop()
+        with pytest.raises(openai.InternalServerError, match="shutting down") as error:
+            own.client().completions.create(model="tiny", prompt="x")
+        assert (error.value.status_code, error.value.code) == (503, "draining")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_requests_that_are_open_when_the_engine_stops_are_told(model, stream, caplog):
     caplog.set_level(logging.CRITICAL, "equipoise.serve")

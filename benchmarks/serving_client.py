@@ -1,0 +1,131 @@
+"""A client of OpenAI's completions that keeps times: one request, streamed, from its sending to its end.
+
+httpx and a few lines for server-sent events; the official client parses every chunk into objects, which would take
+processor time from the server beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+PATIENCE_S = 180.0
+Body = Mapping[str, Any]
+
+
+@dataclass(eq=False)
+class Told:
+    """What came of one request. Times are seconds of time.perf_counter.
+
+    pieces: when each chunk with text came. degraded, seed: as the server says. error: empty for an answer that ended as
+    it should. left: this client went away before the end, as it had meant to.
+    """
+
+    body: Body
+    began: float
+    ended: float = 0.0
+    pieces: list[float] = field(default_factory=list)
+    text: str = ""
+    id: str = ""
+    finish: str = ""
+    status: int = 0
+    degraded: str = ""
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    error: str = ""
+    left: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether the whole answer came."""
+        return self.finish in ("stop", "length") and not self.error and not self.left
+
+    @property
+    def first_s(self) -> float | None:
+        """From the sending to the first piece."""
+        return self.pieces[0] - self.began if self.pieces else None
+
+    @property
+    def between_s(self) -> list[float]:
+        """From piece to piece."""
+        return [after - before for before, after in zip(self.pieces, self.pieces[1:], strict=False)]
+
+
+async def ask(client: httpx.AsyncClient, api: str, body: Body, leave_after: int | None = None) -> Told:
+    """Send it and read the stream to its end, or leave after so many pieces. Never raises for what the server does."""
+    told = Told(body, time.perf_counter())
+    try:
+        async with client.stream("POST", f"{api}/completions", json={**body, "stream": True}) as response:
+            told.status = response.status_code
+            told.degraded = response.headers.get("x-equipoise-degraded", "")
+            if response.status_code != 200:
+                told.error = f"status {response.status_code}: {(await response.aread()).decode()[:400]}"
+            else:
+                await _read(told, response, leave_after)
+    except httpx.HTTPError as error:
+        told.error = f"{type(error).__name__}: {error}"
+    told.ended = time.perf_counter()
+    if not told.error and not told.left and not told.finish:
+        told.error = "the stream ended without a finish_reason"
+    return told
+
+
+async def _read(told: Told, response: httpx.Response, leave_after: int | None) -> None:
+    async for line in response.aiter_lines():
+        if not line.startswith("data: ") or line == "data: [DONE]":
+            continue
+        chunk = json.loads(line[6:])
+        if "error" in chunk:
+            told.error = str(chunk["error"])[:200]
+            return
+        told.id = chunk.get("id", told.id)
+        told.usage = chunk.get("usage") or told.usage
+        told.seed = chunk.get("equipoise", {}).get("seed", told.seed)
+        for choice in chunk.get("choices", ()):
+            if choice.get("text"):
+                told.pieces.append(time.perf_counter())
+                told.text += choice["text"]
+            told.finish = choice.get("finish_reason") or told.finish
+        if leave_after is not None and len(told.pieces) >= leave_after and not told.finish:
+            told.left = True
+            return
+
+
+def new_client(num_connections: int) -> httpx.AsyncClient:
+    """With room for so many requests at a time. It speaks to this machine alone, without encryption."""
+    limits = httpx.Limits(max_connections=num_connections, max_keepalive_connections=num_connections)
+    return httpx.AsyncClient(timeout=PATIENCE_S, limits=limits, trust_env=False, verify=False)
+
+
+class Together:
+    """Asks many things at the same time, from code that is not asynchronous. Connections are kept from call to call."""
+
+    def __init__(self, api: str, num_connections: int) -> None:
+        self._api, self._runner = api, asyncio.Runner()
+        self._client = self._runner.run(_made(num_connections))
+
+    def ask(self, bodies: Sequence[Body]) -> list[Told]:
+        """All answers. Raises RuntimeError unless every one is whole."""
+
+        async def all_of_them() -> list[Told]:
+            return await asyncio.gather(*(ask(self._client, self._api, body) for body in bodies))
+
+        told = self._runner.run(all_of_them())
+        if errors := [each.error for each in told if not each.finished]:
+            raise RuntimeError(f"{len(errors)} of {len(told)} requests failed: {errors[0]}")
+        return told
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._runner.run(self._client.aclose())
+        self._runner.close()
+
+
+async def _made(num_connections: int) -> httpx.AsyncClient:
+    return new_client(num_connections)
