@@ -31,6 +31,15 @@ TOKEN_FILE, VARIABLE, MIN_TOKEN = "admin_token", "EQUIPOISE_ADMIN_TOKEN", 16
 _STATUSES = (400, 401, 408, 409, 413, 415, 500, 503)
 
 
+# Alerts of `equipoise export rules`, by the rule of the monitor whose repairs may help; those that are not here, and
+# alerts without a layer, are none that a change of the model would end.
+RULES = {
+    "EquipoiseLayerCollapse": "collapse",
+    "EquipoiseDeadExperts": "dead_experts",
+    "EquipoiseLogitBlowUp": "logits",
+    "EquipoiseLogitStdDrift": "logits",
+    "EquipoiseDropRate": "drops",
+}
 Handler = Callable[[Served, Call], Awaitable[Reply]]
 
 
@@ -71,7 +80,7 @@ class FaultBody:
 
 @dataclass(frozen=True, kw_only=True)
 class AlertsBody:
-    """What Alertmanager posts (webhook, version 4). Of each alert the labels `layer` and `rule` are used."""
+    """What Alertmanager posts (webhook, version 4). Of each alert the label `layer` is used, and `rule` or the name."""
 
     alerts: tuple[Mapping[str, Any], ...]
 
@@ -141,9 +150,10 @@ class Verbs:
     async def alerts(self, served: Served, call: Call) -> Reply:
         """Of an alert manager."""
         done: list[Action] = []
-        for alert in _firing(_body(AlertsBody, call)):
+        found, others = _firing(_body(AlertsBody, call))
+        for alert in found:
             done += await _do(self._care.call(partial(self._operator.repair, *alert)))
-        return Reply(_actions(done))
+        return Reply({**_actions(done), "ignored": others})
 
     async def drain(self, served: Served, call: Call) -> Reply:
         """No new requests."""
@@ -192,20 +202,21 @@ async def _do(future: Future[T]) -> T:
         raise ApiError(409, str(error), None, "refused") from error
 
 
-def _firing(body: AlertsBody) -> list[tuple[str, str, str]]:
-    """(layer, rule, what it says) of the alerts that fire."""
-    found = []
+def _firing(body: AlertsBody) -> tuple[list[tuple[str, str, str]], int]:
+    """((layer, rule, what it says) of the alerts that a repair may help, how many others fire)."""
+    found, others = [], 0
     for number, alert in enumerate(body.alerts):
         labels, notes = alert.get("labels"), alert.get("annotations") or {}
         if alert.get("status") == "resolved":
             continue
         if not isinstance(labels, Mapping) or not isinstance(notes, Mapping):
-            raise invalid(f"alerts[{number}].labels", "expected an object with layer and rule")
-        layer, rule = str(labels.get("layer", "")), str(labels.get("rule", ""))
-        if not layer or not rule:
-            raise invalid(f"alerts[{number}].labels", "expected layer and rule among them")
-        found.append((layer, rule, str(notes.get("summary", "an alert manager says so"))))
-    return found
+            raise invalid(f"alerts[{number}].labels", "expected an object, as Alertmanager sends it")
+        layer, rule = str(labels.get("layer", "")), str(labels.get("rule", RULES.get(str(labels.get("alertname")), "")))
+        if layer and rule:
+            found.append((layer, rule, str(notes.get("summary", "an alert manager says so"))))
+        else:
+            others += 1
+    return found, others
 
 
 def _actions(actions: list[Action]) -> dict[str, Any]:

@@ -15,8 +15,10 @@ import httpx
 import openai
 import pytest
 
+from equipoise.monitor.prometheus.commands import export
 from equipoise.monitor.store import RunStore
-from equipoise.serve.admin import VARIABLE, admin_token
+from equipoise.recovery.policy import SERVING_RUNGS
+from equipoise.serve.admin import RULES, VARIABLE, admin_token
 
 SRC = Path(__file__).parents[3] / "src"
 LAYER = "layers.1.mlp"
@@ -113,9 +115,13 @@ def test_verbs(server):
         assert admin.post("reload/undo", json={}).json()["source"] == "step-000080"
         assert len(admin.post("router/rollback", json={}).json()["actions"]) == 2
         assert admin.post("recovery", json={"act": "yes"}).status_code == 400
-        assert admin.post("alerts", json={"alerts": [{"status": "firing", "labels": {}}]}).status_code == 400
+        assert admin.post("alerts", json={"alerts": [{"status": "firing", "labels": 3}]}).status_code == 400
         resolved = {"status": "resolved", "labels": {"layer": LAYER, "rule": "collapse"}}
-        assert admin.post("alerts", json={"alerts": [resolved]}).json() == {"actions": []}
+        others = {"status": "firing", "labels": {"alertname": "EquipoiseMonitorStalled", "run": "run"}}
+        ignored = admin.post("alerts", json={"alerts": [resolved, others]}).json()
+        assert ignored == {"actions": [], "ignored": 1}
+        unknown = {"status": "firing", "labels": {"alertname": "EquipoiseDeadExperts", "layer": "layers.9.mlp"}}
+        assert admin.post("alerts", json={"alerts": [unknown]}).status_code == 409
         assert admin.post("drain", json={}).json()["draining"] is True
         assert httpx.get(f"{server.url}/health/ready").status_code == 503
         assert admin.post("resume", json={}).json()["draining"] is False
@@ -170,6 +176,12 @@ def _wait_for(look, seconds=60.0):
         assert time.monotonic() < until
         threading.Event().wait(0.05)
     return found
+
+
+def test_names_of_the_exported_rules_are_known():
+    text = export("rules", "relative", runbooks="x")
+    assert all(f'alert: "{name}"' in text for name in RULES)
+    assert set(RULES.values()) <= set(SERVING_RUNGS)
 
 
 def test_sigterm_finishes_what_is_open(trained, tmp_path):
