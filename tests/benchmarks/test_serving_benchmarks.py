@@ -14,7 +14,9 @@ from benchmarks.serve_events import Watched
 from benchmarks.serve_llama_cpp import neighbours
 from benchmarks.serve_load import as_before
 from benchmarks.serve_mixtral import LOGITS_LIMIT, check_maps, logits_error, mixtral_of
+from benchmarks.serve_overhead import PARTS
 from benchmarks.serve_peers import SMOKE_SIZES, Workload, agreement, workload
+from benchmarks.serve_soak import gauge, slope_per_hour
 from benchmarks.serve_traffic import Known, Span, check, wrong_with
 from benchmarks.serving import random_model
 from benchmarks.serving_client import Told
@@ -168,3 +170,34 @@ def test_latency_is_as_before_when_a_window_is():
     event = Watched("slow", began=10.0, detected=11.0, ended=29.0)
     assert as_before(pairs, event, 4.0) == pytest.approx(14.0 + 4.0 - 11.0)
     assert as_before(pairs, Watched("slow", began=10.0, detected=11.0, ended=16.0), 4.0) is None
+
+
+# ------------------------------------------------------------------------------------------------- soak, overhead
+
+
+def test_the_soak_leaves_nothing_behind():
+    must, figures = run_benchmark("serve_soak")["tables"]
+    assert {row["holds"] for row in must["rows"]} == {"yes"}
+    number = {row[""]: row["number"] for row in figures["rows"]}
+    assert number["requests sent"] == number["finished"] + number["left by their client"] > 0
+    assert number["answers compared with the slow twin"] > 0
+    assert number["memory at the end [MiB]"] > 0
+
+
+def test_growth_is_the_slope_of_the_line():
+    # 3 MiB in a tenth of an hour, whatever is added
+    assert slope_per_hour([0, 180, 360], [100.0, 101.5, 103.0]) == pytest.approx(30.0)
+
+
+def test_a_gauge_is_read_and_missed():
+    text = "# HELP equipoise_serve_open_requests ...\nequipoise_serve_open_requests 3.0\n"
+    assert gauge(text, "open_requests") == 3
+    with pytest.raises(ValueError, match="/metrics: expected equipoise_serve_running, found none"):
+        gauge(text, "running")
+
+
+def test_every_part_of_care_is_timed_beside_the_engine_alone():
+    [table] = run_benchmark("serve_overhead")["tables"]
+    assert [row["with"] for row in table["rows"]] == list(PARTS)
+    assert table["rows"][0]["/ engine alone"] == {"median": 1.0, "low": 1.0, "high": 1.0}
+    assert all(row["step [ms]"]["low"] > 0 for row in table["rows"])
