@@ -76,6 +76,9 @@ class ServeOptions:
     """Of the experts' metrics for Prometheus."""
     drain_s: float = 30.0
     """Seconds that open requests get after SIGTERM or Ctrl-C."""
+    ray: int | None = None
+    """So many replicas behind Ray Serve, on the cluster of RAY_ADDRESS or one on this machine; without admin port and
+    dashboard. Needs the extra `ray`."""
 
 
 def serve(
@@ -95,6 +98,12 @@ def serve(
     from equipoise.serve.server import Server
 
     loaded, config = _prepare(run, options)
+    if options.ray is not None:
+        from equipoise.commands.serve_ray import Fleet, serve_replicas
+
+        del loaded  # it can be served: that was the question
+        fleet = Fleet(options.ray, options.host, options.port, options.drain_s)
+        return serve_replicas(run, options.dtype, config, fleet)
     server = Server(loaded, config, os.environ)
     return Front(server, options).run()
 
@@ -130,7 +139,7 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
     loaded = load(run, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype))
     config = ServerConfig(
         name=options.name or loaded.folder.resolve().name,
-        folder=options.out or _free(loaded.folder / "serving"),
+        folder=options.out or _free(loaded.folder / ("serving" if options.ray is None else "serving-ray")),
         cache_gb=options.cache_gb,
         prefix_reuse=options.prefix_reuse,
         limits=limits,
