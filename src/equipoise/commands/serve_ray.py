@@ -115,8 +115,8 @@ def _reach(url: str) -> None:
         httpx.get(f"{url}/health/ready", timeout=PATIENCE_S).raise_for_status()
     except httpx.HTTPError as error:
         raise ValueError(
-            f"ray: expected the replicas at {url}, got {type(error).__name__}; where the cluster runs Ray Serve already, "
-            "--host and --port must be its own"
+            f"ray: expected the replicas at {url}, got {type(error).__name__}; where the cluster runs Ray Serve "
+            "already, --host and --port must be its own"
         ) from error
 
 
