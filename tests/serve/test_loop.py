@@ -163,6 +163,20 @@ def test_refused_requests_leave_nothing_behind(model):
     assert_nothing_leaks(engine)
 
 
+def test_who_is_done_does_not_end_the_next_one_of_the_same_name(model):
+    async def work(loop):
+        first = loop.stream(greedy("a", PROMPT, 2))
+        while (await anext(first)).finish is None:
+            pass
+        second = loop.stream(greedy("a", PROMPT, 40))
+        pieces = [await anext(second)]
+        await first.aclose()
+        return whole([*pieces, *[piece async for piece in second]])
+
+    with started(tiny_engine(model)) as loop:
+        assert_same(run(work(loop)), answer(model, TOKENIZER, greedy("a", PROMPT, 40)))
+
+
 def test_too_many_open_or_waiting(model):
     held = Held()
 
