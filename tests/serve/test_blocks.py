@@ -43,6 +43,15 @@ def test_what_was_used_last_is_kept_longest():
     assert (pool.match([1])[0], pool.match([2])[0]) == ([a], [])
 
 
+def test_what_holds_nothing_is_taken_before_what_does():
+    pool = BlockPool(3, 1)
+    [held] = fill(pool, [1])
+    others = pool.allocate(2)
+    pool.release(others[:1])
+    assert pool.allocate(1) == others[:1]
+    assert pool.match([1])[0] == [held]
+
+
 def test_beginnings_are_kept_longer_than_ends():
     pool = BlockPool(3, 1)
     blocks = fill(pool, [1, 2, 3])

@@ -268,6 +268,13 @@ def test_a_forward_that_fails_once_is_tried_again(model):
     assert_nothing_leaks(engine)
 
 
+def test_only_failures_in_a_row_count(model):
+    calls = iter(range(10**6))
+    with broken(model, lambda tokens: next(calls) % 4 < 2):
+        got = answers(tiny_engine(model), [greedy("a", PROMPT, 12)])["a"]
+    assert_same(got, expect(model, greedy("a", PROMPT, 12)))
+
+
 def test_a_model_that_always_fails_ends_all_requests(model):
     engine = tiny_engine(model)
     with broken(model, lambda tokens: True):
@@ -316,6 +323,29 @@ def test_what_is_not_a_number_is_not_found_again():
     got = answers(engine, [greedy("again", PROMPT, 5)])["again"]
     assert got.num_cached == 0
     assert_same(got, expected)
+
+
+def test_what_is_not_a_number_is_seen_before_others_can_share_it():
+    """In the middle of a long prompt, not at its end."""
+    model = tiny_model(tie_embeddings=False)
+    with torch.no_grad():
+        model.embed_tokens.weight[200] = torch.nan
+    engine = tiny_engine(model, limits=Limits(max_running=2, tokens_per_step=18))
+    prompt = [*PROMPT[:9], 200, *PROMPT, *PROMPT]
+    engine.add(greedy("bad", prompt))
+    assert [output.finish for output in engine.step()] == ["failed"]
+    assert engine.pool.match(prompt)[0] == []
+    assert_nothing_leaks(engine)
+
+
+def test_a_prefix_that_was_damaged_is_not_found_again(model):
+    """Whoever finds it fails; after that it is computed anew."""
+    request = greedy("a", PROMPT, 3)
+    engine = tiny_engine(model)
+    answers(engine, [request])
+    engine._runner.kv.values_LSHD.fill_(torch.nan)
+    assert answers(engine, [request])["a"].finish == "failed"
+    assert_same(answers(engine, [request])["a"], expect(model, request))
 
 
 def test_a_vocabulary_that_is_filled_up():

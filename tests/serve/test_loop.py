@@ -163,6 +163,20 @@ def test_refused_requests_leave_nothing_behind(model):
     assert_nothing_leaks(engine)
 
 
+def test_who_is_done_does_not_end_the_next_one_of_the_same_name(model):
+    async def work(loop):
+        first = loop.stream(greedy("a", PROMPT, 2))
+        while (await anext(first)).finish is None:
+            pass
+        second = loop.stream(greedy("a", PROMPT, 40))
+        pieces = [await anext(second)]
+        await first.aclose()
+        return whole([*pieces, *[piece async for piece in second]])
+
+    with started(tiny_engine(model)) as loop:
+        assert_same(run(work(loop)), answer(model, TOKENIZER, greedy("a", PROMPT, 40)))
+
+
 def test_too_many_open_or_waiting(model):
     held = Held()
 
@@ -319,9 +333,17 @@ def test_progress_counts_only_while_there_is_work(model):
 
     with started(tiny_engine(model), running=held, clock=lambda: clock[0]) as loop:
         run(work(loop))
-        clock[0] = 10_000.0
-        while loop.progress().seconds:  # until the thread waits
+
+        def stands_still():
+            clock[0] += 1000.0
+            return loop.progress().seconds == 0.0
+
+        for _ in range(10_000):  # until the thread waits
+            if all(stands_still() for _ in range(3)):
+                break
             threading.Event().wait(0.001)
+        else:
+            raise AssertionError("without work the time goes on")
         assert loop.progress().num_steps == 3  # two pieces of the prompt, one more token
 
 

@@ -17,7 +17,7 @@ def plans(draw):
     """(block size, (blocks, cuts) of each sequence): scattered blocks, each sequence computed in pieces."""
     size = draw(st.sampled_from([1, 3, 8]))
     lengths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=5))
-    numbers = draw(st.permutations(range(sum(-(-length // size) for length in lengths))))
+    numbers = draw(st.permutations(range(1, 1 + sum(-(-length // size) for length in lengths))))  # 0 is nobody's
     plan = []
     for length in lengths:
         count = -(-length // size)
@@ -36,7 +36,7 @@ def test_each_sequence_as_if_alone(drawn, dirty, most_blocks):
 
 
 def compare(size, plan, dirty):
-    kv = PagedKV(MODEL.config, sum(len(blocks) for blocks, _ in plan), size, torch.float64)
+    kv = PagedKV(MODEL.config, 1 + sum(len(blocks) for blocks, _ in plan), size, torch.float64)
     if dirty:  # whoever had the blocks has left what is not a number
         kv.keys_LSHD.fill_(torch.nan)
         kv.values_LSHD.fill_(torch.nan)
@@ -54,6 +54,20 @@ def compare(size, plan, dirty):
                 done[n] = end
         for n, parts in enumerate(got):
             torch.testing.assert_close(torch.cat(parts), MODEL(torch.tensor([tokens[n]]))[0])
+
+
+def test_where_a_shorter_one_ends_nothing_of_others_is_read():
+    """Two answers of 2 and 3 blocks go on together; whose block 0 is has left what is not a number."""
+    kv = PagedKV(MODEL.config, 6, 4, torch.float64)
+    kv.keys_LSHD[:, :4] = kv.values_LSHD[:, :4] = torch.nan
+    tokens = [list(range(8)), list(range(20, 32))]
+    with torch.inference_mode():
+        for starts, counts in (((0, 0), (7, 11)), ((7, 11), (1, 1))):
+            spans = [Span(blocks, *part) for blocks, *part in zip(([2, 1], [3, 5, 4]), starts, counts, strict=True)]
+            row = [token for n, span in enumerate(spans) for token in tokens[n][span.start : span.end]]
+            logits = MODEL(torch.tensor([row]), cache=Ragged(kv, spans))[0]
+        for n in range(2):
+            torch.testing.assert_close(logits[n], MODEL(torch.tensor([tokens[n]]))[0, -1])
 
 
 def test_other_tokens_than_those_of_the_spans():

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from equipoise.serve import sampling
 from equipoise.serve.request import RequestError, Sampling
 from equipoise.serve.sampling import Row, _descending, _penalise, choose, logprobs_of, uniform
 
@@ -83,7 +84,11 @@ def test_cold_takes_the_likeliest(temperature):
     assert draws([0.0, 1.0, 0.99], 200, temperature=temperature) == {1: 200}
 
 
-def test_a_token_that_cannot_be_is_never_drawn():
+def test_a_token_that_cannot_be_is_never_drawn(monkeypatch):
+    for point in (0.0, 0.5, 1 - 2**-53):
+        monkeypatch.setattr(sampling, "uniform", lambda seed, position, point=point: point)
+        assert set(draws([-math.inf, 0.0, -math.inf, 0.0, -math.inf], 1)) <= {1, 3}
+    monkeypatch.undo()
     assert set(draws([-math.inf, 0.0, -math.inf, 0.0, -math.inf], 500)) == {1, 3}
 
 

@@ -1,13 +1,12 @@
 """Text comes out piece by piece as it would at once, wherever it is cut."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from equipoise.serve.text import TextStream
 
-LETTERS = st.sampled_from("ab.é€𝄞")
-TEXTS = st.text(LETTERS, max_size=12)
-STOPS = st.lists(st.text(st.sampled_from("ab.é"), min_size=1, max_size=4), max_size=3)
+TEXTS = st.text(st.sampled_from("ab𝄞"), max_size=12)  # few letters, so that stops are found, in part or whole
+STOPS = st.lists(st.text(st.sampled_from("ab𝄞"), min_size=1, max_size=4), max_size=3)
 
 
 @st.composite
@@ -28,6 +27,7 @@ def at_once(text, stops):
     return text, None
 
 
+@settings(max_examples=300)
 @given(cut_bytes(TEXTS.map(str.encode)), STOPS)
 def test_wherever_it_is_cut(pieces, stops):
     stream = TextStream(stops)
@@ -36,6 +36,7 @@ def test_wherever_it_is_cut(pieces, stops):
     assert ("".join([*shown, stream.finish()]), stream.stopped) == (whole, stop)
 
 
+@settings(max_examples=300)
 @given(cut_bytes(TEXTS.map(str.encode)), STOPS)
 def test_as_much_as_is_certain_is_shown_and_no_more(pieces, stops):
     """After each piece: all but the longest end that a stop may begin with."""

@@ -62,7 +62,8 @@ class StepReport:
 class Engine:
     """Continuous batching over one model.
 
-    num_blocks, block_size: of the cache. on_step: is told about each step. Raises ValueError for limits out of range.
+    num_blocks, block_size: of the cache. on_step: is told about each step, and must not raise. Raises ValueError for
+    sizes out of range.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Which answers to go on with when not all can: those whose last tokens went to the same experts.
 
 Weights of an expert are read once for all tokens that go to it; where reading them is what takes time, a batch that
-touches fewer experts is faster. Nobody waits for more than a given number of steps.
+touches fewer experts is faster. Who was left out for a given number of steps goes before all others.
 """
 
 from __future__ import annotations

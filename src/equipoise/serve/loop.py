@@ -100,7 +100,7 @@ class EngineLoop:
                 if output.finish is not None:
                     return
         finally:
-            self._close(request.id)
+            self._close(request.id, listener)
 
     def _submit(self, request: Request, listener: _Listener) -> Future[None]:
         with self._condition:
@@ -117,11 +117,13 @@ class EngineLoop:
             self._listeners[request.id] = listener
             return self._post(lambda: self.engine.add(request))
 
-    def _close(self, id: str) -> None:
-        """Nobody waits for this answer any more."""
+    def _close(self, id: str, listener: _Listener) -> None:
+        """It waits no more. Where its answer has ended, the id may be another's by now."""
         with self._condition:
-            if self._listeners.pop(id, None) is not None and not self._stopping and not self._error:
-                self._post(lambda: self.cancel(id))
+            if self._listeners.get(id) is listener:
+                del self._listeners[id]
+                if not self._stopping and not self._error:
+                    self._post(lambda: self.cancel(id))
             self._condition.notify_all()
 
     def between_steps(self, function: Callable[[], T]) -> Future[T]:

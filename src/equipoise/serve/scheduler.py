@@ -38,8 +38,8 @@ class Piece:
 class Limits:
     """max_running: sequences at a time. tokens_per_step: computed in one forward, prompts and answers together.
     max_waiting: requests that wait; more are refused. decode_batch: answers that go on in one step; None is all of
-    them. group_by_experts: with a decode_batch, prefer answers whose last tokens went to the same experts; nobody is
-    left out for more than max_skips steps in a row.
+    them. group_by_experts: with a decode_batch, prefer answers whose last tokens went to the same experts; who was left
+    out max_skips steps in a row goes before all others.
     """
 
     max_running: int = 64

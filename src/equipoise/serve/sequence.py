@@ -60,7 +60,6 @@ class Sequence:
         """Give all blocks back and wait again; what is computed is computed anew, the tokens stay."""
         pool.release(self.blocks)
         self.blocks, self.num_computed = [], 0
-        self.prefix, self.num_published = ROOT, 0
         self.experts, self.prompt_logprobs = [], [None]
         self.state = "waiting"
 
