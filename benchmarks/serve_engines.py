@@ -99,15 +99,15 @@ def http_server(subject: Subject) -> Iterator[Run]:
     folder = subject.folder
     with (
         served(folder / "run", folder / "records", *options, log=folder / "serve.log") as server,
-        over_http(server.api, subject.max_running, ignore_eos=True) as run,
+        over_http(server.api, ignore_eos=True) as run,
     ):
         yield run
 
 
 @contextmanager
-def over_http(api: str, num_connections: int, **more: Any) -> Iterator[Run]:
+def over_http(api: str, **more: Any) -> Iterator[Run]:
     """Prompts as token ids, to any server of OpenAI's API; all requests at the same time."""
-    together = Together(api, num_connections)
+    together = Together(api)
 
     def run(asks: Sequence[Ask]) -> list[str]:
         bodies = [
@@ -195,7 +195,7 @@ def transformers_serve(subject: Subject, *options: str) -> Iterator[Run]:
         return [subject.tokenizer.decode(int(number) for number in re.findall(r"t(\d+)", text)) for text in texts]
 
     log = subject.folder / f"transformers{''.join(options[:1])}.log"
-    with listening(command, address, log) as (_, api), closing(Together(api, subject.max_running)) as together:
+    with listening(command, address, log) as (_, api), closing(Together(api)) as together:
         try:
             run([Ask((1, 2, 3), 2)])
         except RuntimeError as error:
@@ -235,6 +235,6 @@ def llama_cpp(subject: Subject) -> Iterator[Run]:
 
     with (
         listening(command, address, subject.folder / "llama.log") as (_, api),
-        over_http(api, subject.max_running, ignore_eos=True) as run,
+        over_http(api, ignore_eos=True) as run,
     ):
         yield run

@@ -35,6 +35,7 @@ from equipoise.train.report import Silent
 from equipoise.train.run import open_data
 
 SLOWER, WITHIN_S = 1.2, 30.0
+GONE = ("ClientConnectorError", "ServerDisconnectedError", "ClientOSError")  # nobody listens any more
 LATE_S = 0.2  # clients go on asking for so long after SIGTERM
 NAME = "bench"
 
@@ -229,9 +230,15 @@ def _lag(lags: Sequence[float]) -> Spread:
 
 
 def refused_at_end(observed: Observed) -> list[Told]:
-    """Reached the server on its way out: it said so, or did not listen any more."""
-    late = [each for each in observed.told if each.error and not each.pieces and each.ended >= observed.terminated]
-    return [each for each in late if '"draining"' in each.error or each.error.startswith("ConnectError")]
+    """Reached the server on its way out and were told so; or sent after SIGTERM, when nobody listened any more."""
+    return [
+        each
+        for each in observed.told
+        if each.error
+        and not each.pieces
+        and each.ended >= observed.terminated
+        and ('"draining"' in each.error or (each.error.startswith(GONE) and each.began >= observed.terminated))
+    ]
 
 
 def failed(observed: Observed) -> list[Told]:

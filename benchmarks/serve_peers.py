@@ -71,8 +71,8 @@ def decoder(vocab_size: int, dim: int, num_layers: int, num_experts: int, hidden
 
 
 SIZES = {
-    "demo (dim 192, 4 layers, 16 experts)": decoder(2048, 192, 4, 16, 256),
-    "large (dim 512, 8 layers, 16 experts)": decoder(8192, 512, 8, 16, 512),
+    "demo: dim 192, 4 layers, 16 experts": decoder(2048, 192, 4, 16, 256),
+    "large: dim 512, 8 layers, 16 experts": decoder(8192, 512, 8, 16, 512),
 }
 SMOKE_SIZES = {"smoke": decoder(512, 64, 2, 4, 64)}
 
@@ -243,11 +243,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_peers", description=__doc__)
     parser.add_argument("--rounds", type=int, default=4, help="each engine's turns")
     parser.add_argument("--only", nargs="*", default=list(PEERS), metavar="PEER", help="besides ours")
+    parser.add_argument("--models", nargs="*", default=["demo", "large"], help="which of demo and large")
     add_output_arguments(parser)
     options = parser.parse_args()
     if unknown := [name for name in options.only if name not in PEERS]:
         parser.error(f"--only: expected some of {', '.join(PEERS)}, got {unknown[0]}")
-    sizes, dtypes, effort = SIZES, DTYPES, Effort(options.rounds, warmup=1)
+    sizes = {name: config for name, config in SIZES.items() if name.partition(":")[0] in options.models}
+    dtypes, effort = DTYPES, Effort(options.rounds, warmup=1)
     max_running = 64
     if options.smoke:
         torch.set_num_threads(1)

@@ -26,7 +26,7 @@ from benchmarks.report import Cell, Report, Table, add_output_arguments, announc
 from benchmarks.serve_load import NAME, train_run
 from benchmarks.serve_traffic import Checked, Mix, Prompts, Traffic, check, make_pool
 from benchmarks.serving import Server, served
-from benchmarks.serving_client import PATIENCE_S, ask
+from benchmarks.serving_client import PATIENCE_S, ask, new_client
 from equipoise.models.run_files import load
 
 WARM_UP = 0.25  # of the time: allocators, caches and rolling windows fill up
@@ -89,7 +89,8 @@ async def soak(server: Server, traffic: Traffic, seconds: float, every_s: float)
         traffic.stopping = True
         await clients
         # The gauges are those of the newest step, and who hangs up last makes none: one more request brings one.
-        last = await ask(client, server.api, {"model": NAME, "prompt": "The", "max_tokens": 1, "ignore_eos": True})
+        async with new_client() as one:
+            last = await ask(one, server.api, {"model": NAME, "prompt": "The", "max_tokens": 1, "ignore_eos": True})
         if not last.finished:
             raise RuntimeError(f"the last request: expected an answer, got {last.error}")
         samples.append(await sample(client, server, began))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import httpx
+import aiohttp
 import torch
 
 from benchmarks.serving_client import Body, Told, ask, new_client
@@ -105,12 +105,12 @@ class Traffic:
 
     async def run(self) -> None:
         """All clients, until `stopping`; then each gets the answer that it waits for."""
-        async with new_client(self.mix.num_clients) as client:
+        async with new_client() as client:
             ticking = asyncio.create_task(self._tick())
             await asyncio.gather(*(self._client(client, number) for number in range(self.mix.num_clients)))
             ticking.cancel()
 
-    async def _client(self, client: httpx.AsyncClient, number: int) -> None:
+    async def _client(self, client: aiohttp.ClientSession, number: int) -> None:
         rng = random.Random(number)
         await asyncio.sleep(rng.random())
         round_ = 0
