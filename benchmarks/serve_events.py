@@ -47,8 +47,9 @@ class Operator:
 class Watched:
     """One event. Times are seconds of time.perf_counter, None for what did not happen.
 
-    detected: an alert, an open breaker, or a refusal. acted: the first repair in force, or on trial. over: nothing was
-    wrong any more, by the server's own word. restored: all was as it was loaded. repairs: kinds that were seen.
+    detected: an alert or a breaker that is not closed, which was not there before, or a refusal. acted: the first
+    repair in force, or on trial. over: none of this any more, by the server's own word. ended: it was put back.
+    restored: all was as it was loaded. until: the next event. repairs: kinds that were seen. lasts: see `Event`.
     """
 
     name: str
@@ -57,7 +58,10 @@ class Watched:
     acted: float | None = None
     over: float | None = None
     ended: float = 0.0
+    until: float = 0.0
     restored: float | None = None
+    lasts: bool = False
+    ills_before: frozenset[str] = frozenset()
     repairs: list[str] = field(default_factory=list)
     said: str = ""
 
@@ -80,11 +84,13 @@ class Scene:
 
 @dataclass(frozen=True)
 class Event:
-    """begin: makes it happen, and returns what was said if that was already all. ills: whether it should be noticed."""
+    """begin: makes it happen, and returns what was said if that was already all. ills: whether it should be noticed.
+    lasts: nothing can be done about it until it is put back."""
 
     name: str
     begin: Callable[[Scene], Awaitable[str]]
     ills: bool = False
+    lasts: bool = False
 
 
 async def collapse(scene: Scene) -> str:
@@ -156,7 +162,7 @@ def _copy(run: Path, noise: float) -> str:
 
 
 EVENTS = (
-    Event("clients hang up", leaving),
+    Event("clients hang up", leaving, lasts=True),
     Event("damaged checkpoint", damaged, ills=True),
     Event("worse checkpoint", worse, ills=True),
     Event("good reload", good),
@@ -174,8 +180,9 @@ async def play(scene: Scene, events: tuple[Event, ...], gap_s: float) -> list[Wa
     seen = []
     for event in events:
         announce(event.name)
+        before = ills(await scene.operator.state())
         began = time.perf_counter()
-        watched = Watched(event.name, began)
+        watched = Watched(event.name, began, lasts=event.lasts, ills_before=before)
         watched.said = await event.begin(scene)
         if watched.said:
             watched.detected = watched.over = time.perf_counter()
@@ -183,27 +190,34 @@ async def play(scene: Scene, events: tuple[Event, ...], gap_s: float) -> list[Wa
             _note(watched, await scene.operator.state())
             await asyncio.sleep(POLL_S)
         watched.ended = time.perf_counter()
-        await _put_back(scene, watched, began + 0.75 * gap_s)
+        await _put_back(scene, watched, began + 0.95 * gap_s)
         seen.append(watched)
         await asyncio.sleep(max(0.0, began + gap_s - time.perf_counter()))
+        watched.until = time.perf_counter()
     return seen
 
 
+def ills(state: State) -> frozenset[str]:
+    """Critical alerts, and breakers that are not closed. Drift of the load is a remark: pieces of text differ."""
+    alarms = {f"{alert['layer']}:{alert['rule']}" for alert in state["alerts"] if alert["severity"] == "critical"}
+    return frozenset(
+        alarms | {f"breaker {name}" for name, each in (state["breaker"] or {}).items() if each != "closed"}
+    )
+
+
 def _note(watched: Watched, state: State) -> None:
-    """What the server knows by now. Drift of the load is a remark, not an alarm: pieces of text differ."""
+    """What the server knows by now, of this event."""
     now = time.perf_counter()
-    trial = state["recovery"]["on_trial"]
-    shut = [name for name, each in (state["breaker"] or {}).items() if each != "closed"]
-    alarms = [alert for alert in state["alerts"] if alert["severity"] == "critical"]
-    if alarms or shut:
+    trial, new = state["recovery"]["on_trial"], ills(state) - watched.ills_before
+    if new:
         watched.detected = watched.detected or now
         watched.over = None
     kinds = [trial["kind"]] if trial else []
-    kinds += ["breaker"] if shut else []
+    kinds += ["breaker"] if any(name.startswith("breaker") for name in new) else []
     watched.repairs += [kind for kind in kinds if kind not in watched.repairs]
-    if kinds or state["modes"]:
+    if kinds:
         watched.acted = watched.acted or now
-    if watched.detected and not alarms and not trial:
+    if watched.detected and not new and not trial:
         watched.over = watched.over or now
 
 

@@ -150,11 +150,12 @@ def percentiles(pairs: np.ndarray, begin: float, end: float) -> tuple[float | No
 
 
 def as_before(pairs: np.ndarray, event: Watched, window_s: float) -> float | None:
-    """Seconds from the detection, or the beginning where there is nothing to detect, until the p99 of a window is at
-    most 1.2 times that of the one before the event; None where that was not seen."""
+    """Seconds from the detection until the p99 of a window is at most 1.2 times that of the one before the event; None
+    where that was not seen. From the beginning where there is nothing to detect, from the end of what lasts until it is
+    put back."""
     _, before = percentiles(pairs, event.began - window_s, event.began)
-    since = event.detected or event.began
-    for begin in np.arange(since, event.ended - window_s, window_s / 4):
+    since = event.ended if event.lasts else event.detected or event.began
+    for begin in np.arange(since, event.until - window_s, window_s / 4):
         _, after = percentiles(pairs, begin, begin + window_s)
         if before is not None and after is not None and after <= SLOWER * before:
             return float(begin + window_s - since)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks.serve_events import Watched
+from benchmarks.serve_events import Watched, ills
 from benchmarks.serve_llama_cpp import neighbours
 from benchmarks.serve_load import as_before
 from benchmarks.serve_mixtral import LOGITS_LIMIT, check_maps, logits_error, mixtral_of
@@ -167,9 +167,21 @@ def test_two_answers_with_one_id_are_noticed():
 def test_latency_is_as_before_when_a_window_is():
     # A gap of 10 ms each 0.1 s; from 10 s to 14 s of 100 ms. Noticed at 11 s: the window from 14 s on is the first.
     pairs = np.array([(at / 10, 0.1 if 100 <= at < 140 else 0.01) for at in range(300)])
-    event = Watched("slow", began=10.0, detected=11.0, ended=29.0)
+    event = Watched("slow", began=10.0, detected=11.0, until=29.0)
     assert as_before(pairs, event, 4.0) == pytest.approx(14.0 + 4.0 - 11.0)
-    assert as_before(pairs, Watched("slow", began=10.0, detected=11.0, ended=16.0), 4.0) is None
+    assert as_before(pairs, Watched("slow", began=10.0, detected=11.0, until=16.0), 4.0) is None
+    lasts = Watched("slow", began=10.0, detected=11.0, ended=14.0, until=29.0, lasts=True)
+    assert as_before(pairs, lasts, 4.0) == pytest.approx(4.0)
+
+
+def test_only_what_was_not_there_before_is_an_events_doing():
+    alerts = [
+        {"layer": "layers.0.mlp", "rule": "collapse", "severity": "critical"},
+        {"layer": "layers.0.mlp", "rule": "load_drift", "severity": "warning"},
+    ]
+    state = {"alerts": alerts, "breaker": {"layers.0.mlp": "closed", "layers.1.mlp": "half_open"}}
+    assert ills(state) == {"layers.0.mlp:collapse", "breaker layers.1.mlp"}
+    assert ills({"alerts": [], "breaker": None}) == frozenset()
 
 
 # ------------------------------------------------------------------------------------------------- soak, overhead
