@@ -45,6 +45,8 @@ def serve_replicas(run: Path, dtype: str, config: ServerConfig, fleet: Fleet) ->
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: asked.set())
         name = f"equipoise-{config.name}"
+        if name in serve.status().applications:
+            raise ValueError(f"ray: the cluster serves {name} already; end that first, or give another --name")
         try:
             serve.run(_application(serve, run, dtype, config, fleet), name=name, route_prefix="/")
             url = f"http://{fleet.host}:{port}"
