@@ -312,50 +312,55 @@ def test_changed_weights_between_two_steps():
 
 
 def test_progress_counts_only_while_there_is_work(model):
-    clock = [100.0]
-    held = Held()
+    clock, held = [100.0], Held()
 
-    async def work(loop):
-        clock[0] = 5000.0  # idle until now
-        task = asyncio.create_task(collect(loop, greedy("a", PROMPT, 2)))
+    async def work(loop, id):
+        clock[0] += 5000.0  # idle until now
+        task = asyncio.create_task(collect(loop, greedy(id, PROMPT[:9], 2)))
         assert await asyncio.to_thread(held.waits.wait, TIMEOUT)
         assert loop.progress().seconds == 0.0
-        clock[0] = 5007.0  # the step doesn't come
+        clock[0] += 7.0  # the step doesn't come
         assert loop.progress().seconds == 7.0
+        num_steps = loop.progress().num_steps
         held.let(1)
-        while loop.progress().num_steps < 1:
+        while loop.progress().num_steps == num_steps:
             await asyncio.sleep(0)
         assert loop.progress().seconds == 0.0
-        held.let()
+        held.let(1)
         await task
-        clock[0] = 9000.0
-        await asyncio.wrap_future(loop.between_steps(lambda: None))
 
     with started(tiny_engine(model), running=held, clock=lambda: clock[0]) as loop:
-        run(work(loop))
-
-        def stands_still():
-            clock[0] += 1000.0
-            return loop.progress().seconds == 0.0
-
-        for _ in range(10_000):  # until the thread waits
-            if all(stands_still() for _ in range(3)):
-                break
-            threading.Event().wait(0.001)
-        else:
-            raise AssertionError("without work the time goes on")
-        assert loop.progress().num_steps == 3  # two pieces of the prompt, one more token
+        for id in "ab":
+            run(work(loop, id))
+            for _ in range(10_000):  # until the thread waits
+                if loop._idle:
+                    break
+                threading.Event().wait(0.001)
+            assert loop.progress().seconds == 0.0
+        assert loop.progress().num_steps == 4  # a prompt and one more token, twice
 
 
 def test_a_thread_that_is_stuck_in_a_call_makes_no_progress(model):
+    """As soon as somebody waits for it."""
     clock, go, stuck = [0.0], threading.Event(), threading.Event()
-    with started(tiny_engine(model), clock=lambda: clock[0]) as loop:
-        done = loop.between_steps(lambda: stuck.set() or go.wait(TIMEOUT))
-        assert stuck.wait(TIMEOUT)
-        clock[0] = 60.0
+
+    async def work(loop):
+        task = asyncio.create_task(collect(loop, greedy("a", PROMPT, 2)))
+        while loop.progress().num_open < 1:
+            await asyncio.sleep(0)
         assert loop.progress().seconds == 60.0
         go.set()
-        assert done.result(TIMEOUT)
+        return await task
+
+    with started(tiny_engine(model), clock=lambda: clock[0]) as loop:
+        try:
+            loop.between_steps(lambda: stuck.set() or go.wait(TIMEOUT))
+            assert stuck.wait(TIMEOUT)
+            clock[0] = 60.0
+            assert loop.progress().seconds == 0.0
+            assert run(work(loop)).finish == "length"
+        finally:
+            go.set()
 
 
 def test_states(model):

@@ -31,8 +31,8 @@ class StoppedError(RuntimeError):
 
 @dataclass(frozen=True)
 class Progress:
-    """num_steps: so far. seconds: since the last step ended, while there is work; 0 without work. error: the thread has
-    ended with it."""
+    """num_steps: so far. seconds: since the last step or call ended, or the thread began to work, while requests are
+    open; else 0. error: the thread has ended with it."""
 
     num_steps: int
     seconds: float
@@ -145,7 +145,8 @@ class EngineLoop:
     def progress(self) -> Progress:
         """Whether it moves."""
         with self._condition:
-            seconds = 0.0 if self._idle else self._clock() - self._last_progress
+            nobody_waits = self._idle or not self._listeners
+            seconds = 0.0 if nobody_waits else self._clock() - self._last_progress
             return Progress(self._num_steps, seconds, len(self._listeners), self._error)
 
     @property
