@@ -1,5 +1,6 @@
 """A client that goes away takes its requests with it, and nobody else's."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -7,6 +8,7 @@ import threading
 import pytest
 from tests.serve.api.serving import MAX_TOKENS, expected, wait_until
 
+from equipoise.serve.api.app import create_app
 from equipoise.serve.api.served import GONE
 
 LONG = {"model": "tiny", "max_tokens": MAX_TOKENS - 10, "ignore_eos": True}
@@ -88,3 +90,32 @@ def test_closing_a_stream_of_the_official_client_cancels(server, client):
     assert wait_until(lambda: server.counted)
     assert server.counted[0].status == GONE
     assert 0 < server.counted[0].answer_tokens < LONG["max_tokens"]
+
+
+def test_a_cancelled_task_is_a_client_that_went_away(server):
+    """As Ray Serve says it: no message, the application's task is cancelled."""
+    server.counted.clear()
+    body = [{"type": "http.request", "body": json.dumps(LONG | {"prompt": "x", "stream": True}).encode()}]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions"}
+    scope |= {"query_string": b"", "headers": [(b"content-type", b"application/json")], "root_path": ""}
+
+    async def main():
+        begun = asyncio.Event()
+
+        async def receive():
+            if not body:
+                await asyncio.Event().wait()
+            return body.pop()
+
+        async def send(message):
+            begun.set()
+
+        task = asyncio.create_task(create_app(server.served)(scope, receive, send))
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert [each.status for each in server.counted] == [GONE]
+    assert server.idle()

@@ -19,7 +19,7 @@ from equipoise.serve.api.access import client_of, given_key, is_known
 from equipoise.serve.api.endpoints import Call, Endpoint, Reply
 from equipoise.serve.api.errors import ApiError, api_error, log
 from equipoise.serve.api.plan import Caller
-from equipoise.serve.api.served import GONE, Served
+from equipoise.serve.api.served import GONE, Counted, Served
 from equipoise.serve.api.tally import Tally
 
 Scope = MutableMapping[str, Any]
@@ -53,14 +53,21 @@ async def converse(served: Served, endpoint: Endpoint, scope: Scope, receive: Re
         call = Call(caller, body, scope.get("path_params", {}), tally)
         await unless_gone(receive, _say(served, endpoint, call, speaker))
         status = speaker.status
-    except ClientGoneError:
+    except (ClientGoneError, asyncio.CancelledError) as error:
         status = speaker.status if speaker.complete else GONE
+        if isinstance(error, asyncio.CancelledError):  # some proxies say it so
+            _count(served, tally.counted(endpoint.path, status, degraded), request_id)
+            raise
     except Exception as error:
         problem = api_error(error, request_id, served.retry_after())
         status = problem.status
         await speaker.complain(problem, receive if unread and status != 408 else None)
+    _count(served, tally.counted(endpoint.path, status, degraded), request_id)
+
+
+def _count(served: Served, counted: Counted, request_id: str) -> None:
     try:
-        served.count(tally.counted(endpoint.path, status, degraded))
+        served.count(counted)
     except Exception:  # who counts must not take down what is counted
         log.exception("counting request %s failed", request_id)
 
