@@ -79,6 +79,16 @@ def test_another_type_leaves_routers_and_biases_alone(run):
         torch.testing.assert_close(loaded(tokens).float(), model.eval()(tokens), rtol=0.05, atol=0.05)
 
 
+def test_the_type_of_the_checkpoint_is_kept(run):
+    folder, model = run
+    state = {
+        name: t.bfloat16() if "router" not in name and t.is_floating_point() else t
+        for name, t in model.state_dict().items()
+    }
+    save_checkpoint(folder / "checkpoints", 3, {"model": state}, {})
+    assert load(folder).model.embed_tokens.weight.dtype == torch.bfloat16
+
+
 def test_held_out_tokens_come_back(tmp_path):
     tokens_BS = torch.randint(0, 60_000, (3, 9))
     write_held_out(tmp_path, tokens_BS)

@@ -248,7 +248,7 @@ MUTANTS = (
     Mutant("recorder-mean-of-means", "monitor/recorder.py",
            _in("monitor/test_recorder.py", "test_losses_are_averages_over_tokens"),
            "losses are averaged without their tokens",
-           "routed.losses.get(name, zero) * decision.num_tokens", "routed.losses.get(name, zero)"),
+           "routed.losses[name] * routed.decision.num_tokens", "routed.losses[name]"),
     Mutant("recorder-never-anew", "monitor/recorder.py", _in("monitor/test_recorder.py", "test_flush_starts_anew"),
            "windows overlap", "        self._buffers.words.zero_()", "        pass"),
     # ------------------------------------------------------------------------------------------ capacity and overflow

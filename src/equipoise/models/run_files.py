@@ -62,8 +62,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
         model = Decoder(config)
     model.to_empty(device=device)
     _fill(model, tensors["model"], checkpoint)
-    if dtype is not None:
-        cast(model, dtype)
+    cast(model, dtype or tensors["model"]["embed_tokens.weight"].dtype)
     return Loaded(model.eval(), Tokenizer.load(folder), read_held_out(folder), folder, checkpoint)
 
 

@@ -133,6 +133,11 @@ class Verbs:
         body = _body(LayerBody, call)
         return Reply(_actions(await _do(self._care.call(lambda: self._operator.rollback_router(body.layer)))))
 
+    async def lift(self, served: Served, call: Call) -> Reply:
+        """Repairs in force end."""
+        body = _body(LayerBody, call)
+        return Reply(_actions(await _do(self._care.call(lambda: self._operator.lift(body.layer)))))
+
     async def put_in(self, served: Served, call: Call) -> Reply:
         """A fault."""
         body = _body(FaultBody, call)
@@ -174,6 +179,7 @@ def endpoints(care: Care, operator: Operator) -> tuple[Endpoint, ...]:
         ("reload", "Take other weights, verified and judged", verbs.reload, ReloadBody),
         ("reload/undo", "Go back to the weights from before", verbs.undo, NoBody),
         ("router/rollback", "Take the newest known-good router", verbs.rollback, LayerBody),
+        ("repairs/lift", "End the repairs that are in force", verbs.lift, LayerBody),
         ("faults", "Put a fault in, for trying this out", verbs.put_in, FaultBody),
         ("faults/remove", "Take all faults out", verbs.take_out, NoBody),
         ("recovery", "Make repairs, or only propose them", verbs.recovery, RecoveryBody),

@@ -69,6 +69,21 @@ class Operator:
             done.append(self._tell("router_rollback", name, "kept", change.note, **change.detail))
         return done
 
+    def lift(self, layer: str | None = None) -> list[Action]:
+        """Repairs in force end: the layers are again as they were configured. One layer, or all.
+
+        Raises ValueError where there is no such layer.
+        """
+        care = self._care
+        if layer is not None:
+            care.recovery.patient.layer(layer)
+        lifted = [name for name, each in care.layers.items() if each.mode != NORMAL and layer in (None, name)]
+        with care.engine.gate.changing():
+            for name in lifted:
+                care.layers[name].set_mode(NORMAL)
+            care.engine.forget_cache()
+        return [self._tell("lift", name, "kept", "the repair in force was lifted by an operator") for name in lifted]
+
     def repair(self, layer: str, rule: str, message: str) -> list[Action]:
         """Someone else's alert calls for a repair."""
         finding = Finding(rule, layer, None, "critical", 1.0, 0.0, message, "Look at whoever sent it.")

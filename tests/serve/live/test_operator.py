@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from equipoise.disk.checkpoint import load_checkpoint, save_checkpoint
-from equipoise.layer.mode import NORMAL
+from equipoise.layer.mode import NORMAL, Mode
 from equipoise.serve.request import Request
 from equipoise.serve.weights import ReloadRefusedError
 
@@ -115,6 +115,20 @@ class TestRouter:
     def test_no_such_layer(self, serve):
         with pytest.raises(ValueError, match="got 'x'"):
             serve().operator.rollback_router("x")
+
+
+def test_repairs_in_force_are_lifted(serve):
+    served = serve()
+    for layer in served.care.layers.values():
+        layer.set_mode(Mode(round_robin=True))
+    [action] = served.operator.lift("layers.1.mlp")
+    assert (action.kind, action.layer, action.state) == ("lift", "layers.1.mlp", "kept")
+    assert [layer.mode == NORMAL for layer in served.care.layers.values()] == [False, True]
+    assert len(served.operator.lift()) == 1
+    assert served.care.reasons() == ()
+    assert served.forgotten
+    with pytest.raises(ValueError, match="got 'x'"):
+        served.operator.lift("x")
 
 
 class TestFaults:

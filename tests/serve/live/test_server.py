@@ -90,7 +90,17 @@ def test_ready_client_and_pages(server):
 def test_the_admin_port_asks_for_the_token(server):
     token_file = server.out / "admin_token"
     assert token_file.stat().st_mode & 0o777 == 0o600
-    paths = ["state", "reload", "reload/undo", "router/rollback", "faults", "faults/remove", "recovery", "alerts"]
+    paths = [
+        "state",
+        "reload",
+        "reload/undo",
+        "router/rollback",
+        "faults",
+        "faults/remove",
+        "recovery",
+        "alerts",
+        "repairs/lift",
+    ]
     for path in [*paths, "drain", "resume"]:
         for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic eDp5"}):
             method = "GET" if path == "state" else "POST"
