@@ -49,18 +49,18 @@ def test_a_step_that_does_not_end_is_noticed(model):
     with running(model, change=lambda served: dataclasses.replace(served, bounds=bounds)) as own:
         go = threading.Event()
         own.served.loop.between_steps(go.wait)
-        assert status(own, "/health/live") == (200, "ok")
         asking = threading.Thread(
             target=httpx.post, args=(f"{own.url}/v1/completions",), kwargs={"json": {"model": "tiny", "prompt": "x"}}
         )
-        asking.start()
         try:
+            assert status(own, "/health/live") == (200, "ok")
+            asking.start()
             assert wait_until(lambda: status(own, "/health/live")[0] == 503)
             assert "1 requests are open, and the engine has made no progress for" in status(own, "/health/live")[1]
             assert status(own, "/health/ready")[0] == 503
         finally:
             go.set()
-            asking.join()
+        asking.join()
         assert wait_until(lambda: status(own, "/health/live") == (200, "ok"))
 
 
