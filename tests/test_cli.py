@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from equipoise.cli import COMMANDS, free_folder
+from equipoise.cli import COMMANDS
+from equipoise.disk.files import free_folder
 from equipoise.monitor.store import RunStore, StoreError
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}

@@ -18,6 +18,7 @@ from equipoise.commands import metrics, watching
 from equipoise.commands.inject import inject
 from equipoise.commands.serve import serve
 from equipoise.dashboard.command import dashboard
+from equipoise.disk.files import free_folder
 from equipoise.train.alerts import NOWHERE, Alerts
 from equipoise.train.config import Overrides
 from equipoise.train.grid import Grid
@@ -235,15 +236,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _explain(error: Exception) -> int:
     print(f"equipoise: {error}", file=sys.stderr)
     return 2
-
-
-def free_folder(wanted: Path) -> Path:
-    """`wanted`, or the first of wanted-2, wanted-3, ... that does not exist."""
-    folder, number = wanted, 1
-    while folder.exists():
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder
 
 
 def _reporter(quiet: bool) -> ConsoleReporter | Silent:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from equipoise.disk.files import free_folder
 from equipoise.monitor.profiles import Profile
 from equipoise.recovery.policy import PolicyName
 
@@ -139,7 +140,7 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
     loaded = load(run, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype))
     config = ServerConfig(
         name=options.name or loaded.folder.resolve().name,
-        folder=options.out or _free(loaded.folder / ("serving" if options.ray is None else "serving-ray")),
+        folder=options.out or free_folder(loaded.folder / ("serving" if options.ray is None else "serving-ray")),
         cache_gb=options.cache_gb,
         prefix_reuse=options.prefix_reuse,
         limits=limits,
@@ -273,12 +274,3 @@ class Public:
         headers = [(b"content-type", kind.encode()), (b"content-length", str(len(text)).encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": text})
-
-
-def _free(wanted: Path) -> Path:
-    """`wanted`, or the first of wanted-2, wanted-3, ... that does not exist."""
-    folder, number = wanted, 1
-    while folder.exists():
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder

@@ -1,4 +1,4 @@
-"""What files need beyond reading and writing: their hash, and to be down on the disk. It knows no formats."""
+"""What files need beyond reading and writing: their hash, to be down on the disk, a free name. It knows no formats."""
 
 from __future__ import annotations
 
@@ -20,3 +20,12 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def free_folder(wanted: Path) -> Path:
+    """`wanted`, or the first of wanted-2, wanted-3, ... that does not exist."""
+    folder, number = wanted, 1
+    while folder.exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
