@@ -93,7 +93,7 @@ def make_config(corpus_file):
 def run_history(out):
     """All that a run has recorded, but for what a clock says: scalars, routing, alerts, repairs."""
     with RunStore.open_readonly(out) as store:
-        names = [name for (name,) in store._rows("SELECT DISTINCT name FROM scalars ORDER BY name")]
+        names = [name for (name,) in store.rows("SELECT DISTINCT name FROM scalars ORDER BY name")]
         scalars = {name: [row[:2] for row in store.scalar_history(name)] for name in names if name != "tokens_per_s"}
         routing = {
             layer: [asdict(stats) | {"counts_E": stats.counts_E.tolist()} for stats in store.routing_history(layer)]
