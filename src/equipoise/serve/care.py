@@ -64,7 +64,7 @@ class Shared:
 
 
 class Care:
-    """Of one model. sinks: get routing, alerts and actions, in this thread."""
+    """Of one model. sinks: get routing, alerts and actions, in this thread. after_look: called there after each."""
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class Care:
         engine: Shared,
         config: CareConfig = CareConfig(),
         sinks: Sequence[Sink] = (),
+        after_look: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.config, self.engine, self.sinks = config, engine, tuple(sinks)
         self.model, self.layers = loaded.model, loaded.model.moe_layers
@@ -100,7 +101,7 @@ class Care:
             gate=engine.gate,
             quiet=self.watch.recorder.paused,
         )
-        self.after_look: Callable[[int], None] = lambda step: None
+        self.after_look = after_look
         self._condition = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._stopping = False

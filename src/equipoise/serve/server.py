@@ -80,8 +80,8 @@ class Server:
         if layers:
             equipment = equip(loaded, config.folder)
             shared = Shared(gate, lambda: self.loop.progress().num_steps, self.loop.forget_cache)
-            self.care = Care(loaded, equipment, shared, config.care, (self.record, live, *sinks))
-            self.care.after_look = self._after_look
+            told: tuple[Sink, ...] = (self.record, live, *sinks)
+            self.care = Care(loaded, equipment, shared, config.care, told, self._after_look)
             self.operator = Operator(loaded, self.care, equipment.canary)
         self.served = self._served(layers)
         self.token = admin_token(config.folder, environment)
