@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import nan
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -205,6 +206,52 @@ class BatchScope:
     def layer(self, index: int) -> BatchScope:
         """The scope as layer number `index` of the model's MoE layers sees it."""
         return self if self.counts is None else replace(self, counts=self.counts[index])
+
+
+# ---------------------------------------------------------------------------------------------- on ranks
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which of a layer's logical experts each rank holds. An expert on several ranks is replicated.
+
+    slots: by rank, the logical experts in the order of that rank's slots. Each expert of 0..E-1 has a slot somewhere,
+    and at most one on each rank. Ranks may hold different numbers of experts, also none.
+    Raises ValueError for anything else.
+    """
+
+    slots: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        placed = {expert for rank in self.slots for expert in rank}
+        if placed != set(range(len(placed))):
+            raise ValueError(f"Placement.slots: expected every expert from 0 on to have a slot, got {sorted(placed)}")
+        for rank, experts in enumerate(self.slots):
+            if len(set(experts)) < len(experts):
+                raise ValueError(
+                    f"Placement.slots: expected each expert at most once on a rank, rank {rank} has {experts}: "
+                    "a second copy on the same rank takes memory and relieves nobody"
+                )
+
+    @property
+    def num_ranks(self) -> int:
+        """The ranks that share the layer's experts."""
+        return len(self.slots)
+
+    @property
+    def num_experts(self) -> int:
+        """E, the logical experts."""
+        return len({expert for rank in self.slots for expert in rank})
+
+    def ranks_of(self, expert: int) -> tuple[int, ...]:
+        """The ranks that hold a logical expert, in ascending order."""
+        return tuple(rank for rank, experts in enumerate(self.slots) if expert in experts)
+
+    @staticmethod
+    def even(num_experts: int, num_ranks: int) -> Placement:
+        """Consecutive experts on each rank, as many on each as possible: no replicas."""
+        bounds = [rank * num_experts // num_ranks for rank in range(num_ranks + 1)]
+        return Placement(tuple(tuple(range(a, b)) for a, b in pairwise(bounds)))
 
 
 # ---------------------------------------------------------------------------------------------- in the monitor
