@@ -49,6 +49,7 @@ PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "she
 MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 400, 60, 8
 # "equipoise/file.py" (all that is in it) or "equipoise/file.py:function" -> why it may be longer or take more.
 EXEMPT = {
+    "equipoise/types.py": "the words that all parts share, on one page",
     "equipoise/ops/lean_experts.py": "a registered operator takes its tensors one by one: no records in its schema",
     "equipoise/layer/moe.py:__init__": "the layer's constructor is its configuration, each argument one word",
     "equipoise/models/generate.py:generate": "one verb for a person at a prompt, each option one word",
