@@ -19,7 +19,8 @@ from benchmarks.harness import Effort, Variant, ratio, spread, time_side_by_side
 from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
 from benchmarks.variants import SHAPES, Shape
 from equipoise import Capacity, MoE, TopK
-from equipoise.layer.dispatch import CapacityDispatcher, Dispatcher, DroplessDispatcher
+from equipoise.layer.admission import Admission, Capped, Dropless
+from equipoise.layer.dispatch import plan_of
 from equipoise.ops.count import count_assignments
 from equipoise.ops.router_linear import router_linear
 from equipoise.routing import ROUTERS, ReLURouting
@@ -117,15 +118,15 @@ def run_routing(router: Router, tokens: Tokens) -> None:
         torch.autograd.backward(weights_N, weights_N.detach())
 
 
-def run_dispatch(dispatcher: Dispatcher, tokens: Tokens, decision: RoutingDecision) -> None:
+def run_dispatch(admission: Admission, decision: RoutingDecision) -> None:
     """The plan of a decision that was made, and the way back to its weights."""
-    _, plan = dispatcher.dispatch(tokens.x_TD, decision, True)
+    plan = plan_of(admission.admit(decision, True))
     torch.autograd.grad(plan.weights_R, decision.weights_N, plan.weights_R.detach())
 
 
-def run_both(router: Router, dispatcher: Dispatcher, tokens: Tokens) -> None:
+def run_both(router: Router, admission: Admission, tokens: Tokens) -> None:
     """The decision and its plan."""
-    _, plan = dispatcher.dispatch(tokens.x_TD, router(tokens.x_TD, None, tokens.ids_T), True)
+    plan = plan_of(admission.admit(router(tokens.x_TD, None, tokens.ids_T), True))
     torch.autograd.backward(plan.weights_R, plan.weights_R.detach())
 
 
@@ -178,17 +179,17 @@ def make_sparse(router: Router, tokens: Tokens, k: int) -> None:
 def layer_table(shape: Shape, sizes: Sizes, dtype: torch.dtype, effort: Effort) -> Table:
     """Shares of the layer."""
     layer = MoE(shape.dim, shape.hidden_dim, shape.num_experts, router=TopK(k=shape.top_k)).to(dtype).train()
-    router, dispatcher = layer.router, layer.dispatcher
+    router, admission = layer.router, layer.admission
     tokens = Tokens.draw(sizes.tokens, shape.dim, dtype)
     with torch.no_grad():
         decision = router(tokens.x_TD)
     decision.weights_N.requires_grad_()
     parts: dict[str, Callable[[], object]] = {
         "whole layer": partial(run_layer, layer, tokens, torch.randn(sizes.tokens, shape.dim, dtype=dtype)),
-        "routing + dispatch": partial(run_both, router, dispatcher, tokens),
+        "routing + dispatch": partial(run_both, router, admission, tokens),
         "routing": partial(run_routing, router, tokens),
         "of it, the linear": partial(run_linear, router, tokens, torch.randn(sizes.tokens, shape.num_experts)),
-        "dispatch": partial(run_dispatch, dispatcher, tokens, decision),
+        "dispatch": partial(run_dispatch, admission, decision),
     }
     variants = [variant(name, run, layer, tokens) for name, run in parts.items()]
     seconds = time_side_by_side(variants, effort.filling(sizes.fill))
@@ -218,7 +219,7 @@ def expert_tables(sizes: Sizes, dtype: torch.dtype, effort: Effort) -> list[Tabl
         router = build_router(TopK(k=shape.top_k), replace(shape, num_experts=num_experts), dtype)
         grad_TE = torch.randn(sizes.tokens, num_experts)
         variants += [
-            variant(f"all {num_experts}", partial(run_both, router, DroplessDispatcher(), tokens), router, tokens),
+            variant(f"all {num_experts}", partial(run_both, router, Dropless(), tokens), router, tokens),
             variant(f"linear {num_experts}", partial(run_linear, router, tokens, grad_TE), router, tokens),
         ]
     seconds = dict(time_side_by_side(variants, effort.filling(sizes.fill)))
@@ -241,12 +242,12 @@ def token_tables(sizes: Sizes, dtype: torch.dtype, effort: Effort) -> list[Table
     """Time per token against the number of tokens."""
     shape = sizes.shape
     tables = []
-    for name, dispatcher in (("dropless", DroplessDispatcher()), ("next_choice", CapacityDispatcher(NEXT_CHOICE))):
+    for name, admission in (("dropless", Dropless()), ("next_choice", Capped(NEXT_CHOICE))):
         variants = []
         for num_tokens in sizes.num_tokens:
             router, tokens = build_router(TopK(k=shape.top_k), shape, dtype), Tokens.draw(num_tokens, shape.dim, dtype)
             imbalance(router, tokens, MAX_VIOLATION)
-            variants.append(variant(str(num_tokens), partial(run_both, router, dispatcher, tokens), router, tokens))
+            variants.append(variant(str(num_tokens), partial(run_both, router, admission, tokens), router, tokens))
         seconds = time_side_by_side(variants, effort.filling(sizes.fill))
         fewest = sizes.num_tokens[0]
         rows = tuple(

@@ -160,11 +160,13 @@ class Routed:
     """What an MoE layer shows to observers after each forward: the decision, the plan, the balancing losses.
 
     losses: each balancing loss before its coefficient, by name, detached scalars; empty in eval.
+    spilled_T: fp32, the combine weight of each token that the stand-in takes over from experts; None where nothing is.
     """
 
     decision: RoutingDecision
     plan: DispatchPlan
     losses: Mapping[str, Tensor]
+    spilled_T: Tensor | None = None
 
 
 # Assignments lost: beyond the capacity, or beyond a hard cap that is tighter. "tokens": tokens that lost all of theirs.

@@ -27,7 +27,7 @@ from benchmarks.routing import (
 from benchmarks.variants import Shape
 
 from equipoise import Capacity, MoE, TopK
-from equipoise.layer.dispatch import DroplessDispatcher
+from equipoise.layer.admission import Dropless
 from equipoise.routing import ROUTERS, ReLURouting
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +121,7 @@ def test_relu_routing_is_as_sparse_as_asked_for():
 def test_timed_parts_reach_the_weights_that_they_train():
     tokens = Tokens.draw(64, SHAPE.dim, torch.float32)
     router = build_router(TopK(k=2, renormalize=False), SHAPE, torch.float32)
-    run_both(router, DroplessDispatcher(), tokens)
+    run_both(router, Dropless(), tokens)
     assert router.weight.grad.abs().sum() > 0
     assert tokens.x_TD.grad.abs().sum() > 0
     reset = variant("both", lambda: None, router, tokens).reset
@@ -135,7 +135,7 @@ def test_planning_alone_leaves_no_gradient_behind():
     with torch.no_grad():
         decision = build_router(TopK(k=2), SHAPE, torch.float32)(tokens.x_TD)
     decision.weights_N.requires_grad_()
-    run_dispatch(DroplessDispatcher(), tokens, decision)
+    run_dispatch(Dropless(), decision)
     assert decision.weights_N.grad is None
 
 

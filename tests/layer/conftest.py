@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from equipoise.layer import Capacity, MoE
-from equipoise.layer.dispatch import CapacityDispatcher
+from equipoise.layer.admission import Capped
 from equipoise.ops import reference
 from equipoise.ops.activation import activate
 from equipoise.types import Routed
@@ -87,10 +87,10 @@ def _weights(config, z: Tensor, ids: Tensor) -> Tensor:
 
 
 def _kept(layer: MoE, ids_N: Tensor, weights_N: Tensor, seed: int) -> Tensor:
-    N, dispatcher = len(ids_N), layer.dispatcher
-    if not isinstance(dispatcher, CapacityDispatcher) or not (layer.training or dispatcher.capacity.at_inference):
+    N, admission = len(ids_N), layer.admission
+    if not isinstance(admission, Capped) or not (layer.training or admission.capacity.at_inference):
         return torch.ones(N, dtype=torch.bool)
-    return reference.keep(ids_N, priorities(dispatcher.capacity, weights_N, seed), limit_of(layer, N))
+    return reference.keep(ids_N, priorities(admission.capacity, weights_N, seed), limit_of(layer, N))
 
 
 def priorities(capacity: Capacity, weights_N: Tensor, seed: int) -> Tensor:
@@ -107,7 +107,7 @@ def priorities(capacity: Capacity, weights_N: Tensor, seed: int) -> Tensor:
 
 def limit_of(layer: MoE, num_assignments: int) -> int:
     k = layer.router.config.k
-    return reference.capacity(num_assignments // k, k, layer.num_experts, layer.dispatcher.capacity.factor)
+    return reference.capacity(num_assignments // k, k, layer.num_experts, layer.admission.capacity.factor)
 
 
 def _shared(layer: MoE, leaves: dict[str, Tensor], x: Tensor) -> Tensor:

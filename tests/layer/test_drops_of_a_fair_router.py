@@ -1,4 +1,4 @@
-"""How much a capacity drops when the router is fair and random: the dispatcher against the closed form.
+"""How much a capacity drops when the router is fair and random: the counter against the closed form.
 
 With k distinct experts drawn evenly for each of T tokens, an expert's load c is Binomial(T, k/E), of mean
 mu = T k / E, and the share of assignments that is dropped is E[(c - C)+] / mu. What learned routers do is not here.
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from equipoise.layer import Capacity
-from equipoise.layer.dispatch import CapacityDispatcher
+from equipoise.layer.admission import Capped
 from equipoise.types import RoutingDecision
 
 E = 64
@@ -46,10 +46,9 @@ def fair_decision(num_tokens: int, k: int, generator: torch.Generator) -> Routin
 
 
 def dropped(decision: RoutingDecision, factor: float) -> tuple[int, int]:
-    """(assignments dropped, tokens that lost all of theirs) as the dispatcher counts them in training."""
-    x = torch.zeros(decision.num_tokens, 1)
-    _, plan = CapacityDispatcher(Capacity(factor)).dispatch(x, decision, True)
-    return int(plan.drops["capacity"]), int(plan.drops["tokens"])
+    """(assignments dropped, tokens that lost all of theirs) as the layer counts them in training."""
+    fitted = Capped(Capacity(factor)).admit(decision, True)
+    return int(fitted.drops["capacity"]), int(fitted.drops["tokens"])
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -124,7 +124,7 @@ def test_spill_takes_the_weight_to_the_shared_expert(routed_by):
     drops = {reason: count.item() for reason, count in routed.plan.drops.items()}
     assert drops["spilled"] == 64 - routed.plan.counts_e.sum() > 0
     assert drops["capacity"] == drops["moved"] == drops["tokens"] == 0
-    lost = routed.plan.spilled_T > 0.999  # both experts of these tokens were full: weights sum to 1
+    lost = routed.spilled_T > 0.999  # both experts of these tokens were full: weights sum to 1
     assert lost.any()
     torch.testing.assert_close(y[lost], 2 * layer.shared(x)[lost])
     y.sum().backward()
@@ -134,7 +134,7 @@ def test_spill_takes_the_weight_to_the_shared_expert(routed_by):
 def test_spill_adds_to_the_gate_of_the_shared_expert(routed_by):
     layer, x = collapsed_layer(Capacity(1.0, overflow="shared"), shared_experts=1, shared_gate=True)
     y, routed = routed_by(layer, x)
-    lost = routed.plan.spilled_T > 0.999
+    lost = routed.spilled_T > 0.999
     expected = layer.shared(x) * (1 + layer.shared_gate(x).sigmoid())
     torch.testing.assert_close(y[lost], expected[lost])
 

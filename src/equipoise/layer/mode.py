@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equipoise.layer.admission import Admission, Capped, Diverted
 from equipoise.layer.capacity import Capacity
-from equipoise.layer.dispatch import CapacityDispatcher, Dispatcher, DivertDispatcher
 from equipoise.layer.feed_forward import FeedForward
 from equipoise.routing.round_robin import RoundRobin
 from equipoise.routing.router import Router, build_on
@@ -113,7 +113,7 @@ class InForce:
     mode: Mode = NORMAL
     bypass: Bypass = NO_BYPASS
     router: Router | None = None
-    dispatcher: Dispatcher | None = None
+    admission: Admission | None = None
     bias_E: Tensor | None = None
     dense: FeedForward | None = None
     mode_dense: FeedForward | None = None
@@ -152,12 +152,12 @@ def in_force(
         if weight is None:
             raise ValueError(f"Mode.round_robin: {name} has no linear weight to take the combine weights from")
         turn = build_on(RoundRobin(router.config.k), weight)
-    dispatcher: Dispatcher | None = None
+    admission: Admission | None = None
     if mode.diverts:
-        dispatcher = DivertDispatcher(mode.dense_share, mode.shut_experts)
+        admission = Diverted(mode.dense_share, mode.shut_experts)
     elif mode.capacity:
-        dispatcher = CapacityDispatcher(mode.capacity)
+        admission = Capped(mode.capacity)
     device = None if weight is None else weight.device
     bias_E = None if mode.bias is None else torch.tensor(mode.bias, dtype=torch.float32, device=device)
     stand_in = dense if mode.needs_stand_in else None
-    return InForce(own, bypass, turn, dispatcher, bias_E, stand_in, mode_dense)
+    return InForce(own, bypass, turn, admission, bias_E, stand_in, mode_dense)

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from equipoise.layer.admission import Admission, Capped, Dropless
 from equipoise.layer.capacity import Capacity
-from equipoise.layer.dispatch import CapacityDispatcher, Dispatcher, DroplessDispatcher
+from equipoise.layer.dispatch import Dispatched, Dispatcher, LocalDispatcher, UnderWay
 from equipoise.layer.experts import BackendName, Experts
 from equipoise.layer.feed_forward import FeedForward
 from equipoise.layer.mode import Bypass, InForce, Mode, in_force
+from equipoise.layer.overflow import Fitted
 from equipoise.layer.tokens import TokenView, tokens_of
 from equipoise.ops.attach_loss import attach_loss
 from equipoise.routing.adaptive import Adaptive
@@ -27,7 +30,7 @@ from equipoise.routing.router import RouterConfig
 from equipoise.routing.schedules import value_at
 from equipoise.routing.similarity import SimilarityLoss, check_similarity
 from equipoise.routing.top_k import TopK, TopKRouter
-from equipoise.types import BatchScope, Routed, RoutingDecision
+from equipoise.types import BatchScope, DispatchPlan, Routed, RoutingDecision
 
 
 class Tap(nn.Module):
@@ -36,6 +39,26 @@ class Tap(nn.Module):
     def forward(self, routed: Routed) -> Routed:
         """The same object."""
         return routed
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """A forward whose tokens are on their way to the experts: between `MoE.begin` and `MoE.compute`."""
+
+    view: TokenView
+    force: InForce
+    decision: RoutingDecision
+    fitted: Fitted
+    sent: UnderWay[Dispatched]
+
+
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """A forward whose results are on their way home: between `MoE.compute` and `MoE.finish`."""
+
+    begun: Begun
+    plan: DispatchPlan
+    sums: UnderWay[Tensor]
 
 
 class MoE(nn.Module):
@@ -84,7 +107,8 @@ class MoE(nn.Module):
                 if isinstance(loss.coef, AdaptiveCoefConfig)
             }
         )
-        self.dispatcher: Dispatcher = CapacityDispatcher(capacity) if capacity else DroplessDispatcher()
+        self.admission: Admission = Capped(capacity) if capacity else Dropless()
+        self.dispatcher: Dispatcher = LocalDispatcher()
         self.experts = Experts(num_experts, dim, hidden_dim, activation, backend)
         self.shared = FeedForward(dim, shared_experts * hidden_dim, activation) if shared_experts else None
         self.shared_gate = nn.Linear(dim, 1, bias=False) if shared_gate else None
@@ -128,23 +152,39 @@ class MoE(nn.Module):
         scope: see `BatchScope`; matters for balancing losses only.
         Raises ValueError for shapes that do not fit together.
         """
+        begun = self.begin(x, token_ids=token_ids, padding_mask=padding_mask)
+        return self.finish(self.compute(begun), scope=scope)
+
+    def begin(self, x: Tensor, *, token_ids: Tensor | None = None, padding_mask: Tensor | None = None) -> Begun:
+        """Decide, and send the tokens on their way to the experts. Arguments as of `forward`."""
         force = self._force  # read once: a repair may replace it while this forward runs
-        dispatcher = force.dispatcher or self.dispatcher
         view = tokens_of(x, padding_mask, token_ids)
         decision = self.route(view, force)
-        rows, plan = dispatcher.dispatch(view.x_TD, decision, self.training)
-        y_TD = dispatcher.combine(self.experts(rows, plan), plan)
+        fitted = (force.admission or self.admission).admit(decision, self.training)
+        return Begun(view, force, decision, fitted, self.dispatcher.dispatch(view.x_TD, fitted))
+
+    def compute(self, begun: Begun) -> Computed:
+        """What this rank's experts have to do, and send the results on their way home."""
+        there: Dispatched = begun.sent.wait()
+        return Computed(begun, there.plan, there.combine(self.experts(there.rows, there.plan)))
+
+    def finish(self, computed: Computed, *, scope: BatchScope | None = None, shared_x: Tensor | None = None) -> Tensor:
+        """The layer's output. scope: as of `forward`. shared_x: what the shared experts read, in place of x."""
+        begun, plan, force = computed.begun, computed.plan, computed.begun.force
+        view, decision, spilled_T = begun.view, begun.decision, begun.fitted.spilled_T
+        y_TD = computed.sums.wait()
         if self.shared is not None:
-            y_TD = y_TD + self._shared(view.x_TD, plan.spilled_T if force.dense is None else None)
-        if force.dense is not None and plan.spilled_T is not None:
-            y_TD = y_TD + plan.spilled_T.to(y_TD.dtype)[:, None] * force.dense(view.x_TD).to(y_TD.dtype)
+            own_TD = view.x_TD if shared_x is None else view.pick(shared_x)
+            y_TD = y_TD + self._shared(own_TD, spilled_T if force.dense is None else None)
+        if force.dense is not None and spilled_T is not None:
+            y_TD = y_TD + spilled_T.to(y_TD.dtype)[:, None] * force.dense(view.x_TD).to(y_TD.dtype)
         if self.training:  # also without gradients: reentrant checkpointing starts so
             for state in self._adaptive:
                 state.observe(decision, plan.drops)
         losses: Mapping[str, Tensor] = {}
         if self.training and torch.is_grad_enabled():
             y_TD, losses = self._attach_losses(y_TD, decision, view, scope or BatchScope(), force.mode.boost)
-        self.tap(Routed(decision, plan, losses))
+        self.tap(Routed(decision, plan, losses, spilled_T))
         return view.restore(y_TD)
 
     def route(self, view: TokenView, force: InForce) -> RoutingDecision:

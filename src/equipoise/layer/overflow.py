@@ -6,7 +6,7 @@ Every assignment ends in exactly one of these, and each is counted by reason. In
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,15 +21,15 @@ from equipoise.types import RoutingDecision
 class Fitted:
     """What is dispatched.
 
-    decision: the router's, with moved assignments at their new experts. keep_N: bool, what is computed.
+    decision: the router's, with moved assignments at their new experts. keep_N: bool, what is computed; None is all.
     spilled_T: fp32, the combine weight that the shared expert takes over for each token; None where nothing spills.
     drops: scalar int64 tensors by reason, see `DispatchPlan`.
     """
 
     decision: RoutingDecision
-    keep_N: Tensor
-    spilled_T: Tensor | None
-    drops: Mapping[str, Tensor]
+    keep_N: Tensor | None = None
+    spilled_T: Tensor | None = None
+    drops: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def fit(decision: RoutingDecision, capacity: Capacity, training: bool) -> Fitted:

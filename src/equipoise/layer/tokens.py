@@ -23,6 +23,11 @@ class TokenView:
     shape: torch.Size
     kept_T: Tensor | None
 
+    def pick(self, x: Tensor) -> Tensor:
+        """(T, D): the rows of the real tokens out of another tensor of the batch's shape."""
+        x_TD = x.reshape(-1, x.shape[-1])
+        return x_TD if self.kept_T is None else x_TD[self.kept_T]
+
     def restore(self, y_TD: Tensor) -> Tensor:
         """y in the batch's shape, 0 at padding."""
         if self.kept_T is None:

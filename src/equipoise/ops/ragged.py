@@ -26,7 +26,6 @@ class RaggedPlan:
     rows_TK: int64 (T, K), the row of each token's k-th assignment, when every token has K assignments; else None.
     may_drop: False promises sum(counts_e) == R.
     drops: see `DispatchPlan`.
-    spilled_T: fp32, the combine weight of each token that the shared expert takes over, with its gradient; or None.
     """
 
     token_ids_R: Tensor
@@ -35,7 +34,6 @@ class RaggedPlan:
     rows_TK: Tensor | None
     may_drop: bool = False
     drops: Mapping[str, Tensor] = field(default_factory=dict)
-    spilled_T: Tensor | None = None
 
 
 def ragged_plan(
@@ -46,6 +44,7 @@ def ragged_plan(
     *,
     top_k: int | None = None,
     keep_N: Tensor | None = None,
+    drops: Mapping[str, Tensor] | None = None,
 ) -> RaggedPlan:
     """Sort assignments by expert (stable: token order within an expert); those with keep_N False go last."""
     keys_N = expert_ids_N if keep_N is None else torch.where(keep_N, expert_ids_N, num_experts)
@@ -60,6 +59,7 @@ def ragged_plan(
         counts_e=count_assignments(keys_N, num_experts + 1)[:num_experts],
         rows_TK=rows_TK,
         may_drop=keep_N is not None,
+        drops={} if drops is None else drops,
     )
 
 
