@@ -1,0 +1,68 @@
+"""One rank of tests/parallel/test_training.py: FOLDER WORLD RANK. Trains its share of each case."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from tests.parallel.cases import CASES, CLIP, PARTS, STEPS, Case, backward, build, parts_of
+
+from equipoise.layer import reduce_and_update
+from equipoise.parallel import (
+    ExpertParallel,
+    ParallelConfig,
+    apply_expert_parallel,
+    clip_gradients,
+    make_ranks,
+    sum_gradients,
+)
+
+
+def spread(case: Case, world: int) -> ExpertParallel:
+    data = case.data.get(world, 1)
+    sizes = {"data": data, "expert": world // data}
+    ranks = make_ranks(ParallelConfig(**sizes, **case.parallel))
+    model = build(case)
+    placements = None
+    if case.placement is not None:
+        placements = {name: case.placement(world // data) for name in model.moe_layers}
+    return apply_expert_parallel(model, ranks, placements)
+
+
+def train(parallel: ExpertParallel, case: Case) -> dict[str, torch.Tensor]:
+    """The same steps as `train_alone`, of this rank's parts; expert tensors have this rank's experts."""
+    model, ranks = parallel.model, parallel.ranks
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    per_rank = PARTS // ranks.size
+    numbers = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
+    record = {}
+    for step in range(1, STEPS + 1):
+        parts = parts_of(case, step)[numbers.start : numbers.stop]
+        loss = torch.tensor(backward(model, parts, numbers, step, ranks.sum)).double()
+        ranks.sum(loss)
+        sum_gradients(parallel)
+        record[f"loss.{step}"] = loss
+        record[f"norm.{step}"] = torch.tensor(clip_gradients(parallel, CLIP)).double()
+        record |= {f"grad.{step}.{name}": p.grad.clone() for name, p in model.named_parameters()}
+        optimizer.step()
+        optimizer.zero_grad()
+        reduce_and_update(model.moe_layers.values(), ranks.sum, step=step)
+    return record | {f"state.{name}": value.double().clone() for name, value in model.state_dict().items()}
+
+
+def main(folder: Path, world: int, rank: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{world}.meet", rank=rank, world_size=world)
+    for name, case in CASES.items():
+        if case.parallel.get("nodes", 1) > world:
+            continue
+        parallel = spread(case, world)
+        record = train(parallel, case)
+        slots = {f"slots.{layer}": torch.tensor(parallel.slots(layer), dtype=torch.int64) for layer in parallel.layers}
+        save_file(record | slots, folder / f"{name}.{world}.{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
