@@ -10,13 +10,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from equipoise.commands import metrics, watching
 from equipoise.commands.inject import inject
 from equipoise.commands.serve import serve
+from equipoise.commands.train import RecipeName, reporter_of, train
 from equipoise.dashboard.command import dashboard
 from equipoise.disk.files import free_folder
 from equipoise.train.alerts import NOWHERE, Alerts
@@ -24,11 +25,10 @@ from equipoise.train.config import Overrides
 from equipoise.train.grid import Grid
 
 if TYPE_CHECKING:
-    from equipoise.train.report import ConsoleReporter, Silent
+    pass
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 WIDE = 120  # columns of the sweep's tables where there is no terminal
-RecipeName = Literal["demo", "tiny", "tiny_two_experts", "base"]
 
 
 def demo(
@@ -53,7 +53,7 @@ def demo(
     from equipoise.demo import demonstration, run_demo
 
     out = out or free_folder(Path("runs/demo"))
-    with _reporter(json_) as reporter:
+    with reporter_of(json_) as reporter:
         result = run_demo(demonstration(quick, seed), out, reporter, alerts)
     if json_:
         print(json.dumps(result.fields()))
@@ -66,62 +66,6 @@ def demo(
     if result.signal is not None:
         return 128 + result.signal
     return 0 if result.caught_and_repaired else 1
-
-
-def train(
-    recipe: Annotated[RecipeName | None, tyro.conf.Positional] = None,
-    /,
-    *,
-    change: Annotated[Overrides, tyro.conf.OmitArgPrefixes] = Overrides(),  # noqa: B008 - frozen
-    alerts: Alerts = NOWHERE,
-    out: Path | None = None,
-    resume: bool = False,
-    json_: Json = False,
-) -> int:
-    """Train a language model with MoE layers, under watch.
-
-    Ctrl-C writes a checkpoint and stops; `--resume` goes on from it, to the bit. Recipes: demo (4 layers of 16 experts,
-    minutes), tiny (2 layers of 8, seconds), tiny_two_experts (2 layers of 2 experts on two domains: shows whether the
-    router divides them, under a minute), base (8 layers, 4 of them with 32 experts and a shared one, days on two
-    cores).
-
-    Args:
-        recipe: demo, tiny, tiny_two_experts or base. Not needed with --resume.
-        change: What to change in the recipe.
-        alerts: Where alerts and repairs go, beside the run folder.
-        out: Run folder. Default: runs/RECIPE.
-        resume: Go on from the newest whole checkpoint in --out, with the configuration saved there.
-        json_: Print the result as one JSON object, and nothing else.
-    """
-    from rich.console import Console
-
-    from equipoise.train.recipes import recipe as named
-    from equipoise.train.run import train as run
-    from equipoise.train.specialisation import specialisation_tables, verdict
-
-    if recipe is None and not resume:
-        raise ValueError(
-            "train: name a recipe (demo, tiny, tiny_two_experts, base), or go on with --resume --out FOLDER"
-        )
-    if resume and change != Overrides():
-        raise ValueError(
-            "train: --resume goes on with the configuration that the run began with; leave out the changes"
-        )
-    out = out or Path("runs") / (recipe or "demo")
-    with _reporter(json_) as reporter:
-        config = change.apply(named(recipe)) if recipe and not resume else None
-        result = run(config, out, reporter, resume=resume, alerts=alerts)
-    if json_:
-        print(json.dumps(result.fields()))
-    elif result.signal is not None:
-        print(f"stopped at step {result.step}; go on with: equipoise train --resume --out {result.out}")
-    elif result.evaluation is not None:
-        print(f"\na sample of its text:\n  {result.sample!r}\n")
-        if result.specialisation:
-            Console().print(specialisation_tables(result.specialisation))
-            print(f"{verdict(result.specialisation)}\n")
-        print(f"perplexity {result.evaluation.perplexity:.1f} after {result.step} steps; run folder {result.out}")
-    return 0 if result.signal is None else 128 + result.signal
 
 
 def fetch_text() -> int:
@@ -236,11 +180,3 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _explain(error: Exception) -> int:
     print(f"equipoise: {error}", file=sys.stderr)
     return 2
-
-
-def _reporter(quiet: bool) -> ConsoleReporter | Silent:
-    from rich.console import Console
-
-    from equipoise.train.report import ConsoleReporter, Silent
-
-    return Silent() if quiet else ConsoleReporter(Console())

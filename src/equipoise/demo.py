@@ -21,6 +21,7 @@ from equipoise.train.data import TokenData
 from equipoise.train.evaluate import sample_text
 from equipoise.train.loop import Trainer
 from equipoise.train.recipes import recipe
+from equipoise.train.repair import Repairs
 from equipoise.train.report import ConsoleReporter, Silent, perplexity
 from equipoise.train.run import PROMPT, interruptible, open_data
 from equipoise.train.sources import require
@@ -155,6 +156,7 @@ def _climb(trainer: Trainer, fault: Collapse) -> tuple[Rung, ...]:
     """Try every rung of the ladder on the broken model, and undo it."""
     message = f"{fault.layer} is broken on purpose"
     finding = Finding("collapse", fault.layer, fault.expert, "critical", 1.0, 0.5, message, "")
+    assert isinstance(trainer.repairs, Repairs)  # one process
     now, tried = trainer.repairs.rehearse(finding)
     rungs = [Rehearsal("as it is", now, ""), *tried]
     ladder = tuple(

@@ -71,21 +71,52 @@ def save_checkpoint(
     """
     _check_content(step, tensors, state)
     root = Path(root)
-    temporary = root / f"{_LEFTOVER}{_name(step, 0)}-{os.getpid()}"
+    temporary = _draft_path(root, step)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write_files(temporary, step, tensors, state)
-        path = _publish(temporary, root, step)
-        fsync(root)
-        fsync(root.parent)  # the root may be new itself
+        draft(root, step)
+        for group, named in tensors.items():
+            save_file(_own_storage(named), group_file(temporary, group))
+        path = publish(temporary, root, step, state)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(_not_written(root, step, _num_bytes(tensors, state), error)) from error
+        discard(temporary)
+        raise CheckpointError(not_written(root, step, _num_bytes(tensors, state), error)) from error
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard(temporary)
         raise
     return path
+
+
+def draft(root: Path, step: int) -> Path:
+    """An empty folder for the files of a checkpoint that is no checkpoint before `publish`. For whoever writes its
+    files in a way of their own, as several processes do.
+    """
+    temporary = _draft_path(root, step)
+    discard(temporary)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def publish(temporary: Path, root: Path, step: int, state: Mapping[str, JSON]) -> Path:
+    """Make a checkpoint of a draft that holds a file for each group (`group_file`); see `save_checkpoint`."""
+    _seal(temporary, step, state)
+    path = _rename(temporary, root, step)
+    fsync(root)
+    fsync(root.parent)  # the root may be new itself
+    return path
+
+
+def discard(temporary: Path) -> None:
+    """Remove a draft."""
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def group_file(folder: Path, group: str) -> Path:
+    """The file of one group of tensors in a checkpoint's folder."""
+    return folder / f"{group}.safetensors"
+
+
+def _draft_path(root: Path, step: int) -> Path:
+    return root / f"{_LEFTOVER}{_name(step, 0)}-{os.getpid()}"
 
 
 def _check_content(step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, JSON]) -> None:
@@ -125,12 +156,8 @@ def _check_json(value: Any, where: str) -> None:
         )
 
 
-def _write_files(
-    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, JSON]
-) -> None:
-    """Write all files of one checkpoint into an empty folder, the manifest last, each of them down to the disk."""
-    for group, named in tensors.items():
-        save_file(_own_storage(named), folder / f"{group}.safetensors")
+def _seal(folder: Path, step: int, state: Mapping[str, JSON]) -> None:
+    """Add the plain state and last the manifest to the tensors' files, and bring all of them down to the disk."""
     (folder / _STATE).write_text(json.dumps({"step": step, "state": dict(state)}))
     files = sorted(folder.iterdir())
     for file in files:
@@ -153,7 +180,7 @@ def _own_storage(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _publish(temporary: Path, root: Path, step: int) -> Path:
+def _rename(temporary: Path, root: Path, step: int) -> Path:
     """Give the finished folder its name: one atomic rename, onto nothing that exists."""
     manifest = (temporary / _MANIFEST).read_bytes()
     revision = 0
@@ -170,7 +197,7 @@ def _num_bytes(tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, 
     return sum(tensor.nbytes for named in tensors.values() for tensor in named.values()) + len(json.dumps(dict(state)))
 
 
-def _not_written(root: Path, step: int, needed: int, error: Exception) -> str:
+def not_written(root: Path, step: int, needed: int, error: Exception) -> str:
     """What to tell the user when the system refused to write."""
     existing = next((folder for folder in (root, *root.resolve().parents) if folder.is_dir()), Path("/"))
     free = shutil.disk_usage(existing).free
@@ -194,13 +221,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises CheckpointError that names the file, what is wrong with it, and the checkpoint to load instead.
     """
     path = Path(path)
+    verify(path)
+    names = _manifest(path)["files"]
+    tensors = {Path(name).stem: load_file(path / name) for name in names if name != _STATE}
+    step, state = read_state(path)
+    return Checkpoint(step, tensors, state, path)
+
+
+def verify(path: Path) -> None:
+    """Raise CheckpointError, as `load_checkpoint` does, unless every file is what the manifest says, byte for byte."""
     problem = _quick_problem(path) or _hash_problem(path)
     if problem is not None:
         raise CheckpointError(f"checkpoint {path} can't be loaded: {problem}. {_remedy(path)}")
-    names = _manifest(path)["files"]
-    tensors = {Path(name).stem: load_file(path / name) for name in names if name != _STATE}
+
+
+def read_state(path: Path) -> tuple[int, Mapping[str, JSON]]:
+    """(step, plain state) of a verified checkpoint."""
     record = json.loads((path / _STATE).read_text())
-    return Checkpoint(record["step"], tensors, record["state"], path)
+    return record["step"], record["state"]
 
 
 def _manifest(path: Path) -> dict[str, Any]:

@@ -112,7 +112,7 @@ class AllGather:
         world = dist.get_world_size(self.group)
         out = x.new_empty(world * len(x), *x.shape[1:])
         traffic.sent_bytes += (world - 1) * x.numel() * x.element_size()
-        work = dist.all_gather_into_tensor(out, x.contiguous(), group=self.group, async_op=True)
+        work = dist.all_gather_single(out, x.contiguous(), group=self.group, async_op=True)
         assert work is not None
         return out, work
 
@@ -121,7 +121,7 @@ class AllGather:
         world = dist.get_world_size(self.group)
         out = y.new_empty(len(y) // world, *y.shape[1:])
         traffic.sent_bytes += (world - 1) * out.numel() * out.element_size()
-        work = dist.reduce_scatter_tensor(out, y.contiguous(), group=self.group, async_op=True)
+        work = dist.reduce_scatter_single(out, y.contiguous(), group=self.group, async_op=True)
         assert work is not None
         return out, work
 

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from equipoise.parallel.apply import ExpertParallel
+from equipoise.parallel.shard import is_sharded
 
 _BUCKET = 2**22  # elements
 
@@ -20,15 +22,23 @@ _BUCKET = 2**22  # elements
 @torch.no_grad()
 def sum_gradients(parallel: ExpertParallel) -> None:
     """Complete all gradients, in place. Parameters without a gradient get zeros: ranks must not differ in that."""
-    experts = {id(parameter) for _, parameter in parallel.expert_parameters.values()}
-    dense = [parameter for parameter in parallel.model.parameters() if id(parameter) not in experts]
     ranks = parallel.ranks
-    _sum_all(_grads(dense), ranks.world)
+    _sum_all(_grads(p for p in _dense(parallel) if not is_sharded(p)), ranks.world)
     own = _grads(parameter for _, parameter in parallel.expert_parameters.values())
     if ranks.config.data > 1:
         _sum_all(own, ranks.data)
     for name, parameter in parallel.expert_parameters.values():
         _sum_copies(parallel, name, parameter)
+
+
+def _dense(parallel: ExpertParallel) -> list[nn.Parameter]:
+    """All parameters but the experts'."""
+    experts = {id(parameter) for _, parameter in parallel.expert_parameters.values()}
+    return [parameter for parameter in parallel.model.parameters() if id(parameter) not in experts]
+
+
+def _squared(x: Tensor) -> Tensor:
+    return x.double().square().sum()
 
 
 def _grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -87,15 +97,19 @@ def clip_gradients(parallel: ExpertParallel, max_norm: float) -> float:
 
     Each logical expert counts once, however many copies it has. The same on all ranks.
     """
-    experts = {id(parameter) for _, parameter in parallel.expert_parameters.values()}
-    dense = [p.grad for p in parallel.model.parameters() if id(p) not in experts and p.grad is not None]
-    squared = torch.stack([grad.double().square().sum() for grad in dense]).sum()
-    own = torch.zeros_like(squared)
+    device = parallel.ranks.mesh.device_type
+    everywhere, sharded, own = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(3))
+    for parameter in _dense(parallel):
+        if isinstance(parameter.grad, DTensor):
+            sharded += _squared(parameter.grad.to_local())
+        elif parameter.grad is not None:
+            everywhere += _squared(parameter.grad)
     for name, parameter in parallel.expert_parameters.values():
         if parameter.grad is not None:
-            own += sum((parameter.grad[slot].double().square().sum() for slot in _first_held(parallel, name)), own * 0)
+            own += _squared(parameter.grad[_first_held(parallel, name)])
+    parallel.ranks.sum(sharded)
     dist.all_reduce(own, group=parallel.ranks.expert)
-    norm = float((squared + own).sqrt())
+    norm = float((everywhere + sharded + own).sqrt())
     scale = max_norm / (norm + 1e-6)
     if scale < 1:
         for parameter in parallel.model.parameters():

@@ -18,10 +18,10 @@ from equipoise.disk.atomic import atomic_write
 from equipoise.disk.checkpoint import (
     clean_leftovers,
     latest_checkpoint,
-    load_checkpoint,
     newest_folder,
     prune_checkpoints,
-    save_checkpoint,
+    read_state,
+    verify,
 )
 from equipoise.faults import FaultDesk
 from equipoise.layer import reduce_and_update
@@ -30,9 +30,11 @@ from equipoise.monitor.alerts import still_firing
 from equipoise.monitor.rules import CountRule
 from equipoise.monitor.store import RunStore
 from equipoise.monitor.watch import Watch
+from equipoise.parallel import Ranks
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import Batch, Loader, TokenData, eval_batches
 from equipoise.train.diagnose import DivergenceError, first_non_finite, non_finite_parameter
+from equipoise.train.elsewhere import Nowhere, Unrepaired
 from equipoise.train.evaluate import Evaluation, evaluate
 from equipoise.train.hash_tables import fit_hash_tables
 from equipoise.train.interference import interference
@@ -41,8 +43,9 @@ from equipoise.train.repair import Repairs
 from equipoise.train.report import sentence
 from equipoise.train.self_contained import keep_with_run
 from equipoise.train.specialisation import Specialisation, check_domains, route_text, specialisation
+from equipoise.train.spread import Alone, OverRanks, Spread, check_ranks
 from equipoise.train.state import restore_run, run_state
-from equipoise.train.step import gradients, split
+from equipoise.train.step import gradients
 from equipoise.types import Action, Alert, Sink
 
 
@@ -63,6 +66,7 @@ class Trainer:
 
     config: with the vocabulary of data.tokenizer. out: the run folder. resume: go on from its newest whole checkpoint.
     sinks: get what the store gets of windows, alerts and repairs, and after a resume the alerts that still fire.
+    ranks: the processes that it is spread over, of which this is one; None for one process.
     Raises ValueError when `out` holds a run already and resume is off, or none and resume is on.
     """
 
@@ -74,26 +78,35 @@ class Trainer:
         reporter: Reporter,
         resume: bool = False,
         sinks: Sequence[Sink] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         self.config, self.data, self.out, self.reporter = config, data, out, reporter
+        check_ranks(config, ranks)
+        is_main = ranks is None or ranks.is_main
         torch.manual_seed(config.seed)
         self.device = pick_device(config.device)
         self.model = Decoder(config.model).to(self.device)
         fit_hash_tables(self.model, data.train)
+        self.spread: Spread = Alone(self.model) if ranks is None else OverRanks(self.model, ranks)
         self.optimizer = build_optimizer(self.model, config.optim)
         self.loader = Loader(data.train, config.batch_size, config.data.seq_len, config.seed)
         eval_batches(data.val, config.batch_size, config.data.seq_len)  # too little text is an error now, not later
         if config.specialisation:
             check_domains(data.val, config.batch_size, config.data.seq_len, config.eval_batches)
-        self.store = _open_store(config, out, resume)
-        keep_with_run(out, config, data)
+        self._store: RunStore | Nowhere = _open_store(config, out, resume) if is_main else Nowhere()
+        if is_main:
+            keep_with_run(out, config, data)
         per_flush = config.watch_every * config.batch_size * config.data.seq_len
-        told = (self.store, *sinks)
-        self.watch = Watch(self.model, every=config.watch_every, rules=(CountRule(per_flush),), sinks=told)
+        told = (self._store, *sinks)
+        self.watch = Watch(
+            self.model, every=config.watch_every, rules=(CountRule(per_flush),), sinks=told, reduce=self.spread.reduce
+        )
         if config.co_select:
             self.watch.co_select(config.co_select)
         self.faults = FaultDesk(out, self.model, self.show_text, self.watch.recorder) if config.accept_faults else None
-        self.repairs = Repairs(config, self.model, self.optimizer, data, out, self.watch, told)
+        self.repairs: Repairs | Unrepaired = Unrepaired()
+        if ranks is None:
+            self.repairs = Repairs(config, self.model, self.optimizer, data, out, self.watch, told)
         self.step_number = 0
         self._clock = (time.perf_counter(), 0)  # when the speed was last taken, and at which step
         if resume:
@@ -104,6 +117,12 @@ class Trainer:
                 self.close("failed")
                 raise
 
+    @property
+    def store(self) -> RunStore:
+        """The run's records; on the main rank only."""
+        assert isinstance(self._store, RunStore)
+        return self._store
+
     def run(self, until: int | None = None, stop: Callable[[], bool] = lambda: False) -> bool:
         """Train to the end, or to step `until`, or until `stop()`. Returns whether it got there.
 
@@ -111,7 +130,7 @@ class Trainer:
         """
         until = self.config.steps if until is None else min(until, self.config.steps)
         while self.step_number < until:
-            if stop():
+            if self.spread.any(stop()):
                 self.save()
                 return False
             self.step()
@@ -121,18 +140,18 @@ class Trainer:
         """One optimizer step, and whatever is due after it."""
         step, config = self.step_number + 1, self.config
         batch = self._next_batch()
-        parts = split(batch, config.num_micro_batches)
+        parts = self.spread.parts(batch, config.num_micro_batches)
         measured = self._interference(parts, step)
-        loss = gradients(self.model, parts, step, config.bf16, self.watch.recorder)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip))
+        own_loss = gradients(self.model, parts, step, config.bf16, self.watch.recorder, self.spread.reduce)
+        loss, grad_norm = self.spread.total(own_loss), self.spread.clip(config.optim.clip)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._rescue(step, f"loss is {loss}, gradient norm is {grad_norm}", lambda: self._where(batch))
         rate = self._set_learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        reduce_and_update(self.model.moe_layers.values(), step=step)
+        reduce_and_update(self.model.moe_layers.values(), self.spread.reduce, step=step)
         self.step_number = step
-        with self.store.transaction():
+        with self._store.transaction():
             self._record({"loss": loss, "grad_norm": grad_norm, "learning_rate": rate} | measured)
             changed = self.watch.step(step)
         self._tell(changed)
@@ -153,7 +172,7 @@ class Trainer:
             result = evaluate(
                 self.model, self.data.val, config.batch_size, config.data.seq_len, config.eval_batches, config.bf16
             )
-        self.store.scalars(self.step_number, result.scalars())
+        self._store.scalars(self.step_number, result.scalars())
         self.reporter.say(
             f"step {self.step_number}: validation perplexity {result.perplexity:.1f}, "
             f"{result.bits_per_byte:.3f} bits per byte"
@@ -169,7 +188,7 @@ class Trainer:
                 self.model, self.data.val, config.batch_size, config.data.seq_len, config.eval_batches, config.bf16
             )
         layers = specialisation(text)
-        self.store.scalars(
+        self._store.scalars(
             self.step_number, {name: value for layer in layers for name, value in layer.scalars().items()}
         )
         return layers
@@ -182,12 +201,13 @@ class Trainer:
         """
         if where := non_finite_parameter(self.model):
             self._rescue(self.step_number, "the weights are not finite after the update", lambda: str(where))
-        tensors, state = run_state(self.model, self.optimizer, self.loader, self.watch, self.repairs)
-        path = save_checkpoint(self.out / "checkpoints", self.step_number, tensors, state)
+        content = run_state(self.model, self.optimizer, self.loader, self.watch, self.repairs)
+        path = self.spread.save(self.out / "checkpoints", self.step_number, content, self.optimizer)
         if refused := self.repairs.remember(self.step_number, path):
             self.reporter.say(refused)
-        protect = [self.out / "checkpoints" / name for name in self.repairs.protected()]
-        prune_checkpoints(self.out / "checkpoints", self.config.keep_checkpoints, protect)
+        if self.spread.is_main:
+            protect = [self.out / "checkpoints" / name for name in self.repairs.protected()]
+            prune_checkpoints(self.out / "checkpoints", self.config.keep_checkpoints, protect)
         self._clock = (time.perf_counter(), self.step_number)
         return path
 
@@ -198,10 +218,10 @@ class Trainer:
         if self.faults is not None:
             self.faults.close()
         try:
-            self.store.set_meta(status=status)
+            self._store.set_meta(status=status)
             self.reporter.update()
         finally:
-            self.store.close()
+            self._store.close()
 
     def _next_batch(self) -> Batch:
         """The loader's, unless a fault of the data is in place."""
@@ -244,9 +264,9 @@ class Trainer:
         if self.step_number % self.config.watch_every == 0 and self.step_number > step:
             tokens = (self.step_number - step) * self.config.batch_size * self.config.data.seq_len
             now = time.perf_counter()
-            values = values | {"tokens_per_s": tokens / (now - since)}
+            values = values | {"tokens_per_s": tokens / (now - since)} | self.spread.scalars(now - since)
             self._clock = (now, self.step_number)
-        self.store.scalars(self.step_number, values)
+        self._store.scalars(self.step_number, values)
 
     def _interference(self, parts: list[Batch], step: int) -> dict[str, float]:
         """Balancing against task gradients on this step's batch, where it is due. Training does not notice."""
@@ -258,20 +278,22 @@ class Trainer:
         return {name: value for layer in layers for name, value in layer.scalars().items()}
 
     def _resume(self) -> None:
-        clean_leftovers(self.out / "checkpoints")
+        if self.spread.is_main:
+            clean_leftovers(self.out / "checkpoints")
         path = newest_folder(self.out / "checkpoints")  # a damaged one is an error: not to be passed over in silence
         if path is None:
             self.reporter.say(f"{self.out} has no checkpoint yet: starting from step 0")
-            self.store.truncate_after(0)
-            self.repairs.known_good.truncate_after(0)
+            self._store.truncate_after(0)
+            self.repairs.forget_after(0)
             return
-        checkpoint = load_checkpoint(path)
-        self.repairs.known_good.truncate_after(checkpoint.step)  # the run takes another way from here
-        restore_run(checkpoint, self.model, self.optimizer, self.loader, self.watch, self.repairs)
-        self.step_number = checkpoint.step
-        self.store.truncate_after(checkpoint.step)
-        if checkpoint.step not in {record.step for record in self.repairs.known_good.records}:
-            self.repairs.remember(checkpoint.step, path)  # killed between the checkpoint and its record, or refused
+        verify(path)
+        step, _ = read_state(path)
+        self.repairs.forget_after(step)  # the run takes another way from here
+        restore_run(path, self.spread, self.model, self.optimizer, self.loader, self.watch, self.repairs)
+        self.step_number = step
+        self._store.truncate_after(step)
+        if not self.repairs.remembers(step):
+            self.repairs.remember(step, path)  # killed between the checkpoint and its record, or refused
         self._clock = (time.perf_counter(), self.step_number)
         self.reporter.say(f"resumed from {path}")
 
@@ -280,7 +302,7 @@ class Trainer:
 
         As it was when it fired: then labels and keys are the same.
         """
-        for alert in still_firing(self.store.alerts()):
+        for alert in still_firing(self._store.alerts()):
             for sink in sinks:
                 sink.alert(alert)
 

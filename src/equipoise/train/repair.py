@@ -124,6 +124,14 @@ class Repairs:
         self._watch.use_baselines(record.baselines, learning=True)
         return None
 
+    def forget_after(self, step: int) -> None:
+        """Drop records of later steps: the run takes another way from there."""
+        self.known_good.truncate_after(step)
+
+    def remembers(self, step: int) -> bool:
+        """Whether there is a record of this step."""
+        return step in {record.step for record in self.known_good.records}
+
     def protected(self) -> list[str]:
         """The names of checkpoints that must not be pruned: the newest that is known to be good."""
         named = [record.checkpoint for record in self.known_good.records if record.checkpoint is not None]

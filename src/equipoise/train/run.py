@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+from equipoise.parallel import Ranks
 from equipoise.train.alerts import NOWHERE, Alerts, delivering
 from equipoise.train.config import TrainConfig
 from equipoise.train.corpus import corpus
@@ -62,15 +63,29 @@ def train(
     *,
     resume: bool = False,
     alerts: Alerts = NOWHERE,
+    ranks: Ranks | None = None,
 ) -> RunResult:
     """Run to the end, or to the first SIGINT or SIGTERM, which writes a checkpoint and returns.
 
-    config: None takes the one in `out`, as --resume does. alerts: where they go beside the run folder. A second signal
-    ends the process at once.
+    config: None takes the one in `out`, as --resume does. alerts: where they go beside the run folder. ranks: the
+    processes that it is spread over; the main one writes and reports. A second signal ends the process at once.
     """
     config = load_config(out) if config is None else config
-    with delivering(alerts, out, reporter) as sinks:
-        return _train(*open_data(config), out, reporter, resume, sinks)
+    is_main = ranks is None or ranks.is_main
+    with delivering(alerts if is_main else NOWHERE, out, reporter) as sinks:
+        return _train(*_open_data(config, ranks), out, reporter, resume, sinks, ranks)
+
+
+def _open_data(config: TrainConfig, ranks: Ranks | None) -> tuple[TrainConfig, TokenData]:
+    """One process makes the tokens, the others find them in the cache."""
+    if ranks is None:
+        return open_data(config)
+    if ranks.is_main:
+        opened = open_data(config)
+        ranks.barrier()
+        return opened
+    ranks.barrier()
+    return open_data(config)
 
 
 def _train(
@@ -80,8 +95,9 @@ def _train(
     reporter: ConsoleReporter | Silent,
     resume: bool,
     sinks: Sequence[Sink],
+    ranks: Ranks | None,
 ) -> RunResult:
-    trainer = Trainer(config, data, out, reporter, resume, sinks)
+    trainer = Trainer(config, data, out, reporter, resume, sinks, ranks)
     if isinstance(reporter, ConsoleReporter):
         reporter.follow(trainer.store)
     status = "failed"

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from equipoise.disk.checkpoint import JSON, Checkpoint, CheckpointError
+from equipoise.disk.checkpoint import JSON, CheckpointError
 from equipoise.models.decoder import Decoder
 from equipoise.monitor.watch import Watch
 from equipoise.train.data import Loader
+from equipoise.train.elsewhere import Unrepaired
 from equipoise.train.repair import Repairs
-from equipoise.train.snapshot import pack_optimizer, rng_state, set_rng_state, unpack_optimizer
+from equipoise.train.snapshot import pack_optimizer, rng_state
+from equipoise.train.spread import Spread
 
 
 def run_state(
-    model: Decoder, optimizer: torch.optim.Optimizer, loader: Loader, watch: Watch, repairs: Repairs
+    model: Decoder, optimizer: torch.optim.Optimizer, loader: Loader, watch: Watch, repairs: Repairs | Unrepaired
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, JSON]]:
     """(tensors by group, plain state) for `save_checkpoint`."""
     optimizer_tensors, optimizer_json = pack_optimizer(optimizer)
@@ -37,28 +38,29 @@ def run_state(
 
 
 def restore_run(
-    checkpoint: Checkpoint,
+    path: Path,
+    spread: Spread,
     model: Decoder,
     optimizer: torch.optim.Optimizer,
     loader: Loader,
     watch: Watch,
-    repairs: Repairs,
-) -> None:
-    """Take everything over from a verified checkpoint.
+    repairs: Repairs | Unrepaired,
+) -> int:
+    """Take everything over from a checkpoint, which is verified first; returns its step.
 
-    Raises CheckpointError when it is of another model, data set or optimizer.
+    Raises CheckpointError when it is damaged, or of another model, data set or optimizer.
     """
-    state: Mapping[str, Any] = checkpoint.state
     try:
-        model.load_state_dict(dict(checkpoint.tensors["model"]))
-        unpack_optimizer(optimizer, checkpoint.tensors["optimizer"], state["optimizer"])
+        step, state = spread.restore(path, model, optimizer, watch.recorder)
         loader.load_state_dict(state["loader"])
-        watch.recorder.load_state_dict(checkpoint.tensors["recorder"])
         watch.load_state_dict(state["watch"])
         repairs.load_state_dict(state["repairs"])
-        set_rng_state(state["rng"])
+        spread.set_rng(state)
+    except CheckpointError:
+        raise
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"checkpoint {checkpoint.path} does not fit this run: {error}. Resume with the configuration and the "
+            f"checkpoint {path} does not fit this run: {error}. Resume with the configuration and the "
             "corpus it was made with, or start a new run with another --out"
         ) from error
+    return step

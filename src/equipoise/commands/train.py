@@ -1,0 +1,97 @@
+"""`equipoise train`: a run in this process, or as one of the ranks that torchrun has started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from equipoise.parallel import ParallelConfig
+from equipoise.train.alerts import NOWHERE, Alerts
+from equipoise.train.config import Overrides
+
+if TYPE_CHECKING:
+    from equipoise.train.report import ConsoleReporter, Silent
+    from equipoise.train.run import RunResult
+
+Json = Annotated[bool, tyro.conf.arg(name="json")]
+RecipeName = Literal["demo", "tiny", "tiny_two_experts", "base"]
+
+
+def train(
+    recipe: Annotated[RecipeName | None, tyro.conf.Positional] = None,
+    /,
+    *,
+    change: Annotated[Overrides, tyro.conf.OmitArgPrefixes] = Overrides(),  # noqa: B008 - frozen
+    alerts: Alerts = NOWHERE,
+    parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 - frozen
+    out: Path | None = None,
+    resume: bool = False,
+    json_: Json = False,
+) -> int:
+    """Train a language model with MoE layers, under watch.
+
+    Ctrl-C writes a checkpoint and stops; `--resume` goes on from it, to the bit, on any number of processes. For more
+    than one: `torchrun --nproc-per-node 4 -m equipoise train demo --parallel.expert 2 --parallel.data 2`.
+
+    Recipes: demo (4 layers of 16 experts, minutes), tiny (2 layers of 8, seconds), tiny_two_experts (2 layers of 2
+    experts on two domains: shows whether the router divides them, under a minute), base (8 layers, 4 of them with 32
+    experts and a shared one, days on two cores).
+
+    Args:
+        recipe: demo, tiny, tiny_two_experts or base. Not needed with --resume.
+        change: What to change in the recipe.
+        alerts: Where alerts and repairs go, beside the run folder.
+        parallel: How the run is spread over processes. No part of the run: name it again with --resume.
+        out: Run folder. Default: runs/RECIPE.
+        resume: Go on from the newest whole checkpoint in --out, with the configuration saved there.
+        json_: Print the result as one JSON object, and nothing else.
+    """
+    from equipoise.parallel import started
+    from equipoise.train.recipes import recipe as named
+    from equipoise.train.run import train as run
+
+    if recipe is None and not resume:
+        raise ValueError(
+            "train: name a recipe (demo, tiny, tiny_two_experts, base), or go on with --resume --out FOLDER"
+        )
+    if resume and change != Overrides():
+        raise ValueError(
+            "train: --resume goes on with the configuration that the run began with; leave out the changes"
+        )
+    out = out or Path("runs") / (recipe or "demo")
+    with started(parallel) as ranks, reporter_of(json_ or not (ranks is None or ranks.is_main)) as reporter:
+        config = change.apply(named(recipe)) if recipe and not resume else None
+        result = run(config, out, reporter, resume=resume, alerts=alerts, ranks=ranks)
+        is_main = ranks is None or ranks.is_main
+    if is_main:
+        _show(result, json_)
+    return 0 if result.signal is None else 128 + result.signal
+
+
+def _show(result: RunResult, as_json: bool) -> None:
+    from rich.console import Console
+
+    from equipoise.train.specialisation import specialisation_tables, verdict
+
+    if as_json:
+        print(json.dumps(result.fields()))
+    elif result.signal is not None:
+        print(f"stopped at step {result.step}; go on with: equipoise train --resume --out {result.out}")
+    elif result.evaluation is not None:
+        print(f"\na sample of its text:\n  {result.sample!r}\n")
+        if result.specialisation:
+            Console().print(specialisation_tables(result.specialisation))
+            print(f"{verdict(result.specialisation)}\n")
+        print(f"perplexity {result.evaluation.perplexity:.1f} after {result.step} steps; run folder {result.out}")
+
+
+def reporter_of(quiet: bool) -> ConsoleReporter | Silent:
+    """What shows a run to a person; nothing for a quiet one."""
+    from rich.console import Console
+
+    from equipoise.train.report import ConsoleReporter, Silent
+
+    return Silent() if quiet else ConsoleReporter(Console())

@@ -1,0 +1,96 @@
+"""What takes the place of the store and of the repairs where a process has none: ranks that only compute.
+
+A run over ranks is watched, and its alerts are told; it does not repair itself, which needs the whole model in one
+process. All but the main rank keep no records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from equipoise.recovery.recovery import STATE_VERSION
+from equipoise.types import Action, Alert, RoutingStats
+
+_NOTHING = {"version": STATE_VERSION, "modes": {}, "cases": {}, "trial": None, "rest": 0}
+
+
+class Nowhere:
+    """A store that keeps nothing."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Forgotten."""
+
+    def routing(self, window: Sequence[RoutingStats]) -> None:
+        """Forgotten."""
+
+    def alert(self, alert: Alert) -> None:
+        """Forgotten."""
+
+    def action(self, action: Action) -> None:
+        """Forgotten."""
+
+    def set_meta(self, **values: Any) -> None:
+        """Forgotten."""
+
+    def truncate_after(self, step: int) -> None:
+        """There is nothing."""
+
+    def alerts(self) -> list[Alert]:
+        """None."""
+        return []
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Of nothing."""
+        yield
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class Unrepaired:
+    """Repairs of a run that makes none."""
+
+    rate_scale = 1.0
+
+    def after_flush(self, step: int, changed: Sequence[Alert]) -> list[Action]:
+        """None."""
+        return []
+
+    def rescue(self, step: int) -> list[Action]:
+        """Nothing helps."""
+        return []
+
+    def remember(self, step: int, checkpoint: Path) -> str | None:
+        """No record is kept."""
+        return None
+
+    def forget_after(self, step: int) -> None:
+        """There is no record."""
+
+    def remembers(self, step: int) -> bool:
+        """There is nothing to be made up for."""
+        return True
+
+    def protected(self) -> list[str]:
+        """No checkpoint."""
+        return []
+
+    def detach(self) -> None:
+        """Nothing was attached."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of a run that never needed a repair."""
+        return {"recovery": _NOTHING, "rate_scale": self.rate_scale}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ValueError for a run with a repair in force: it would be lost."""
+        if modes := state["recovery"]["modes"]:
+            raise ValueError(
+                f"a repair is in force in {', '.join(modes)}, which needs a run of one process; resume there, and go "
+                "on over ranks when it has been lifted"
+            )
+        self.rate_scale = float(state["rate_scale"])

@@ -1,0 +1,219 @@
+"""How a run is spread over processes, as the loop sees it: alone, or over ranks.
+
+`Alone` is a run of one process and costs nothing. `OverRanks` has the experts spread, the batch divided, sums taken
+over all ranks, checkpoints written and read together. Both give the same training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from equipoise.disk.checkpoint import JSON, group_file, load_checkpoint, save_checkpoint
+from equipoise.disk.rows import read_rows
+from equipoise.models.decoder import Decoder
+from equipoise.monitor.recorder import Recorder
+from equipoise.parallel import ExpertParallel, Ranks, apply_expert_parallel, clip_gradients, sum_gradients
+from equipoise.parallel.checkpoint import Share, expert_tensors, load_shares, save_shares, shares_of
+from equipoise.parallel.shard import shard_dense
+from equipoise.train.config import TrainConfig
+from equipoise.train.data import Batch
+from equipoise.train.snapshot import rng_state, set_rng_state, unpack_optimizer
+from equipoise.train.spread_optimizer import logical_shapes, optimizer_shares, restore_optimizer
+from equipoise.train.step import split
+from equipoise.types import Placement
+
+Reduce = Callable[[Tensor], None]
+Content = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, JSON]]  # tensors by group, and plain state
+Restored = tuple[int, Mapping[str, JSON]]  # step, and plain state
+
+
+def check_ranks(config: TrainConfig, ranks: Ranks | None) -> None:
+    """Raise ValueError for a configuration that can't be spread over these ranks."""
+    if ranks is None:
+        return
+    for name, value in (("recover", config.recover), ("accept_faults", config.accept_faults)):
+        if value:
+            raise ValueError(f"{name}: needs the whole model in one process, got {ranks.size}; leave it out")
+    if config.interference_every:
+        raise ValueError("interference_every: is measured in one process only; set it to 0 for a run over ranks")
+    per_rank, micro_batches = config.batch_size // ranks.size, max(1, config.num_micro_batches // ranks.size)
+    if config.batch_size % ranks.size or per_rank % micro_batches:
+        raise ValueError(
+            f"batch_size: expected a multiple of the {ranks.size} ranks, each of which takes its share in "
+            f"{micro_batches} micro-batches, got {config.batch_size}"
+        )
+
+
+class Spread(Protocol):
+    """What differs between one process and many."""
+
+    reduce: Reduce | None
+    is_main: bool
+
+    def parts(self, batch: Batch, micro_batches: int) -> list[Batch]:
+        """This process's micro-batches of the batch, of which there are so many for all processes together."""
+        ...
+
+    def total(self, loss: float) -> float:
+        """The loss over all processes."""
+        ...
+
+    def clip(self, max_norm: float) -> float:
+        """Complete the gradients, bound their norm, and return it as it was."""
+        ...
+
+    def any(self, value: bool) -> bool:
+        """Whether it is so on any process."""
+        ...
+
+    def save(self, root: Path, step: int, content: Content, optimizer: torch.optim.Optimizer) -> Path:
+        """Write a checkpoint of what this process holds."""
+        ...
+
+    def restore(self, path: Path, model: Decoder, optimizer: torch.optim.Optimizer, recorder: Recorder) -> Restored:
+        """Weights, optimizer and open window of a checkpoint, which any number of processes wrote."""
+        ...
+
+    def set_rng(self, state: Mapping[str, JSON]) -> None:
+        """The random state of a checkpoint; last, for building modules draws numbers."""
+        ...
+
+    def scalars(self, seconds: float) -> dict[str, float]:
+        """What spreading costs, for the run store, in the seconds since it was last asked."""
+        ...
+
+
+class Alone:
+    """One process."""
+
+    reduce: Reduce | None = None
+    is_main = True
+
+    def __init__(self, model: Decoder) -> None:
+        self._model = model
+
+    def parts(self, batch: Batch, micro_batches: int) -> list[Batch]:
+        """All of them."""
+        return split(batch, micro_batches)
+
+    def total(self, loss: float) -> float:
+        """It is."""
+        return loss
+
+    def clip(self, max_norm: float) -> float:
+        """By torch."""
+        return float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), max_norm))
+
+    def any(self, value: bool) -> bool:
+        """It is."""
+        return value
+
+    def save(self, root: Path, step: int, content: Content, optimizer: torch.optim.Optimizer) -> Path:
+        """As it is."""
+        return save_checkpoint(root, step, *content)
+
+    def restore(self, path: Path, model: Decoder, optimizer: torch.optim.Optimizer, recorder: Recorder) -> Restored:
+        """As it was."""
+        checkpoint = load_checkpoint(path)
+        model.load_state_dict(dict(checkpoint.tensors["model"]))
+        unpack_optimizer(optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+        recorder.load_state_dict(checkpoint.tensors["recorder"])
+        return checkpoint.step, checkpoint.state
+
+    def set_rng(self, state: Mapping[str, JSON]) -> None:
+        """As it was."""
+        set_rng_state(state["rng"])
+
+    def scalars(self, seconds: float) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+
+class OverRanks:
+    """Processes of a job. Applies expert parallelism, and FSDP2 where it is asked for, to the model.
+
+    placements: by layer; None spreads experts evenly.
+    """
+
+    def __init__(self, model: Decoder, ranks: Ranks, placements: Mapping[str, Placement] | None = None) -> None:
+        self.ranks = ranks
+        self.parallel: ExpertParallel = apply_expert_parallel(model, ranks, placements)
+        if ranks.config.shard:
+            shard_dense(self.parallel, list(model.layers))
+        self.reduce: Reduce | None = ranks.sum
+        self.is_main = ranks.is_main
+
+    def parts(self, batch: Batch, micro_batches: int) -> list[Batch]:
+        """This rank's share of each."""
+        per_rank = max(1, micro_batches // self.ranks.size)
+        return split(split(batch, self.ranks.size)[self.ranks.rank], per_rank)
+
+    def total(self, loss: float) -> float:
+        """The sum of the ranks' shares."""
+        value = torch.tensor(loss, dtype=torch.float64, device=self.ranks.mesh.device_type)
+        self.ranks.sum(value)
+        return float(value)
+
+    def clip(self, max_norm: float) -> float:
+        """Each logical parameter counts once."""
+        sum_gradients(self.parallel)
+        return clip_gradients(self.parallel, max_norm)
+
+    def any(self, value: bool) -> bool:
+        """One small sum."""
+        return self.total(float(value)) > 0
+
+    def scalars(self, seconds: float) -> dict[str, float]:
+        """exposed_communication: the share of the time in which this rank waited for exchanges of tokens. sent_mb: what
+        it sent in them.
+        """
+        taken = [traffic.take() for traffic in self.parallel.traffic.values()]
+        return {
+            "exposed_communication": sum(waited for waited, _ in taken) / seconds,
+            "sent_mb": sum(sent for _, sent in taken) / 1e6,
+        }
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def save(self, root: Path, step: int, content: Content, optimizer: torch.optim.Optimizer) -> Path:
+        """Together, in logical coordinates. Each rank's random state goes with it."""
+        named, state = content
+        recorder = {name: tensor.clone() for name, tensor in named["recorder"].items()}
+        for tensor in recorder.values():
+            self.ranks.sum(tensor)
+        groups = {
+            "model": self._model_shares(named["model"]),
+            "optimizer": optimizer_shares(self.parallel, optimizer, named["optimizer"]),
+            "recorder": shares_of(self.parallel, recorder, {}),
+        }
+        described = state["optimizer"] | {"shapes": logical_shapes(self.parallel, optimizer)}
+        all_rng: list[Any] = [None] * self.ranks.size
+        dist.all_gather_object(all_rng, rng_state(), group=self.ranks.world)
+        whole = dict(state) | {"optimizer": described, "rng_of_ranks": all_rng}
+        return save_shares(root, step, groups, whole, self.ranks)
+
+    def restore(self, path: Path, model: Decoder, optimizer: torch.optim.Optimizer, recorder: Recorder) -> Restored:
+        """To each rank what it holds."""
+        step, state = load_shares(path, {"model": self._model_shares(dict(model.state_dict()))}, self.ranks)
+        restore_optimizer(path, self.parallel, optimizer, state["optimizer"])
+        if self.is_main:  # the others go on with an empty window: what they count is added to it
+            window = recorder.state_dict()
+            recorder.load_state_dict({name: read_rows(group_file(path, "recorder"), name, None) for name in window})
+        return step, state
+
+    def set_rng(self, state: Mapping[str, JSON]) -> None:
+        """As it was, on as many ranks; else another for each."""
+        of_ranks = state.get("rng_of_ranks", [])
+        same = len(of_ranks) == self.ranks.size
+        set_rng_state(of_ranks[self.ranks.rank] if same else state["rng"])
+        if not same and self.ranks.rank:  # noise must differ from rank to rank
+            torch.manual_seed(torch.initial_seed() + self.ranks.rank)
+
+    def _model_shares(self, tensors: Mapping[str, Tensor]) -> dict[str, Share]:
+        return shares_of(self.parallel, tensors, expert_tensors(self.parallel, tensors))
