@@ -75,6 +75,7 @@ CASES = {type_.__name__: _router_case(type_()) for type_ in ROUTERS} | {
     "two data, replicas": Case(BALANCED, A2A, data={4: 2}, placement=replicas),
     "two nodes": Case(BALANCED, A2A | {"nodes": 2}, placement=replicas),
     "grouped": Case({"router": TopK(k=2, num_groups=3, top_groups=1, score="sigmoid")}, A2A),
+    "sharded": Case(BALANCED, A2A | {"shard": True}, data={4: 2}),
     "no targets on a rank": Case(BALANCED, A2A, ignored=B * S // 2),
 }
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from tests.parallel.cases import CASES, CLIP, PARTS, STEPS, Case, backward, build, parts_of
+from torch.distributed.tensor import DTensor
 
 from equipoise.layer import reduce_and_update
 from equipoise.parallel import (
@@ -17,6 +18,7 @@ from equipoise.parallel import (
     make_ranks,
     sum_gradients,
 )
+from equipoise.parallel.shard import shard_dense
 
 
 def spread(case: Case, world: int) -> ExpertParallel:
@@ -27,7 +29,10 @@ def spread(case: Case, world: int) -> ExpertParallel:
     placements = None
     if case.placement is not None:
         placements = {name: case.placement(world // data) for name in model.moe_layers}
-    return apply_expert_parallel(model, ranks, placements)
+    parallel = apply_expert_parallel(model, ranks, placements)
+    if ranks.config.shard:
+        shard_dense(parallel, list(model.layers))
+    return parallel
 
 
 def train(parallel: ExpertParallel, case: Case) -> dict[str, torch.Tensor]:
@@ -44,11 +49,16 @@ def train(parallel: ExpertParallel, case: Case) -> dict[str, torch.Tensor]:
         sum_gradients(parallel)
         record[f"loss.{step}"] = loss
         record[f"norm.{step}"] = torch.tensor(clip_gradients(parallel, CLIP)).double()
-        record |= {f"grad.{step}.{name}": p.grad.clone() for name, p in model.named_parameters()}
+        record |= {f"grad.{step}.{name}": whole(p.grad) for name, p in model.named_parameters()}
         optimizer.step()
         optimizer.zero_grad()
         reduce_and_update(model.moe_layers.values(), ranks.sum, step=step)
-    return record | {f"state.{name}": value.double().clone() for name, value in model.state_dict().items()}
+    return record | {f"state.{name}": whole(value).double() for name, value in model.state_dict().items()}
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    """Of a tensor that FSDP2 has sharded, all of it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value.clone()
 
 
 def main(folder: Path, world: int, rank: int) -> None:
