@@ -22,7 +22,7 @@ from equipoise.train.data import IGNORE, Batch
 from equipoise.train.step import batch_scopes, count_targets, split, task_loss
 from equipoise.types import Placement
 
-B, S, V, E, STEPS, PARTS = 8, 12, 61, 6, 3, 4
+B, S, V, E, STEPS, PARTS = 8, 12, 61, 6, 2, 4
 CLIP = 0.5
 
 
@@ -30,13 +30,15 @@ CLIP = 0.5
 class Case:
     """moe: fields of MoEConfig. parallel: of ParallelConfig but for the sizes. data: of it, for 2 and 4 processes.
 
-    placement: by the number of ranks in an expert group. ignored: targets of the batch, from its start, to leave out.
+    placement: by the number of ranks in an expert group; move_to: the one after the first step. ignored: targets of
+    the batch, from its start, to leave out.
     """
 
     moe: dict = field(default_factory=dict)
     parallel: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
     placement: Callable[[int], Placement] | None = None
+    move_to: Callable[[int], Placement] | None = None
     ignored: int = 5
 
 
@@ -47,6 +49,11 @@ def replicas(ranks: int) -> Placement:
 
 def all_on_the_last(ranks: int) -> Placement:
     return Placement((*((),) * (ranks - 1), tuple(reversed(range(E)))))
+
+
+def turned(ranks: int) -> Placement:
+    """No expert where it is at first, unevenly."""
+    return Placement(tuple(tuple(e for e in reversed(range(E)) if (e + 1) % ranks == rank) for rank in range(ranks)))
 
 
 def _router_case(router) -> Case:
@@ -76,8 +83,20 @@ CASES = {type_.__name__: _router_case(type_()) for type_ in ROUTERS} | {
     "two nodes": Case(BALANCED, A2A | {"nodes": 2}, placement=replicas),
     "grouped": Case({"router": TopK(k=2, num_groups=3, top_groups=1, score="sigmoid")}, A2A),
     "sharded": Case(BALANCED, A2A | {"shard": True}, data={4: 2}),
+    "moved": Case(BALANCED, A2A, move_to=turned),
+    "moved to replicas": Case(BALANCED, A2A, data={4: 2}, placement=turned, move_to=replicas),
+    "moved from replicas": Case(BALANCED, A2A, placement=replicas, move_to=all_on_the_last),
     "no targets on a rank": Case(BALANCED, A2A, ignored=B * S // 2),
 }
+
+
+def names_for(world: int, every: bool) -> list[str]:
+    """The cases to run with so many processes: every one that fits, or those that tell most."""
+    fitting = [name for name, case in CASES.items() if case.parallel.get("nodes", 1) <= world <= PARTS]
+    if every or world == PARTS:
+        return fitting
+    routers = {type_.__name__ for type_ in ROUTERS}
+    return [name for name in fitting if name not in routers][: 2 if world == 1 else None]
 
 
 def build(case: Case) -> Decoder:

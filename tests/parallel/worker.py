@@ -1,4 +1,4 @@
-"""One rank of tests/parallel/test_training.py: FOLDER WORLD RANK. Trains its share of each case."""
+"""One rank of tests/parallel/test_training.py: FOLDER WORLD RANK every|some. Trains its share of each case."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from tests.parallel.cases import CASES, CLIP, PARTS, STEPS, Case, backward, build, parts_of
+from tests.parallel.cases import CASES, CLIP, PARTS, STEPS, Case, backward, build, names_for, parts_of
 from torch.distributed.tensor import DTensor
 
 from equipoise.layer import reduce_and_update
@@ -18,6 +18,7 @@ from equipoise.parallel import (
     make_ranks,
     sum_gradients,
 )
+from equipoise.parallel.move import move_experts
 from equipoise.parallel.shard import shard_dense
 
 
@@ -35,13 +36,31 @@ def spread(case: Case, world: int) -> ExpertParallel:
     return parallel
 
 
-def train(parallel: ExpertParallel, case: Case) -> dict[str, torch.Tensor]:
-    """The same steps as `train_alone`, of this rank's parts; expert tensors have this rank's experts."""
+def moved(parallel: ExpertParallel, case: Case, optimizer: torch.optim.Optimizer) -> tuple[ExpertParallel, bool]:
+    """(with the other placement, whether outputs have the same bits as before)."""
+    tokens_BS = parts_of(case, 1)[0].tokens_BS
+
+    def outputs() -> torch.Tensor:
+        with torch.no_grad():
+            return parallel.model.eval()(tokens_BS)
+
+    before, placement = outputs(), case.move_to(parallel.ranks.config.expert)
+    parallel = move_experts(parallel, dict.fromkeys(parallel.layers, placement), optimizer)
+    same = torch.equal(before, outputs())
+    parallel.model.train()
+    return parallel, same
+
+
+Named = dict[str, torch.Tensor]
+
+
+def train(parallel: ExpertParallel, case: Case) -> tuple[Named, Named]:
+    """(the same steps as `train_alone`, of this rank's parts, with this rank's experts; what else is to be noted)."""
     model, ranks = parallel.model, parallel.ranks
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     per_rank = PARTS // ranks.size
     numbers = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
-    record = {}
+    record, note = {}, {}
     for step in range(1, STEPS + 1):
         parts = parts_of(case, step)[numbers.start : numbers.stop]
         loss = torch.tensor(backward(model, parts, numbers, step, ranks.sum)).double()
@@ -53,7 +72,12 @@ def train(parallel: ExpertParallel, case: Case) -> dict[str, torch.Tensor]:
         optimizer.step()
         optimizer.zero_grad()
         reduce_and_update(model.moe_layers.values(), ranks.sum, step=step)
-    return record | {f"state.{name}": whole(value).double() for name, value in model.state_dict().items()}
+        if step == 1 and case.move_to is not None:
+            parallel, same = moved(parallel, case, optimizer)
+            note["same_bits"] = torch.tensor(same)
+    for layer in parallel.layers:
+        note[f"slots.{layer}"] = torch.tensor(parallel.slots(layer), dtype=torch.int64)
+    return record | {f"state.{name}": whole(value).double() for name, value in model.state_dict().items()}, note
 
 
 def whole(value: torch.Tensor) -> torch.Tensor:
@@ -61,18 +85,16 @@ def whole(value: torch.Tensor) -> torch.Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value.clone()
 
 
-def main(folder: Path, world: int, rank: int) -> None:
+def main(folder: Path, world: int, rank: int, every: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{world}.meet", rank=rank, world_size=world)
-    for name, case in CASES.items():
-        if case.parallel.get("nodes", 1) > world:
-            continue
-        parallel = spread(case, world)
-        record = train(parallel, case)
-        slots = {f"slots.{layer}": torch.tensor(parallel.slots(layer), dtype=torch.int64) for layer in parallel.layers}
-        save_file(record | slots, folder / f"{name}.{world}.{rank}.safetensors")
+    for name in names_for(world, every):
+        case = CASES[name]
+        record, note = train(spread(case, world), case)
+        save_file(record, folder / f"{name}.{world}.{rank}.safetensors")
+        save_file(note, folder / f"{name}.{world}.{rank}.note.safetensors")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "every")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -34,7 +35,8 @@ def train(
     """Train a language model with MoE layers, under watch.
 
     Ctrl-C writes a checkpoint and stops; `--resume` goes on from it, to the bit, on any number of processes. For more
-    than one: `torchrun --nproc-per-node 4 -m equipoise train demo --parallel.expert 2 --parallel.data 2`.
+    than one: `torchrun --nproc-per-node 4 -m equipoise train demo --parallel.expert 2 --parallel.data 2`. With
+    torchrun's `--max-restarts 3` the run goes on from its newest checkpoint when a rank is lost.
 
     Recipes: demo (4 layers of 16 experts, minutes), tiny (2 layers of 8, seconds), tiny_two_experts (2 layers of 2
     experts on two domains: shows whether the router divides them, under a minute), base (8 layers, 4 of them with 32
@@ -62,6 +64,7 @@ def train(
             "train: --resume goes on with the configuration that the run began with; leave out the changes"
         )
     out = out or Path("runs") / (recipe or "demo")
+    resume = resume or _goes_on(out)
     with started(parallel) as ranks, reporter_of(json_ or not (ranks is None or ranks.is_main)) as reporter:
         config = change.apply(named(recipe)) if recipe and not resume else None
         result = run(config, out, reporter, resume=resume, alerts=alerts, ranks=ranks)
@@ -69,6 +72,11 @@ def train(
     if is_main:
         _show(result, json_)
     return 0 if result.signal is None else 128 + result.signal
+
+
+def _goes_on(out: Path) -> bool:
+    """Whether torchrun has started this rank again, after one was lost, in a run that had begun."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0 and (out / "config.json").exists()
 
 
 def _show(result: RunResult, as_json: bool) -> None:

@@ -53,6 +53,13 @@ class Traffic:
         self.seconds += time.perf_counter() - begun
 
 
+def sum_over(tensor: Tensor, group: dist.ProcessGroup, what: str) -> None:
+    """Sum over the ranks of a group, in place. what: for the message of the CollectiveError."""
+    work = dist.all_reduce(tensor, group=group, async_op=True)
+    assert work is not None
+    Traffic(what).wait([work])
+
+
 def _first(error: BaseException) -> str:
     return str(error).strip().split("\n")[0][:200]
 

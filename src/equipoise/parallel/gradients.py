@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from equipoise.parallel.apply import ExpertParallel
+from equipoise.parallel.exchange import sum_over
 from equipoise.parallel.shard import is_sharded
 
 _BUCKET = 2**22  # elements
@@ -65,7 +66,7 @@ def _sum_all(grads: Sequence[Tensor], group: dist.ProcessGroup) -> None:
 
 def _sum_bucket(grads: Sequence[Tensor], group: dist.ProcessGroup) -> None:
     flat = torch.cat([grad.reshape(-1) for grad in grads])
-    dist.all_reduce(flat, group=group)
+    sum_over(flat, group, "the sum of gradients")
     for grad, part in zip(grads, torch.split(flat, [grad.numel() for grad in grads]), strict=True):
         grad.copy_(part.view_as(grad))
 
@@ -86,7 +87,7 @@ def _sum_copies(parallel: ExpertParallel, layer: str, parameter: nn.Parameter) -
     total = parameter.new_zeros(len(shared), *parameter.shape[1:])
     for row, slot in held:
         total[row] = parameter.grad[slot]
-    dist.all_reduce(total, group=parallel.ranks.expert)
+    sum_over(total, parallel.ranks.expert, f"{layer}: the sum of gradients over copies of experts")
     for row, slot in held:
         parameter.grad[slot] = total[row]
 
@@ -108,7 +109,7 @@ def clip_gradients(parallel: ExpertParallel, max_norm: float) -> float:
         if parameter.grad is not None:
             own += _squared(parameter.grad[_first_held(parallel, name)])
     parallel.ranks.sum(sharded)
-    dist.all_reduce(own, group=parallel.ranks.expert)
+    sum_over(own, parallel.ranks.expert, "the norm of gradients")
     norm = float((everywhere + sharded + own).sqrt())
     scale = max_norm / (norm + 1e-6)
     if scale < 1:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from equipoise.parallel.exchange import sum_over
 from equipoise.parallel.payload import PayloadName, payloads
 
 TIMEOUT_S = 600.0
@@ -108,8 +109,8 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, tensor: torch.Tensor) -> None:
-        """Sum over all ranks, in place."""
-        dist.all_reduce(tensor, group=self.world)
+        """Sum over all ranks, in place. Raises CollectiveError when one of them does not come."""
+        sum_over(tensor, self.world, "a sum over all ranks")
 
     def barrier(self) -> None:
         """Wait until all are here."""

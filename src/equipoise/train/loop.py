@@ -30,7 +30,7 @@ from equipoise.monitor.alerts import still_firing
 from equipoise.monitor.rules import CountRule
 from equipoise.monitor.store import RunStore
 from equipoise.monitor.watch import Watch
-from equipoise.parallel import Ranks
+from equipoise.parallel import CollectiveError, Ranks
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import Batch, Loader, TokenData, eval_batches
 from equipoise.train.diagnose import DivergenceError, first_non_finite, non_finite_parameter
@@ -130,10 +130,13 @@ class Trainer:
         """
         until = self.config.steps if until is None else min(until, self.config.steps)
         while self.step_number < until:
-            if self.spread.any(stop()):
-                self.save()
-                return False
-            self.step()
+            try:
+                if self.spread.any(stop()):
+                    self.save()
+                    return False
+                self.step()
+            except CollectiveError as error:
+                raise CollectiveError(f"step {self.step_number + 1}: {error}") from error
         return True
 
     def step(self) -> None:
