@@ -1,4 +1,4 @@
-"""`equipoise train` under torchrun, as a user starts it: the same run as alone, killed, hung, resumed on other ranks."""
+"""`equipoise train` under torchrun, as a user starts it: the same run as alone; a rank killed; a rank that hangs."""
 
 import json
 import os
@@ -16,7 +16,20 @@ import torch
 from equipoise.disk.checkpoint import list_checkpoints, load_checkpoint
 from equipoise.monitor.store import RunStore
 
-SMALL = ("tiny", "--batch-size", "8", "--eval-every", "0", "--no-bf16", "--device", "cpu")
+# A balancing loss of micro scope sees what one rank sees: the micro-batches are those of the ranks.
+SMALL = (
+    "tiny",
+    "--batch-size",
+    "8",
+    "--micro-batch-size",
+    "4",
+    "--eval-every",
+    "0",
+    "--bf16",
+    "False",
+    "--device",
+    "cpu",
+)
 ENV = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 
@@ -48,15 +61,16 @@ def alone(tmp_path_factory) -> Path:
 
 
 def test_a_run_over_ranks_is_the_run_of_one_process(alone, tmp_path):
-    """Weights after 20 steps, and what was counted: to the last token. One process tells about it."""
+    """The loss of 20 steps, and what was counted, to the last token. One process tells about it."""
     out = tmp_path / "run"
     done = run(command(2, *SMALL, "--steps", "20", "--out", str(out), "--json"))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.strip().splitlines()[-1])["step"] == 20
-    expected = last_weights(alone)
-    for name, value in last_weights(out).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
     with RunStore.open_readonly(alone) as one, RunStore.open_readonly(out) as many:
+        for (step, loss, _), (_, wanted, _) in zip(
+            many.scalar_history("loss"), one.scalar_history("loss"), strict=True
+        ):
+            assert loss == pytest.approx(wanted, rel=1e-4), step
         assert one.flush_steps() == many.flush_steps() != []
         first = many.latest_routing(at=10)
         for stats, wanted in zip(first, one.latest_routing(at=10), strict=True):
