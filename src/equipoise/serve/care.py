@@ -189,11 +189,7 @@ class Care:
             replace(alert, step=step, since_step=step)
         ]
         resolved = [each for each in changed if each.state == "resolved"]
-        before, self.recovery.act = self.recovery.act, True
-        try:
-            return self.recovery.after_flush(step, firing, self.watch.stats(), resolved)
-        finally:
-            self.recovery.act = before
+        return self.recovery.after_flush(step, firing, self.watch.stats(), resolved, act=True)
 
     def _flush(self, step: int) -> tuple[list[Alert], list[Action]]:
         """(alerts that changed, transitions of the breaker)."""

@@ -69,6 +69,16 @@ def test_an_alert_manager_may_ask_for_the_repair(serve):
         served.operator.repair("nowhere", "collapse", "")
 
 
+def test_what_was_only_proposed_is_done_for_an_alert_manager(serve):
+    served = serve()
+    break_router(served)
+    for _ in range(3):
+        served.traffic()
+        served.care.look()
+    assert [action.state for action in served.heard.actions] == ["proposed"]
+    assert [action.state for action in served.operator.repair(LAYER, "collapse", "")] == ["applied"]
+
+
 def test_baselines_come_from_the_record(serve):
     served = serve()
     assert set(served.equipment.baselines) == set(served.care.layers)
