@@ -63,7 +63,7 @@ class Server:
         model, layers = loaded.model, tuple(loaded.model.moe_layers)
         gate = Gate()
         self.record = ServerRecord(config.folder, config.name, model.config)
-        self.metrics = ServingMetrics(layers, self._num_open)
+        self.metrics = ServingMetrics(layers, self._num_open, lambda: self.engine.occupancy())
         self.engine = Engine(
             model,
             loaded.tokenizer,
