@@ -216,6 +216,10 @@ class TestMistakes:
             ([str(tmp_path)], r"expected a run folder with config\.json"),
             ([str(trained), "--host", "0.0.0.0"], r"host: 0\.0\.0\.0 can be reached.*add --keys-file"),
             ([str(trained), "--max-running", "0"], r"max_running: expected at least 1, got 0"),
+            (
+                [str(trained), "--max-seconds", "0"],
+                r"max_seconds: expected more than 0, got 0; leave it out for no end",
+            ),
             ([str(trained), "--cache-gb", "0.00001"], r"cache_gb: one sequence of 128 tokens takes"),
         ]
         for arguments, told in cases:
