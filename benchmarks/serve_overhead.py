@@ -90,6 +90,15 @@ def clocked(served: Served):
 
 
 @contextmanager
+def clocked_singly(served: Served):
+    """The breaker's clocks on each expert: experts are computed one by one."""
+    guard = LatencyGuard(served.layers, NEVER, granularity="expert", dense=served.dense)
+    yield
+    guard.step(1)
+    guard.detach()
+
+
+@contextmanager
 def measured(served: Served):
     """The metrics of each step, and what is made of them for the records."""
     metrics = ServingMetrics(tuple(served.layers), lambda: 0, served.engine.occupancy)
@@ -105,6 +114,7 @@ PARTS: dict[str, Sequence[Part]] = {
     "monitor": (watched,),
     "recent scores": (recent,),
     "breaker's clocks": (clocked,),
+    "breaker's clocks, by expert": (clocked_singly,),
     "step metrics": (measured,),
     ALL: (watched, recent, clocked, measured),
 }

@@ -260,6 +260,31 @@ class TestHands:
         expect(first.locator("canvas").first).to_be_visible()
         expect(page.locator("figure", has_text="Validation perplexity")).to_be_hidden()
 
+    def test_a_server_that_times_single_experts_shows_each(self, tmp_path, visit, expect):
+        run = write_run(tmp_path / "runs" / "server", status="running")
+        with RunStore(run) as store:
+            store.set_meta(kind="server")
+        with serving(tmp_path, tmp_path / "runs") as served:
+            page = visit().open(f"{served.base}/run/{run_ref(run).id}?layer=layers.1.mlp")
+            figure = page.locator("figure", has_text="Time of each expert")
+            expect(page.locator("figure", has_text="Between tokens")).to_be_visible()
+            expect(figure).to_be_hidden()
+            with RunStore(run) as store:
+                names = {f"experts_ms.layers.1.mlp/{expert}" for expert in range(8) if expert != 6}
+                store.scalars(120, {f"{name}.p50": 1.5 for name in names} | {f"{name}.p99": 2.0 for name in names})
+                store.scalars(120, {"experts_ms.layers.1.mlp/3.p99": 34.0})
+            expect(figure.locator(".reading")).to_have_text("layers.1.mlp; slowest: expert 3, p50 1.5, p99 34")
+            expect(figure.locator("canvas").first).to_be_visible()
+            heights = """() => { const f = [...document.querySelectorAll('figure')].find(
+                e => e.textContent.includes('Time of each expert'));
+                return getElement(Number(f.querySelector('.echart').id.slice(1))).chart.getOption()
+                    .series.map((each) => each.data) }"""
+            half, most = page.evaluate(heights)
+            assert half == [1.5] * 6 + [None, 1.5]
+            assert most == [2, 2, 2, 34, 2, 2, None, 2]
+            page.locator(".chooser select").first.select_option("layers.0.mlp")
+            expect(figure).to_be_hidden()
+
     def test_what_is_chosen_together(self, server, folder, visit, expect):
         run = folder / "ladder"
         page = visit().open(f"{server.base}/run/{run_ref(run).id}?layer=layers.0.mlp")

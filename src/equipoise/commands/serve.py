@@ -75,6 +75,8 @@ class ServeOptions:
     """Seconds between two looks at the routing."""
     breaker: bool = True
     """Bypass a layer's experts while they are too slow, where something can stand in for them."""
+    breaker_by: Literal["layer", "expert"] = "layer"
+    """What the breaker times and shuts: a layer's experts together, or each, which computes them one by one."""
     detail: Literal["summary", "layer", "expert"] = "layer"
     """Of the experts' metrics for Prometheus."""
     drain_s: float = 30.0
@@ -137,7 +139,13 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
         decode_batch=options.decode_batch,
         group_by_experts=options.group_by_experts,
     )
-    care = CareConfig(flush_s=options.flush_s, profile=options.profile, recover=options.recover, policy=options.policy)
+    care = CareConfig(
+        flush_s=options.flush_s,
+        profile=options.profile,
+        recover=options.recover,
+        policy=options.policy,
+        breaker_by=options.breaker_by,
+    )
     if not options.breaker:
         care = replace(care, breaker=None)
     if options.max_seconds is not None and not options.max_seconds > 0:

@@ -15,6 +15,7 @@ from equipoise.serve.api.served import Counted
 from equipoise.serve.engine import Occupancy, StepReport
 from equipoise.serve.rolling import Rolling
 
+MOST_GROUPS = 512  # whose times are recorded with each look
 _TIMES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -57,6 +58,7 @@ class ServingMetrics:
         self._distinct = self._gauge("distinct_experts", "Experts that the last step's tokens went to.", "layer")
         self._gauge("open_requests", "Requests that have not ended.").set_function(lambda: float(num_open()))
         self._care = self._gauge("breaker_open", "1 where a breaker is not closed.", "group")
+        self._p50 = self._gauge("experts_p50_seconds", "Median of a group's expert computation.", "group")
         self._p99 = self._gauge("experts_p99_seconds", "99th percentile of a group's expert computation.", "group")
         self._version = self._gauge("weights_version", "Counts changes of the weights in service.")
         self.first_token, self.between_tokens, self.completed = Rolling(), Rolling(), Rolling()
@@ -94,12 +96,13 @@ class ServingMetrics:
         if counted.answer_tokens:
             self.completed.add(1.0)
 
-    def guarded(self, states: Mapping[str, str], p99_s: Mapping[str, float], version: int) -> None:
-        """What the breaker says, and which weights are in service."""
+    def guarded(self, states: Mapping[str, str], times: Mapping[str, tuple[float, float]], version: int) -> None:
+        """What the breaker says, p50 and p99 in seconds of what it times, and which weights are in service."""
         for group, state in states.items():
             self._care.labels(group).set(state != "closed")
-        for group, seconds in p99_s.items():
-            self._p99.labels(group).set(seconds)
+        for group, (half, most) in times.items():
+            self._p50.labels(group).set(half)
+            self._p99.labels(group).set(most)
         self._version.set(version)
 
     def retry_after(self) -> float:
@@ -145,6 +148,19 @@ class ServingMetrics:
 
     def _histogram(self, name: str, told: str) -> Any:
         return self._prometheus.Histogram(f"equipoise_serve_{name}", told, registry=self.registry, buckets=_TIMES)
+
+
+def experts_ms(times: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """p50 and p99 of expert computations, for the run store. times: in seconds, by layer or by "layer/expert".
+
+    Of experts the slowest are kept, as there may be very many; what stands for their layer is its slowest one's.
+    """
+    slowest = sorted(times.items(), key=lambda item: item[1][1])[-MOST_GROUPS:]
+    by_layer = {group.partition("/")[0]: each for group, each in slowest}  # the last one wins
+    named: dict[str, float] = {}
+    for group, (half, most) in ({**dict(slowest), **by_layer}).items():
+        named |= {f"experts_ms.{group}.p50": 1000 * half, f"experts_ms.{group}.p99": 1000 * most}
+    return named
 
 
 def _quantiles(name: str, seconds: Rolling) -> dict[str, float]:

@@ -91,7 +91,7 @@ def test_metrics_as_prometheus_reads_them():
         )
     )  # fmt: skip
     metrics.count(Counted("/v1/completions", 429, 0.001))
-    metrics.guarded({"layers.0.mlp": "open", "layers.1.mlp": "closed"}, {"layers.0.mlp": 0.7}, 3)
+    metrics.guarded({"layers.0.mlp": "open", "layers.1.mlp": "closed"}, {"layers.0.mlp": (0.2, 0.7)}, 3)
     found = read(metrics)
     expected = {
         ("requests_total", "/v1/completions", "200"): 1,
@@ -113,6 +113,7 @@ def test_metrics_as_prometheus_reads_them():
         ("distinct_experts", "layers.1.mlp"): 7,
         ("breaker_open", "layers.0.mlp"): 1,
         ("breaker_open", "layers.1.mlp"): 0,
+        ("experts_p50_seconds", "layers.0.mlp"): 0.2,
         ("experts_p99_seconds", "layers.0.mlp"): 0.7,
         ("weights_version",): 3,
     }
