@@ -146,7 +146,7 @@ def test_a_slow_layer_is_bypassed_probed_and_comes_back():
     assert torch.equal(ward.forward(), ward.healthy)
     fault = inject(ward.model, SlowExpert(TWO, expert=1, seconds=BUSY))
     (opened,) = ward.serve(6)
-    assert (opened.kind, opened.layer, opened.reason, opened.state) == ("breaker", TWO, "latency", "applied")
+    assert (opened.kind, opened.layer, opened.reason, opened.state) == ("breaker", TWO, f"{TWO}:expert_p99", "applied")
     assert opened.note == f"{TWO}: closed -> open; 6 of 8 calls were too slow"
     assert opened.detail["slow_share"] == 0.75
     assert opened.detail["limit_ms"] == 1000 * LIMIT

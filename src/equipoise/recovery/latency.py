@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.layer import FeedForward, MoE
+from equipoise.monitor.incidents import EXPERT_SLOW
 from equipoise.ops.count import inside_backward
 from equipoise.ops.ragged import RaggedPlan
 from equipoise.recovery.breaker import Breaker, BreakerConfig, Granularity, State, Transition
 from equipoise.types import Action, Finding, Sink
 
-REASON = "latency"
-RULE = "expert_p99"  # of the findings
 MAX_CALLS = 10_000  # kept until they are taken; the oldest go first, where nobody takes them
 
 
@@ -131,7 +130,8 @@ class LatencyGuard:
     granularity: "layer", or "expert", which computes experts one by one to time them (a GPU then waits for the host in
     every forward); while an expert is half-open it gets all of its tokens. dense: the stand-ins of layers without
     shared experts. strict: a layer without a stand-in is an error; else it is left out, and named in `unguarded`.
-    sinks: get each transition as an action of kind "breaker". clock: of the breaker's waits, in seconds.
+    sinks: get each transition as an action of kind "breaker", for the alert that `findings` leads to. clock: of the
+    breaker's waits, in seconds.
     It sets a layer's `bypass`, which is no part of its mode: repairs may come and go meanwhile. `step` is called by the
     loop between forwards.
     """
@@ -233,7 +233,7 @@ class LatencyGuard:
         kept = f"; its breaker is {self.breaker.states[group]}" if group in self._opened else ""
         message = f"{layer}: {who} {1000 * p99_s:.3g} ms (p99), more than {1000 * limit_s:.3g} ms is too slow{kept}"
         remedy = "Look at the device that computes it, and at its load. The breaker tries it again by itself."
-        return Finding(RULE, layer, expert, "warning", 1000 * p99_s, 1000 * limit_s, message, remedy)
+        return Finding(EXPERT_SLOW, layer, expert, "warning", 1000 * p99_s, 1000 * limit_s, message, remedy)
 
     def _tell(self, step: int, moved: Transition) -> Action:
         name, _ = self._group_of[moved.name]
@@ -242,7 +242,7 @@ class LatencyGuard:
         note = f"{moved.name}: {moved.before} -> {moved.after}; {why}"
         numbers = {"slow_share": moved.slow_share, "limit_ms": 1000 * moved.limit_s, "p99_ms": 1000 * moved.p99_s}
         detail = {key: value for key, value in numbers.items() if not np.isnan(value)}
-        action = Action("breaker", name, step, REASON, detail, "applied", note)
+        action = Action("breaker", name, step, f"{name}:{EXPERT_SLOW}", detail, "applied", note)
         for sink in self._sinks:
             sink.action(action)
         return action
