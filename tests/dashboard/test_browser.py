@@ -359,6 +359,35 @@ class TestHands:
             "good (a) 2.847; good (b) 2.847"
         )
 
+    def test_comparing_what_is_chosen_together(self, tmp_path, visit, expect):
+        runs = [write_run(tmp_path / "runs" / name) for name in ("a", "b")]
+        ids = [run_ref(run).id for run in runs]
+        with serving(tmp_path, tmp_path / "runs") as served:
+            seen = visit()
+            page = seen.open(f"{served.base}/compare?a={ids[0]}&b={ids[1]}")
+            first, second, apart = (
+                page.locator("figure", has=page.locator(f"h3:text-is('Chosen together: {title}')"))
+                for title in ("first", "second", "second against first")
+            )
+            expect(page.locator("p", has_text="a: Not recorded.")).to_be_visible()
+            for figure in (first, second, apart):
+                expect(figure).to_be_hidden()
+            with RunStore(runs[0]) as store:
+                store.co_selection([together("layers.0.mlp", 120), together("layers.1.mlp", 120)])
+            expect(first.locator(".reading")).to_contain_text("a, 400 tokens up to step 120; strongest: 1 and 2")
+            expect(page.locator("p", has_text="b: Not recorded.")).to_be_visible()
+            expect(apart).to_be_hidden()
+            with RunStore(runs[1]) as store:
+                found = [together("layers.0.mlp", 120, k=3), together("layers.1.mlp", 120, num_experts=6)]
+                store.co_selection(found)
+            expect(apart.locator(".reading")).to_contain_text("most different:")
+            for figure in (first, second, apart):
+                expect(figure.locator("canvas").first).to_be_visible()
+            page.locator("select").nth(2).select_option("1")
+            expect(apart.locator(".reading")).to_have_text("they have 8 and 6 experts")
+            expect(second.locator(".reading")).to_contain_text("b, 400 tokens")
+            assert seen.errors == []
+
 
 class TestLook:
     @pytest.mark.parametrize("theme", ["light", "dark"])

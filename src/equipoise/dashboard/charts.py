@@ -76,6 +76,13 @@ def together_map(pairs: Together, palette: Palette) -> Options:
     return options
 
 
+def against_map(pairs: Together, palette: Palette) -> Options:
+    """How often each two experts are chosen together in one run, relative to another."""
+    options = together_map(pairs, palette)
+    options["tooltip"][":formatter"] = "eqp.againstTip"
+    return options
+
+
 def lines(
     curves: Sequence[Series],
     palette: Palette,

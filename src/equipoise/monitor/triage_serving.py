@@ -97,10 +97,9 @@ def _slow(evidence: Evidence, desk: Desk) -> Check:
     question = "Is it slower than usual?"
     alarms = [incident for incident in evidence.incidents if incident.firing and incident.finding.rule == EXPERT_SLOW]
     if alarms:
-        alarm = alarms[0]
-        text = "; ".join(each.finding.message for each in alarms)
-        found = alarm.finding
-        return Check(question, "trouble", f"Yes: {text}.", alarm.since, found.layer, found.remedy, desk.admin("state"))
+        text, alarm = "; ".join(each.finding.message for each in alarms), alarms[0].finding
+        since = alarms[0].since
+        return Check(question, "trouble", f"Yes: {text}.", since, alarm.layer, alarm.remedy, desk.admin("state"))
     compared = {words: found for name, words in TIMES.items() if (found := _usual(evidence.scalars.get(name, ())))}
     if not compared:
         return Check(question, "unknown", "There is too little to compare with.")
