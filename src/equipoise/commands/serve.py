@@ -69,6 +69,8 @@ class ServeOptions:
     """Repair a router in trouble, not only propose to."""
     policy: PolicyName = "ladder"
     """Which repairs, in which order."""
+    lift_after_s: float = 600.0
+    """With --recover: seconds in health after which a kept repair is lifted on trial; 0 for never."""
     profile: Profile = "relative"
     """Which rules judge the routing."""
     flush_s: float = 2.0
@@ -144,6 +146,7 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
         profile=options.profile,
         recover=options.recover,
         policy=options.policy,
+        lift_after_s=options.lift_after_s,
         breaker_by=options.breaker_by,
     )
     if not options.breaker:

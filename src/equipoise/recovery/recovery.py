@@ -20,6 +20,7 @@ from equipoise.recovery.canary import Canary, Health
 from equipoise.recovery.case import Case, Trial, loss_of
 from equipoise.recovery.catalogue import REPAIRS
 from equipoise.recovery.gate import Gate
+from equipoise.recovery.lifting import Lifting
 from equipoise.recovery.limits import Limits
 from equipoise.recovery.policy import Ladder, Policy, Situation
 from equipoise.types import Action, ActionState, Alert, Finding, RoutingStats, Sink
@@ -60,11 +61,13 @@ class Recovery:
         self._trial: Trial | None = None
         self._rest = 0  # flushes to go until the next repair may begin
         self._said: list[Action] = []
+        measure = None if canary is None else self._measure
+        self._lifting = Lifting(limits, self._gate, measure, self._baselines)
 
     @property
     def on_trial(self) -> Action | None:
-        """The repair that is on trial, if one is."""
-        return None if self._trial is None else self._trial.action
+        """The repair that is on trial, or the lifting of one, if one is."""
+        return self._lifting.on_trial if self._trial is None else self._trial.action
 
     # ------------------------------------------------------------------------------------------------- the loop
 
@@ -90,8 +93,10 @@ class Recovery:
             self._judge(step, by_key, stats)
         for alert in resolved:
             self._close(step, alert)
+        may_lift = act and self._trial is None and not self._rest
+        self._lifted(self._lifting.after_flush(step, self.patient, firing, stats, may_lift))
         for alert in sorted(firing, key=lambda each: (_URGENT[each.finding.severity], each.since_step)):
-            if self._ripe(step, alert) and not self._rest:
+            if self._ripe(step, alert) and not self._rest and self._lifting.on_trial is None:
                 while self._trial is None and self._begin(step, alert, stats, act):
                     pass  # what could not be done, or made things worse at once, makes room for the next
         return self._said
@@ -106,6 +111,7 @@ class Recovery:
             return self._said
         if self._trial is not None:
             self._end("undone", step, "the model broke while it was on trial")
+        self._lifted(self._lifting.put_back(step, self.patient, "the model broke meanwhile"))
         alert = Alert(f"{finding.layer}:{finding.rule}", "firing", step, step, finding)
         self._ripe(step, alert)
         self._emit(alert)
@@ -324,9 +330,19 @@ class Recovery:
             key = f"{alert.finding.layer}:{EXHAUSTED}"
             self._emit(Alert(key, "resolved", case.fired, step, finding))
 
+    def _lifted(self, done: Sequence[Action]) -> None:
+        """Tell it. What is put back gets the time that a repair gets, before another one is tried."""
+        for action in done:
+            self._tell(action)
+            if action.state == "undone":
+                self._rest = self._limits.cool_down + self._limits.patience
+
     def _say(self, action: Action) -> None:
         """Remember it, and tell the sinks and the caller."""
         self._cases[action.reason].note(action)
+        self._tell(action)
+
+    def _tell(self, action: Action) -> None:
         self._said.append(action)
         for sink in self._sinks:
             sink.action(action)
@@ -347,6 +363,7 @@ class Recovery:
             "cases": {key: case.to_json() for key, case in self._cases.items()},
             "trial": None if self._trial is None else self._trial.to_json(),
             "rest": self._rest,
+            "lifting": self._lifting.to_json(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -360,6 +377,8 @@ class Recovery:
             cases = {key: Case.from_json(case) for key, case in state["cases"].items()}
             trial = None if state["trial"] is None else Trial.from_json(state["trial"])
             rest = int(state["rest"])
+            if "lifting" in state:  # those of versions before this one have none
+                self._lifting.load_json(state["lifting"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"recovery state: expected what state_dict() returned, got {error!r}") from error
         for name, layer in self.patient.layers.items():

@@ -6,6 +6,7 @@ for it. Whoever changes the model has this thread do it (`call`), so that change
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from equipoise.recovery.actions import Patient
 from equipoise.recovery.breaker import BreakerConfig, Granularity
 from equipoise.recovery.gate import Gate
 from equipoise.recovery.latency import LatencyGuard
+from equipoise.recovery.limits import Limits
 from equipoise.recovery.policy import PolicyName, policy_of
 from equipoise.recovery.recent import RecentScores
 from equipoise.recovery.recovery import Recovery
@@ -35,7 +37,8 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class CareConfig:
     """flush_s: seconds between two looks at the routing. window_s, profile: see `Watch`. recover: act, or only propose.
-    policy: which repairs, in which order. breaker: None for no clocks and no breaker; below 10 ms a layer is never slow
+    policy: which repairs, in which order. lift_after_s: seconds in health after which a kept repair is lifted on trial,
+    0 for never. breaker: None for no clocks and no breaker; below 10 ms a layer is never slow
     here, as small layers on a busy machine easily take three times what they usually do, and nobody notices.
     breaker_by: what it times and shuts, whole layers or, computed one by one, their experts."""
 
@@ -44,12 +47,15 @@ class CareConfig:
     profile: Profile = "relative"
     recover: bool = False
     policy: PolicyName = "ladder"
+    lift_after_s: float = 600.0
     breaker: BreakerConfig | None = BreakerConfig(floor_s=0.01)  # noqa: RUF009 - frozen
     breaker_by: Granularity = "layer"
 
     def __post_init__(self) -> None:
         if not self.flush_s > 0:
             raise ValueError(f"flush_s: expected seconds, more than 0, got {self.flush_s}")
+        if not 0 <= self.lift_after_s < math.inf:
+            raise ValueError(f"lift_after_s: expected seconds, or 0 for never, got {self.lift_after_s}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +113,7 @@ class Care:
             policy=policy_of(config.policy),
             act=config.recover,
             canary=equipment.canary,
+            limits=Limits(lift_after=math.ceil(config.lift_after_s / config.flush_s) or None),
             sinks=self.sinks,
             gate=engine.gate,
             quiet=self.watch.recorder.paused,

@@ -93,6 +93,34 @@ def test_a_repair_in_force_and_a_breaker_are_reasons(serve):
     assert served.care.reasons() == (f"{LAYER}: a repair is in force",)
 
 
+def test_a_repair_that_is_not_needed_is_lifted_by_itself(serve):
+    served = serve(CareConfig(recover=True, flush_s=1.0, lift_after_s=2.0))
+    served.care.layers[LAYER].set_mode(Mode(temperature=1.05))
+    for _ in range(20):
+        served.traffic()
+        served.care.look()
+        if [action.state for action in served.heard.actions] == ["applied", "kept"]:
+            break
+    assert [(action.kind, action.layer, action.state) for action in served.heard.actions] == [
+        ("lift", LAYER, "applied"),
+        ("lift", LAYER, "kept"),
+    ]
+    assert served.care.reasons() == ()
+    assert len(served.forgotten) == 1  # keys and values are computed anew, once
+
+
+@pytest.mark.parametrize(
+    "config", [CareConfig(recover=True, lift_after_s=0, flush_s=1.0), CareConfig(lift_after_s=1.0)]
+)
+def test_a_repair_stays_where_it_may_not_be_lifted(serve, config):
+    served = serve(config)
+    served.care.layers[LAYER].set_mode(Mode(temperature=1.05))
+    for _ in range(4):
+        served.traffic()
+        served.care.look()
+    assert served.heard.actions == []
+
+
 def test_the_breaker_opens_on_a_slow_layer_and_closes_again(serve):
     served = serve()
     guard = served.care.guard
@@ -158,3 +186,5 @@ class TestThread:
 def test_bad_config():
     with pytest.raises(ValueError, match=r"flush_s: expected seconds, more than 0, got 0"):
         CareConfig(flush_s=0)
+    with pytest.raises(ValueError, match=r"lift_after_s: expected seconds, or 0 for never, got -1"):
+        CareConfig(lift_after_s=-1)
