@@ -28,9 +28,10 @@ from equipoise.recovery.canary import Canary
 from equipoise.recovery.dense_path import dense_from_state
 from equipoise.recovery.known_good import KnownGood
 from equipoise.recovery.latency import LatencyGuard
+from equipoise.recovery.limits import Limits
 from equipoise.recovery.policy import OneRung, Policy, policy_of
 from equipoise.recovery.recent import RecentScores
-from equipoise.recovery.recovery import Limits, Recovery
+from equipoise.recovery.recovery import Recovery
 from equipoise.recovery.weights import reload_weights
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import Loader, TokenData

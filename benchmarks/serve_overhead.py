@@ -41,7 +41,7 @@ class Served:
         self.dense = stand_ins(self.model)
         self.on_step: Callable[[StepReport], None] = _nobody
         self._num_requests, self._num_tokens = num_requests, num_tokens
-        self._engine = Engine(
+        self.engine = Engine(
             self.model,
             byte_tokenizer(config.vocab_size),
             num_blocks=num_requests * (config.max_seq_len // BLOCK),
@@ -54,9 +54,9 @@ class Served:
         """All requests, to their end."""
         for number in range(self._num_requests):
             prompt = tuple(range(256 + number, 256 + number + PROMPT))
-            self._engine.add(Request(str(number), prompt, self._num_tokens, Sampling(temperature=0.0)))
-        while self._engine.has_work:
-            self._engine.step()
+            self.engine.add(Request(str(number), prompt, self._num_tokens, Sampling(temperature=0.0)))
+        while self.engine.has_work:
+            self.engine.step()
 
 
 def _nobody(report: StepReport) -> None:
@@ -90,9 +90,18 @@ def clocked(served: Served):
 
 
 @contextmanager
+def clocked_singly(served: Served):
+    """The breaker's clocks on each expert: experts are computed one by one."""
+    guard = LatencyGuard(served.layers, NEVER, granularity="expert", dense=served.dense)
+    yield
+    guard.step(1)
+    guard.detach()
+
+
+@contextmanager
 def measured(served: Served):
     """The metrics of each step, and what is made of them for the records."""
-    metrics = ServingMetrics(tuple(served.layers), lambda: 0)
+    metrics = ServingMetrics(tuple(served.layers), lambda: 0, served.engine.occupancy)
     served.on_step = metrics.on_step
     yield
     metrics.scalars()
@@ -105,6 +114,7 @@ PARTS: dict[str, Sequence[Part]] = {
     "monitor": (watched,),
     "recent scores": (recent,),
     "breaker's clocks": (clocked,),
+    "breaker's clocks, by expert": (clocked_singly,),
     "step metrics": (measured,),
     ALL: (watched, recent, clocked, measured),
 }

@@ -260,6 +260,31 @@ class TestHands:
         expect(first.locator("canvas").first).to_be_visible()
         expect(page.locator("figure", has_text="Validation perplexity")).to_be_hidden()
 
+    def test_a_server_that_times_single_experts_shows_each(self, tmp_path, visit, expect):
+        run = write_run(tmp_path / "runs" / "server", status="running")
+        with RunStore(run) as store:
+            store.set_meta(kind="server")
+        with serving(tmp_path, tmp_path / "runs") as served:
+            page = visit().open(f"{served.base}/run/{run_ref(run).id}?layer=layers.1.mlp")
+            figure = page.locator("figure", has_text="Time of each expert")
+            expect(page.locator("figure", has_text="Between tokens")).to_be_visible()
+            expect(figure).to_be_hidden()
+            with RunStore(run) as store:
+                names = {f"experts_ms.layers.1.mlp/{expert}" for expert in range(8) if expert != 6}
+                store.scalars(120, {f"{name}.p50": 1.5 for name in names} | {f"{name}.p99": 2.0 for name in names})
+                store.scalars(120, {"experts_ms.layers.1.mlp/3.p99": 34.0})
+            expect(figure.locator(".reading")).to_have_text("layers.1.mlp; slowest: expert 3, p50 1.5, p99 34")
+            expect(figure.locator("canvas").first).to_be_visible()
+            heights = """() => { const f = [...document.querySelectorAll('figure')].find(
+                e => e.textContent.includes('Time of each expert'));
+                return getElement(Number(f.querySelector('.echart').id.slice(1))).chart.getOption()
+                    .series.map((each) => each.data) }"""
+            half, most = page.evaluate(heights)
+            assert half == [1.5] * 6 + [None, 1.5]
+            assert most == [2, 2, 2, 34, 2, 2, None, 2]
+            page.locator(".chooser select").first.select_option("layers.0.mlp")
+            expect(figure).to_be_hidden()
+
     def test_what_is_chosen_together(self, server, folder, visit, expect):
         run = folder / "ladder"
         page = visit().open(f"{server.base}/run/{run_ref(run).id}?layer=layers.0.mlp")
@@ -333,6 +358,35 @@ class TestHands:
         expect(page.locator("figure", has_text="Loss").locator(".reading")).to_have_text(
             "good (a) 2.847; good (b) 2.847"
         )
+
+    def test_comparing_what_is_chosen_together(self, tmp_path, visit, expect):
+        runs = [write_run(tmp_path / "runs" / name) for name in ("a", "b")]
+        ids = [run_ref(run).id for run in runs]
+        with serving(tmp_path, tmp_path / "runs") as served:
+            seen = visit()
+            page = seen.open(f"{served.base}/compare?a={ids[0]}&b={ids[1]}")
+            first, second, apart = (
+                page.locator("figure", has=page.locator(f"h3:text-is('Chosen together: {title}')"))
+                for title in ("first", "second", "second against first")
+            )
+            expect(page.locator("p", has_text="a: Not recorded.")).to_be_visible()
+            for figure in (first, second, apart):
+                expect(figure).to_be_hidden()
+            with RunStore(runs[0]) as store:
+                store.co_selection([together("layers.0.mlp", 120), together("layers.1.mlp", 120)])
+            expect(first.locator(".reading")).to_contain_text("a, 400 tokens up to step 120; strongest: 1 and 2")
+            expect(page.locator("p", has_text="b: Not recorded.")).to_be_visible()
+            expect(apart).to_be_hidden()
+            with RunStore(runs[1]) as store:
+                found = [together("layers.0.mlp", 120, k=3), together("layers.1.mlp", 120, num_experts=6)]
+                store.co_selection(found)
+            expect(apart.locator(".reading")).to_contain_text("most different:")
+            for figure in (first, second, apart):
+                expect(figure.locator("canvas").first).to_be_visible()
+            page.locator("select").nth(2).select_option("1")
+            expect(apart.locator(".reading")).to_have_text("they have 8 and 6 experts")
+            expect(second.locator(".reading")).to_contain_text("b, 400 tokens")
+            assert seen.errors == []
 
 
 class TestLook:

@@ -24,7 +24,7 @@ from equipoise.dashboard.page_compare import worst_over_time
 from equipoise.dashboard.page_run import even_reading, last_repair
 from equipoise.dashboard.page_runs import spark_path
 from equipoise.dashboard.palette import DARK, LIGHT, THEMES, css, heat_value
-from equipoise.dashboard.records import Evenness, Frame, Series, drop_share
+from equipoise.dashboard.records import Evenness, ExpertTimes, Frame, Series, Together, drop_share
 from equipoise.dashboard.runs import check_paths, find_runs, run_ref
 from equipoise.dashboard.story import CROWD, MARKS, offsets, story_of
 from equipoise.dashboard.timeline import incident_address, summary
@@ -297,6 +297,24 @@ class TestCoSelection:
         assert pairs.lift_EE.shape == (126, 126)
         assert pairs.lift_EE.size <= reader.MAX_CELLS
 
+    def test_two_runs_by_hand(self):
+        nan = float("nan")
+        first = Together((0, 1, 2), np.array([[nan, 2.0, 0.0], [2.0, nan, 1.0], [0.0, 1.0, nan]]))
+        second = Together((0, 1, 2), np.array([[nan, 1.0, 0.0], [1.0, nan, 4.0], [0.0, 4.0, nan]]))
+        apart = co_selection_panel.against(first, second)
+        np.testing.assert_array_equal(apart.lift_EE, [[nan, 0.5, 1.0], [0.5, nan, 4.0], [1.0, 4.0, nan]])
+        assert co_selection_panel.most_different(apart) == "most different: 1 and 2, 4 times the first"
+        nothing = Together((0,), np.full((1, 1), nan))
+        assert co_selection_panel.most_different(nothing) == "too few to tell"
+
+    def test_two_runs_are_shown_with_the_same_experts(self):
+        """The busiest of both together, relative to each run's tokens: a long run does not outvote a short one."""
+        few, many = np.ones((200, 200), dtype=np.int64), np.ones((200, 200), dtype=np.int64)
+        np.fill_diagonal(few, np.where(np.arange(200) < 63, 10, 1))
+        np.fill_diagonal(many, np.where(np.arange(200) >= 137, 9000, 900))
+        both = [CoSelection("a", 3, 100, few), CoSelection("a", 3, 90_000, many)]
+        assert co_selection_panel.busiest(both).tolist() == [*range(63), *range(137, 200)]
+
 
 class TestCharts:
     def test_a_heat_map_has_the_loads_and_marks_dead_experts(self):
@@ -327,12 +345,14 @@ class TestCharts:
         all_options = [
             charts.heat_map(frame, LIGHT),
             charts.together_map(co_selection_panel.together(stores.together(name, 10)), LIGHT),
+            charts.against_map(co_selection_panel.together(stores.together(name, 10)), LIGHT),
+            charts.expert_bars(ExpertTimes((1.0, None), (2.0, None)), LIGHT),
             charts.expert_history(history, LIGHT, found),
             charts.evenness_map(even, LIGHT),
             charts.lines([Series(name, ((1, 2.0),)), *drop_curves(history)], LIGHT, marks=found),
         ]
         code = {(key, value) for options in all_options for key, value in keys(options) if key.startswith(":")}
-        names = r"eqp\.(number|share|heatTip|historyTip|evenTip|togetherTip)"
+        names = r"eqp\.(number|share|heatTip|historyTip|evenTip|togetherTip|againstTip)"
         cells = r'eqp\.cells\("[A-Za-z0-9+/=]*",\d+,\d+\)'
         assert [value for _, value in code if not re.fullmatch(f"{names}|{cells}", value)] == []
         assert len(code) > 5

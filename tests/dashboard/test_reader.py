@@ -38,6 +38,20 @@ class TestAgreesWithTheStore:
             assert reader.alerts(db) == store.alerts()
             assert reader.actions(db) == store.actions()
 
+    def test_times_of_experts_are_the_newest_and_hide_no_other_scalar(self, tmp_path):
+        run = write_run(tmp_path / "run")
+        with RunStore(run) as store:
+            for step in (10, 20):
+                store.scalars(step, {f"experts_ms.a/{e}.{q}": step + e for e in range(1, 40) for q in ("p50", "p99")})
+            store.scalars(20, {"experts_ms.a/2.p99": float("inf"), "experts_ms.a.p99": 5.0})
+        with reader.reading(run) as db:
+            times = reader.expert_times(db, "a", 4)
+            assert times.p50 == (None, 21.0, 22.0, 23.0)
+            assert times.p99 == (None, 21.0, None, 23.0)
+            assert times.slowest == 3
+            assert reader.expert_times(db, "b", 2).slowest is None
+            assert reader.scalar_names(db) == ["experts_ms.a.p99", "grad_norm", "loss", "val_perplexity"]
+
     def test_evenness_is_effective_experts_over_experts(self, run):
         with RunStore.open_readonly(run) as store, reader.reading(run) as db:
             even = reader.evenness(db, reader.flush_steps(db), store.layers())

@@ -205,6 +205,41 @@ def test_no_time_is_spent_without_tokens_for_the_expert(spent):
     assert spent[-1] - spent[0] >= SECONDS
 
 
+class Probe:
+    """Times nothing; keeps (expert, how often the clock was read before) of each begin and end."""
+
+    def __init__(self, layer, readings):
+        self.told, self._readings = [], readings
+        layer.experts.probes = (self,)
+
+    def begin(self, expert, num_rows):
+        self.told.append((expert, len(self._readings)))
+
+    def end(self, expert):
+        self.told.append((expert, len(self._readings)))
+
+
+def test_where_experts_are_timed_one_by_one_the_time_is_spent_in_that_one(spent):
+    """Also when the timing comes after the fault; and without it, experts are computed together again."""
+    model = layers()
+    x_TD = tokens_for(model[1], (2, 5))
+    expected = model[1](x_TD)
+    injection = inject(model, SlowExpert("1", 5, SECONDS))
+    probe = Probe(model[1], spent)
+    assert torch.equal(model[1](x_TD), expected)
+    (first, before), (_, after), (second, begun), (_, ended) = probe.told
+    assert (first, before, after) == (2, 0, 0)
+    assert (second, begun) == (5, 0)
+    assert ended > SECONDS / 0.01
+    model[1].experts.probes = tuple(each for each in model[1].experts.probes if each is not probe)
+    assert torch.equal(model[1](x_TD), expected)
+    assert model[1].experts.probes == ()
+    model[1].experts.probes = (probe,)
+    model[1](x_TD)
+    injection.remove()
+    assert model[1].experts.probes == (probe,)
+
+
 def test_a_slow_rank_is_slow_in_every_layer(spent):
     model = layers()
     x_TD = torch.randn(T, D)

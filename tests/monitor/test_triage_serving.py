@@ -8,7 +8,7 @@ from tests.monitor.test_triage import APPLIED, COLLAPSED, FAIR, UNDONE, alert, f
 from equipoise.monitor.check import Desk
 from equipoise.monitor.evidence import Serving
 from equipoise.monitor.triage import triage
-from equipoise.types import Action
+from equipoise.types import Action, Alert, Finding
 
 LIVE = Serving("/srv/run/serving", 8001, "step-000120", 1, False, "", (), (), 2, 256)
 QUEUE = "Is there more to do than it can do?"
@@ -141,3 +141,15 @@ def test_commands_are_whole_and_quoted():
         "~/serving/admin_token')\" -H 'content-type: application/json' -d '{}'"
     )
     assert "ADMIN_PORT" in Desk("RUN", server=True).admin("state")
+
+
+def test_an_alert_names_the_slow_expert_whatever_the_times_say():
+    finding = Finding("expert_p99", "b", 3, "warning", 80.0, 10.0, "b: expert 3 takes 80 ms (p99)", "look at it")
+    opened = Action("breaker", "b", 90, "b:expert_p99", {}, "applied", "b/3: closed -> open")
+    slow = Alert("b:expert_p99", "firing", 90, 95, finding)
+    found = asked(server(alerts=[slow], actions=[opened], scalars={"inter_token_ms.p99": level(5.0)}))
+    assert (found[SLOW].verdict, found[SLOW].layer, found[SLOW].since_step) == ("trouble", "b", 90)
+    assert found[SLOW].answer == "Yes: b: expert 3 takes 80 ms (p99)."
+    assert (found[REPAIRED].verdict, "b/3: closed -> open" in found[REPAIRED].answer) == ("ok", True)
+    over = Alert("b:expert_p99", "resolved", 90, 98, finding)
+    assert asked(server(alerts=[slow, over], scalars={"inter_token_ms.p99": level(5.0)}))[SLOW].verdict == "ok"

@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,7 +146,7 @@ def test_a_slow_layer_is_bypassed_probed_and_comes_back():
     assert torch.equal(ward.forward(), ward.healthy)
     fault = inject(ward.model, SlowExpert(TWO, expert=1, seconds=BUSY))
     (opened,) = ward.serve(6)
-    assert (opened.kind, opened.layer, opened.reason, opened.state) == ("breaker", TWO, "latency", "applied")
+    assert (opened.kind, opened.layer, opened.reason, opened.state) == ("breaker", TWO, f"{TWO}:expert_p99", "applied")
     assert opened.note == f"{TWO}: closed -> open; 6 of 8 calls were too slow"
     assert opened.detail["slow_share"] == 0.75
     assert opened.detail["limit_ms"] == 1000 * LIMIT
@@ -230,14 +231,27 @@ def test_calls_are_told_one_by_one_however_seldom_step_is_called():
 # -------------------------------------------------------------------------------- an expert that is slow
 
 
-def test_exactly_the_slow_expert_is_shut():
+@pytest.mark.parametrize(
+    "slow",
+    [lambda ward: BusyExpert(ward.layers[TWO], 2), lambda ward: inject(ward.model, SlowExpert(TWO, 2, BUSY))],
+    ids=["probe", "fault"],
+)
+def test_exactly_the_slow_expert_is_shut(slow):
     ward = Ward(granularity="expert")
     assert torch.equal(ward.forward(), ward.healthy)
     ward.guard.step(0)
     assert len(ward.guard.states()) == 2 * E
     ward.serve(8)
-    fault = BusyExpert(ward.layers[TWO], 2)
+    assert ward.guard.findings() == []
+    fault = slow(ward)
     (opened,) = ward.serve(6)
+    (found,) = ward.guard.findings()
+    assert (found.rule, found.layer, found.expert, found.severity) == ("expert_p99", TWO, 2, "warning")
+    assert found.value >= 1000 * BUSY > found.threshold == 1000 * LIMIT
+    assert found.message.startswith(f"{TWO}: expert 2 takes ")
+    assert found.message.endswith("; its breaker is open")
+    assert ward.guard.times()[f"{TWO}/2"][0] >= BUSY  # the calls that opened it
+    assert set(ward.guard.times()) == {f"{name}/{expert}" for name in ward.layers for expert in range(E)}
     assert (opened.layer, ward.states()) == (TWO, {f"{TWO}/2": "open"})
     assert opened.note.startswith(f"{TWO}/2: closed -> open; 6 of 8")
     assert (ward.kept_away(ONE), ward.kept_away(TWO)) == (NOTHING, (0.0, (2,)))
@@ -263,7 +277,21 @@ def test_exactly_the_slow_expert_is_shut():
         f"{TWO}/2: half_open -> closed",
     ]
     assert ward.kept_away(TWO) == NOTHING
+    assert ward.guard.findings() == []
     assert torch.equal(ward.forward(), ward.healthy)
+
+
+def test_what_always_takes_too_long_is_found_without_a_change():
+    """It was as slow from the beginning, and most calls are not: the breaker stays closed, and the p99 is told."""
+    ward = Ward(replace(CONFIG, slow_share=1.0))
+    ward.serve(3)
+    inject(ward.model, SlowExpert(TWO, 1, BUSY))
+    ward.serve(2)
+    assert ward.states() == {}
+    (found,) = ward.guard.findings()
+    assert (found.layer, found.expert, found.threshold) == (TWO, None, 1000 * LIMIT)
+    assert "its experts take" in found.message
+    assert "breaker" not in found.message
 
 
 def test_the_numbers_say_what_was_timed():

@@ -1,115 +1,22 @@
 """Detect, repair, verify, keep or undo, page: on a model that has learned, under injected faults."""
 
-import copy
-import json
-import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from tests.recovery.conftest import new_model
+from tests.recovery.served import LAYER, OTHER, Server, bits, same
 
-from equipoise.faults import Collapse, DeadExpert, inject
+from equipoise.faults import DeadExpert, inject
 from equipoise.layer.mode import NORMAL, Mode
-from equipoise.monitor.baseline import baselines_of
 from equipoise.monitor.incidents import EXHAUSTED, LOOK_AT_INPUT, PAGE
-from equipoise.monitor.watch import Watch
-from equipoise.recovery.actions import Patient, Training
-from equipoise.recovery.canary import Canary
-from equipoise.recovery.dense_path import build_dense_paths
-from equipoise.recovery.gate import Gate
 from equipoise.recovery.known_good import KnownGood
+from equipoise.recovery.limits import Limits
 from equipoise.recovery.policy import OneRung, RoundRobinThenReload
-from equipoise.recovery.recent import RecentScores
-from equipoise.recovery.recovery import Limits, Recovery
 from equipoise.recovery.remember import remember
-from equipoise.recovery.router_state import router_state
 from equipoise.recovery.swap import swap
 from equipoise.routing import SwitchLoss
-from equipoise.types import Alert, Finding
-
-LAYER, OTHER = "layers.1.mlp", "layers.0.mlp"
-
-
-@dataclass
-class Notebook:
-    """A sink that keeps what it gets."""
-
-    alerts: list = field(default_factory=list)
-    actions: list = field(default_factory=list)
-
-    def routing(self, window):
-        pass
-
-    def alert(self, alert):
-        self.alerts.append((alert.key, alert.state))
-
-    def action(self, action):
-        self.actions.append(action)
-
-    @property
-    def story(self):
-        return [(action.kind, action.state) for action in self.actions]
-
-
-class Server:
-    """A model that is served: a forward, a flush and a look of the recovery per step."""
-
-    def __init__(self, bench, tmp_path, *, known_good=True, training=None, **options):
-        self.bench, self.model, self.step, self.notes = bench, bench.model, 0, Notebook()
-        self.model.train(training is not None)
-        self.watch = Watch(self.model, every=1, sinks=(self.notes,))
-        self.canary = Canary(self.model, bench.held_out_loss)
-        with self.watch.recorder.paused():
-            self.healthy = self.canary.measure(0)
-        self.registry = KnownGood(tmp_path) if known_good else None
-        if known_good:
-            baselines = baselines_of(self.healthy.stats.values())
-            self.registry.put(
-                step=0, tensors=router_state(self.model), baselines=baselines, loss=self.healthy.loss, checkpoint="c"
-            )
-        whole = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        counts = {name: stats.counts_E for name, stats in self.healthy.stats.items()}
-        layers = self.model.moe_layers
-        with self.watch.recorder.paused():
-            dense = build_dense_paths(layers, counts, bench.held_out_loss)
-        recent = RecentScores(layers, 2048)
-        patient = Patient(
-            self.model,
-            layers,
-            recent=recent,
-            known_good=self.registry,
-            dense=dense,
-            reload=lambda name: swap(self.model, whole, whole=True).undo,
-            training=training,
-        )
-        options = {"act": True, "canary": self.canary, "sinks": (self.notes,)} | options
-        self.recovery = Recovery(patient, quiet=self.watch.recorder.paused, **options)
-
-    def run(self, steps, seed=None):
-        """The actions of each step; seed: the same traffic every time."""
-        for _ in range(steps):
-            self.step += 1
-            self.bench.serve(self.step if seed is None else seed)
-            changed = self.watch.step(self.step)
-            resolved = [alert for alert in changed if alert.state == "resolved"]
-            self.recovery.after_flush(self.step, self.watch.alerts, self.watch.stats(), resolved)
-
-    def collapse(self, layer=LAYER, expert=5, intensity=40.0):
-        with self.watch.recorder.paused():
-            return inject(self.model, Collapse(layer, expert, intensity), lambda: self.bench.serve(0))
-
-    def violation(self, layer=LAYER):
-        return next(stats.max_violation for stats in self.watch.stats() if stats.layer == layer)
-
-
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
+from equipoise.types import Finding
 
 # ------------------------------------------------------------------------------------------------- it helps
 
@@ -150,6 +57,41 @@ def test_what_is_proposed_is_not_done(bench, tmp_path):
     assert server.notes.story == [("quantile_bias", "proposed")]
     assert same(bits(bench.model), before)
     assert all(layer.mode == NORMAL for layer in bench.model.moe_layers.values())
+
+
+def test_what_is_proposed_is_said_once_while_its_alert_fires(bench, tmp_path):
+    """Also where steps are many per flush, as in a server; and again when it fires anew."""
+    server = Server(bench, tmp_path, act=False, limits=Limits(relapse_steps=2))
+    fault = server.collapse()
+    server.run(12)
+    assert server.notes.story == [("quantile_bias", "proposed")]
+    fault.remove()
+    server.run(6)
+    assert server.watch.alerts == []
+    server.collapse(expert=1)
+    server.run(6)
+    assert server.notes.story == [("quantile_bias", "proposed")] * 2
+
+
+def test_what_was_proposed_is_done_as_soon_as_it_may_be(bench, tmp_path):
+    server = Server(bench, tmp_path, act=False)
+    server.collapse()
+    server.run(5)
+    server.recovery.act = True
+    server.run(5)
+    assert server.notes.story == [("quantile_bias", state) for state in ("proposed", "applied", "kept")]
+
+
+def test_leave_for_one_flush_is_for_that_flush(bench, tmp_path):
+    server = Server(bench, tmp_path, act=False)
+    server.collapse()
+    server.run(3)
+    [applied] = server.recovery.after_flush(server.step, server.watch.alerts, server.watch.stats(), act=True)
+    assert (applied.kind, applied.state) == ("quantile_bias", "applied")
+    server.run(4)
+    server.collapse(OTHER)
+    server.run(4)
+    assert server.notes.story[-2:] == [("quantile_bias", "kept"), ("quantile_bias", "proposed")]
 
 
 def test_router_rollback_is_exact(bench, tmp_path):
@@ -271,13 +213,14 @@ def test_a_last_resort_that_holds_calls_a_human_all_the_same(bench, tmp_path):
 
 def test_one_kind_of_text_is_not_damage(bench, tmp_path):
     """Every token of the traffic is the same: its experts take all. Held-out text routes as before."""
-    server = Server(bench, tmp_path)
+    server = Server(bench, tmp_path, limits=Limits(relapse_steps=2))
     before = bits(bench.model)
     bench.serve = lambda seed: bench.model.eval()(torch.full((16, 48), 32)).detach()
     server.run(12)
     assert server.violation() > 1.5
     assert server.watch.alerts != []
     assert set(server.notes.story) == {(LOOK_AT_INPUT, "proposed")}
+    assert len({action.reason for action in server.notes.actions}) == len(server.notes.actions)  # each said once
     assert same(bits(bench.model), before)
     assert all(layer.mode == NORMAL for layer in bench.model.moe_layers.values())
 
@@ -291,6 +234,14 @@ def test_a_warning_is_repaired_only_when_it_lasts(bench, tmp_path):
     assert [alert.finding.rule for alert in server.watch.alerts] == ["dead_experts"]
     assert server.notes.story == []
     server.run(1)
+    assert server.notes.story == [("quantile_bias", "applied")]
+
+
+def test_a_warning_ripens_however_many_steps_a_flush_has(bench, tmp_path):
+    server = Server(bench, tmp_path, limits=Limits(warning_flushes=5, relapse_steps=0))
+    with server.watch.recorder.paused():
+        inject(bench.model, DeadExpert(LAYER, 5, 40.0), lambda: bench.serve(0))
+    server.run(6)
     assert server.notes.story == [("quantile_bias", "applied")]
 
 
@@ -371,125 +322,3 @@ def test_round_robin_then_reload(bench, tmp_path):
     ]
     assert same(bits(bench.model), before)
     assert bench.model.moe_layers[LAYER].mode == NORMAL
-
-
-# ------------------------------------------------------------------------------------------------- not finite
-
-
-def test_an_expert_that_is_not_finite_is_shut_while_serving(bench, tmp_path):
-    server = Server(bench, tmp_path)
-    with torch.no_grad():
-        bench.model.moe_layers[LAYER].experts.down_proj[3, 0, 0] = torch.nan
-    assert not torch.isfinite(bench.serve(1)).all()
-    finding = Finding("not_finite", LAYER, 3, "critical", float("nan"), 0.0, "expert 3 is not finite", "shut it")
-    done = server.recovery.rescue(1, finding)
-    assert [(action.kind, action.state) for action in done] == [("shut_expert", "applied"), ("shut_expert", "kept")]
-    assert torch.isfinite(bench.serve(1)).all()
-    assert server.notes.alerts == [(f"{LAYER}:not_finite", "firing"), (f"{LAYER}:not_finite", "resolved")]
-    assert done[0].detail["loss_after"] < server.healthy.loss + 0.5
-
-
-def test_an_expert_that_is_not_finite_is_reseeded_in_training(bench, tmp_path):
-    optimizer = torch.optim.AdamW(bench.model.parameters(), lr=1e-3)
-    bench.train(optimizer, 2)
-    server = Server(bench, tmp_path, training=Training(optimizer, lambda scale: None, lambda: 1.0))
-    up = bench.model.moe_layers[LAYER].experts.up
-    with torch.no_grad():
-        up[3, 0, 0] = torch.nan
-    finding = Finding("not_finite", LAYER, 3, "critical", float("nan"), 0.0, "expert 3 is not finite", "copy another")
-    done = server.recovery.rescue(2, finding)
-    assert [(action.kind, action.state) for action in done] == [("reseed", "applied"), ("reseed", "kept")]
-    assert torch.isfinite(up).all()
-    assert optimizer.state[up]["exp_avg"][3].abs().sum() == 0
-    assert optimizer.state[up]["exp_avg"][2].abs().sum() > 0
-    bench.train(optimizer, 3, start=2)
-    assert torch.isfinite(up).all()
-
-
-def test_a_rescue_that_fails_changes_nothing_and_pages(bench, tmp_path):
-    server = Server(bench, tmp_path, policy=OneRung("boost"))
-    with torch.no_grad():
-        bench.model.embed_tokens.weight[32] = torch.nan
-    before = bits(bench.model)
-    finding = Finding("not_finite", LAYER, None, "critical", float("nan"), 0.0, "not finite", "stop")
-    done = server.recovery.rescue(1, finding)
-    assert [(action.kind, action.state) for action in done] == [
-        ("boost", "applied"),
-        ("boost", "undone"),
-        (PAGE, "applied"),
-    ]
-    after = bits(bench.model)
-    assert all(torch.equal(after[name].nan_to_num(7.0), value.nan_to_num(7.0)) for name, value in before.items())
-
-
-# ------------------------------------------------------------------------------------------------- state, threads
-
-
-def test_a_restart_in_the_middle_of_a_trial(bench, tmp_path):
-    """The new process has the modes, judges the trial, and knows what was tried."""
-    server = Server(bench, tmp_path, policy=OneRung("boost"), limits=Limits(patience=4))
-    server.collapse()
-    server.run(4)
-    assert server.notes.story == [("boost", "applied")]
-    state = json.loads(json.dumps(server.recovery.state_dict()))
-    watched = server.watch.state_dict()
-    mode = bench.model.moe_layers[LAYER].mode
-    server.watch.detach()
-    bench.model.moe_layers[LAYER].set_mode(NORMAL)
-
-    again = Server(bench, tmp_path / "again", policy=OneRung("boost"), limits=Limits(patience=4))
-    again.step = server.step
-    again.watch.load_state_dict(watched)
-    again.recovery.load_state_dict(state)
-    assert bench.model.moe_layers[LAYER].mode == mode == Mode(boost=10.0)
-    assert again.recovery.on_trial.kind == "boost"
-    again.run(4)
-    assert again.notes.story == [("boost", "undone"), (PAGE, "applied")]
-    assert "the process was restarted meanwhile" in again.notes.actions[0].note
-    assert bench.model.moe_layers[LAYER].mode == NORMAL
-
-
-@pytest.mark.parametrize("state", [{}, {"version": 1}, {"version": 1, "modes": {}, "cases": {"a": {}}, "trial": None}])
-def test_state_of_something_else(bench, tmp_path, state):
-    server = Server(bench, tmp_path)
-    with pytest.raises(
-        ValueError, match=r"recovery state: expected (version 1, got None|what state_dict\(\) returned)"
-    ):
-        server.recovery.load_state_dict(state)
-
-
-def test_actions_wait_for_running_forwards(bench, tmp_path):
-    """Forwards of another thread see the routers before a rollback or after it, never a mixture."""
-    gate = Gate()
-    server = Server(bench, tmp_path, policy=OneRung("router_rollback"), gate=gate, canary=None)
-    tokens = bench.batch(7)[:, :-1]
-    model = copy.deepcopy(bench.model).eval()
-    with torch.no_grad():
-        good = model(tokens)
-        server.collapse()
-        bad = bench.model.eval()(tokens)
-    seen, stop = [], threading.Event()
-
-    def serve():
-        with torch.no_grad():
-            while not stop.is_set():
-                with gate.running():
-                    y = bench.model(tokens)
-                seen.append(0 if torch.equal(y, bad) else 1 if torch.equal(y, good) else -1)
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        while len(seen) < 5:
-            pass
-        finding = Finding("collapse", LAYER, 5, "critical", 1.0, 0.5, "collapsed", "repair")
-
-        server.recovery.after_flush(1, [Alert(f"{LAYER}:collapse", "firing", 1, 1, finding)], [])
-        target = len(seen) + 5
-        while len(seen) < target:
-            pass
-    finally:
-        stop.set()
-        thread.join()
-    assert set(seen) == {0, 1}
-    assert sorted(seen) == seen

@@ -18,7 +18,7 @@ from tests.serve.small import (
 from equipoise.models.config import MoEConfig
 from equipoise.models.tokenizer import Tokenizer
 from equipoise.routing import Hash, Threshold
-from equipoise.serve.engine import Engine, OverloadedError, blocks_that_fit
+from equipoise.serve.engine import Engine, Occupancy, OverloadedError, blocks_that_fit
 from equipoise.serve.reference import answer
 from equipoise.serve.request import Request, RequestError, Sampling
 from equipoise.serve.scheduler import Limits
@@ -390,8 +390,31 @@ def test_reports_of_steps(model):
     assert sum(report.num_prompt_tokens for report in reports) == 2 * len(PROMPT)
     assert sum(report.num_answer_tokens for report in reports) == sum(len(each.token_ids) for each in got.values())
     assert all(1 <= distinct <= 8 for report in reports for distinct in report.distinct_experts)
-    assert reports[-1].free_blocks == reports[-1].num_blocks == 64
     assert all(report.seconds > 0 for report in reports)
+
+
+def test_forwards_that_are_made_one_by_one_are_reported(model):
+    """The first one of all fails. What is computed then is told of like any other."""
+    reports, calls = [], iter(range(10**6))
+    engine = tiny_engine(model, on_step=reports.append, limits=Limits())
+    with broken(model, lambda tokens: next(calls) == 0):
+        got = answers(engine, [greedy("a", PROMPT, 5), greedy("b", PROMPT[::-1], 3)])
+    assert [report.num_prompt_tokens for report in reports[:2]] == [len(PROMPT)] * 2
+    assert sum(report.num_answer_tokens for report in reports) == sum(len(each.token_ids) for each in got.values()) == 8
+    assert all(min(report.distinct_experts) >= 1 and report.seconds > 0 for report in reports)
+
+
+def test_how_full_it_is_also_between_steps(model):
+    engine = tiny_engine(model, limits=Limits(max_running=1))
+    for id in ("a", "b"):
+        engine.add(greedy(id, PROMPT))
+    engine.step()
+    now = engine.occupancy()
+    assert (now.num_running, now.num_waiting, now.num_blocks) == (1, 1, 64)
+    assert now.free_blocks < 64
+    for id in ("a", "b"):
+        engine.cancel(id)  # no step comes after it
+    assert engine.occupancy() == Occupancy(num_running=0, num_waiting=0, free_blocks=64, num_blocks=64)
 
 
 def test_nothing_is_left_on_the_model():

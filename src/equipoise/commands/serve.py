@@ -57,6 +57,8 @@ class ServeOptions:
     """Requests in the queue; more get 429 and when to try again."""
     tokens_per_step: int = 512
     """Tokens in one forward, prompts and answers together."""
+    max_seconds: float | None = None
+    """Of one request, from its arrival: then its answer ends as it is. A request may ask for less; none for no end."""
     decode_batch: int | None = None
     """Answers that go on in one step; all of them if none is given."""
     group_by_experts: bool = False
@@ -67,12 +69,16 @@ class ServeOptions:
     """Repair a router in trouble, not only propose to."""
     policy: PolicyName = "ladder"
     """Which repairs, in which order."""
+    lift_after_s: float = 600.0
+    """With --recover: seconds in health after which a kept repair is lifted on trial; 0 for never."""
     profile: Profile = "relative"
     """Which rules judge the routing."""
     flush_s: float = 2.0
     """Seconds between two looks at the routing."""
     breaker: bool = True
     """Bypass a layer's experts while they are too slow, where something can stand in for them."""
+    breaker_by: Literal["layer", "expert"] = "layer"
+    """What the breaker times and shuts: a layer's experts together, or each, which computes them one by one."""
     detail: Literal["summary", "layer", "expert"] = "layer"
     """Of the experts' metrics for Prometheus."""
     drain_s: float = 30.0
@@ -116,6 +122,7 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
     from equipoise.dashboard.access import is_loopback
     from equipoise.models.run_files import load
     from equipoise.serve.api.access import read_keys
+    from equipoise.serve.api.served import Bounds
     from equipoise.serve.api.template import read_template
     from equipoise.serve.care import CareConfig
     from equipoise.serve.scheduler import Limits
@@ -134,9 +141,18 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
         decode_batch=options.decode_batch,
         group_by_experts=options.group_by_experts,
     )
-    care = CareConfig(flush_s=options.flush_s, profile=options.profile, recover=options.recover, policy=options.policy)
+    care = CareConfig(
+        flush_s=options.flush_s,
+        profile=options.profile,
+        recover=options.recover,
+        policy=options.policy,
+        lift_after_s=options.lift_after_s,
+        breaker_by=options.breaker_by,
+    )
     if not options.breaker:
         care = replace(care, breaker=None)
+    if options.max_seconds is not None and not options.max_seconds > 0:
+        raise ValueError(f"max_seconds: expected more than 0, got {options.max_seconds:g}; leave it out for no end")
     loaded = load(run, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype))
     config = ServerConfig(
         name=options.name or loaded.folder.resolve().name,
@@ -148,6 +164,7 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
         detail=options.detail,
         keys=keys,
         template=read_template(loaded.folder),
+        bounds=Bounds(answer_seconds=options.max_seconds),
     )
     return loaded, config
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from equipoise.dashboard.palette import DEAD_LOAD, DEAD_SIGN, HEAT_SPAN, LIGHT, Palette, heat_value, heat_values
-from equipoise.dashboard.records import Evenness, Frame, Series, Together
+from equipoise.dashboard.records import Evenness, ExpertTimes, Frame, Series, Together
 from equipoise.monitor.incidents import DONE, Incident
 from equipoise.types import Action, RoutingStats
 
@@ -76,6 +76,13 @@ def together_map(pairs: Together, palette: Palette) -> Options:
     return options
 
 
+def against_map(pairs: Together, palette: Palette) -> Options:
+    """How often each two experts are chosen together in one run, relative to another."""
+    options = together_map(pairs, palette)
+    options["tooltip"][":formatter"] = "eqp.againstTip"
+    return options
+
+
 def lines(
     curves: Sequence[Series],
     palette: Palette,
@@ -119,6 +126,42 @@ def lines(
             "splitLine": {"lineStyle": {"color": palette.line}},
         },
         "series": series,
+    }
+
+
+def expert_bars(times: ExpertTimes, palette: Palette) -> Options:
+    """p50 and p99 of each expert (across), in milliseconds."""
+    label = {"color": palette.muted, "fontSize": 11}
+    groups = {"p50": (times.p50, palette.lines[0]), "p99": (times.p99, palette.lines[1])}
+    return {
+        "animation": False,
+        "textStyle": {"fontFamily": FONT},
+        "aria": {"enabled": False},
+        "grid": {"left": 8, "right": 16, "top": 30, "bottom": 22, "containLabel": True},
+        "legend": _legend(palette) | {"itemWidth": 12},
+        "tooltip": _tooltip(palette) | {"trigger": "axis", ":valueFormatter": FORMATS["number"]},
+        "xAxis": {
+            "type": "category",
+            "data": list(map(str, range(len(times.p99)))),
+            "name": "expert",
+            "nameLocation": "middle",
+            "nameGap": 24,
+            "nameTextStyle": {"color": palette.muted},
+            "axisTick": {"show": False},
+            "axisLine": {"lineStyle": {"color": palette.line}},
+            "axisLabel": label,
+        },
+        "yAxis": {
+            "type": "value",
+            "min": 0.0,
+            "splitNumber": 4,
+            "axisLabel": label | {":formatter": FORMATS["number"]},
+            "splitLine": {"lineStyle": {"color": palette.line}},
+        },
+        "series": [
+            {"type": "bar", "name": name, "data": list(values), "barMaxWidth": 14, "itemStyle": {"color": colour}}
+            for name, (values, colour) in groups.items()
+        ],
     }
 
 

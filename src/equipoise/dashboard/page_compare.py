@@ -12,6 +12,7 @@ from urllib.parse import urlencode
 import numpy as np
 
 from equipoise.dashboard import charts, reader
+from equipoise.dashboard.co_selection_panel import CoSelectionComparison
 from equipoise.dashboard.hub import RETRY_SECONDS
 from equipoise.dashboard.page_run import REST, map_height
 from equipoise.dashboard.palette import DEAD_NOTE, Palette
@@ -21,14 +22,15 @@ from equipoise.dashboard.slider import Slider
 from equipoise.dashboard.widgets import Chart, View, chooser, el, fill_chooser, heat_legend, link, number, page, percent
 from equipoise.monitor.incidents import incidents
 from equipoise.monitor.store import RunStore, StoreError
-from equipoise.types import RoutingStats
+from equipoise.types import CoSelection, RoutingStats
 
 TICK_SECONDS = 0.8
 
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One of the two runs. layer: its chosen layer, by place in the model. num_alerts: that fired, ever."""
+    """One of the two runs. num_alerts: that fired, ever. together: which experts of the chosen layer are chosen
+    together at the chosen step; None where it is not recorded."""
 
     head: Head
     steps: tuple[int, ...]
@@ -38,6 +40,7 @@ class Side:
     evenness: Evenness
     scalars: dict[str, Series]
     num_alerts: int
+    together: CoSelection | None
 
 
 def read_side(run: RunStore, ref: RunRef, layer: int, step: int | None) -> Side:
@@ -53,6 +56,7 @@ def read_side(run: RunStore, ref: RunRef, layer: int, step: int | None) -> Side:
         evenness=reader.evenness(run, steps[:: max(1, len(steps) // reader.MAX_COLUMNS)], layers),
         scalars={name: reader.scalar(run, name) for name in ("loss", "val_perplexity")},
         num_alerts=len(incidents(reader.alerts(run), [])),
+        together=run.latest_co_selection(name, step),
     )
 
 
@@ -108,6 +112,7 @@ class Comparison:
             }
             of_layer = ("Effective experts", "MaxVio", "Token entropy", "Std of the logits", "Dropped")
             self.layer_charts = {name: Chart(self.view, name, 230, hint="Of the chosen layer.") for name in of_layer}
+        self.together = CoSelectionComparison(self.view)
 
     async def choose(self, side: int, run_id: str) -> None:
         """Take another run for one side."""
@@ -198,6 +203,7 @@ class Comparison:
             self.charts["Worst layer: effective share of its experts"], worst, low=0.0, high=1.0, form="share"
         )
         self._show_layer(sides, labels)
+        self.together.show([side.together for side in sides], labels)
 
     def _show_layer(self, sides: Sequence[Side], labels: Sequence[str]) -> None:
         picks: dict[str, tuple[Callable[[RoutingStats], float], str]] = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from equipoise.dashboard.records import Evenness, Frame, Head, Series, evenness_of
+from equipoise.dashboard.records import Evenness, ExpertTimes, Frame, Head, Series, evenness_of
 from equipoise.monitor.incidents import PAGE, incidents
 from equipoise.monitor.store import RunStore, store_path
 from equipoise.types import Action, Alert, RoutingStats
@@ -69,11 +69,11 @@ def head(run: RunStore, path: Path) -> Head:
 
 
 def scalar_names(run: RunStore) -> list[str]:
-    """The recorded scalars, at most 64, found by jumping from name to name in the index."""
+    """The recorded scalars but those of single experts, at most 64, by jumping from name to name in the index."""
     query = """
         WITH RECURSIVE names(name) AS (SELECT min(name) FROM scalars UNION ALL
             SELECT (SELECT min(name) FROM scalars WHERE name > names.name) FROM names WHERE name IS NOT NULL)
-        SELECT name FROM names WHERE name IS NOT NULL LIMIT ?"""
+        SELECT name FROM names WHERE name IS NOT NULL AND name NOT LIKE 'experts_ms.%/%' LIMIT ?"""
     return run.records(str, query, (MAX_NAMES,))
 
 
@@ -99,6 +99,17 @@ def scalar(run: RunStore, name: str, max_points: int = MAX_POINTS) -> Series:
 
 
 # ------------------------------------------------------------------------------------------------------- routing
+
+
+def expert_times(run: RunStore, layer: str, num_experts: int) -> ExpertTimes:
+    """Of the layer's experts, where a server times them one by one."""
+    newest = {
+        (expert, share): _newest(run, f"experts_ms.{layer}/{expert}.{share}")
+        for expert in range(num_experts)
+        for share in ("p50", "p99")
+    }
+    values = {place: None if found is None else _finite(found[1]) for place, found in newest.items()}
+    return ExpertTimes(*(tuple(values[expert, share] for expert in range(num_experts)) for share in ("p50", "p99")))
 
 
 def flush_steps(run: RunStore, max_points: int = MAX_POINTS, keep: Sequence[int] = ()) -> list[int]:

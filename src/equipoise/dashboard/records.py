@@ -52,6 +52,20 @@ class Series:
     points: tuple[tuple[int, float | None], ...]
 
 
+@dataclass(frozen=True)
+class ExpertTimes:
+    """What each expert of a layer takes per step, newest, in milliseconds. None where it was never timed."""
+
+    p50: tuple[float | None, ...]
+    p99: tuple[float | None, ...]
+
+    @property
+    def slowest(self) -> int | None:
+        """The expert with the largest p99; None where none was timed."""
+        timed = {expert: value for expert, value in enumerate(self.p99) if value is not None}
+        return max(timed, key=timed.__getitem__) if timed else None
+
+
 @dataclass(frozen=True, eq=False)
 class Frame:
     """Every layer at one flush, in the order of the model."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from equipoise.dashboard import reader
-from equipoise.dashboard.records import Evenness, Frame, Head, Series
+from equipoise.dashboard.records import Evenness, ExpertTimes, Frame, Head, Series
 from equipoise.dashboard.runs import RunRef
 from equipoise.monitor.incidents import Incident, incidents, repairs
 from equipoise.monitor.store import RunStore
@@ -31,6 +31,7 @@ class RunData:
 
     layer: the chosen layer; history: its records, thinned; map_history: fewer of them, for the map of its experts.
     scalars: curves by name. scalar_names: all there are. repairs: a record for each.
+    expert_times: of a server that times experts one by one; else of none.
     together: which experts of the chosen layer are chosen together at the chosen step; None where it is not recorded.
     """
 
@@ -47,6 +48,7 @@ class RunData:
     incidents: tuple[Incident, ...]
     repairs: tuple[Action, ...]
     together: CoSelection | None
+    expert_times: ExpertTimes = ExpertTimes((), ())  # noqa: RUF009 - frozen
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ def read_run(run: RunStore, ref: RunRef, choice: Choice) -> RunData:
         incidents=found,
         repairs=tuple(repairs(actions)),
         together=run.latest_co_selection(layer, choice.step),
+        expert_times=reader.expert_times(run, layer, num_experts if head.is_server else 0),
     )
 
 

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from equipoise.faults.injection import Change, Run, check_positive
 from equipoise.faults.targets import Target, check_expert, find, targets
 from equipoise.layer import MoE
+from equipoise.layer.experts import Experts
 from equipoise.monitor.adapters.padding import Arguments
 from equipoise.monitor.adapters.transformers_moe import INDEX_NAMES
 
@@ -28,8 +29,8 @@ MOST_SECONDS = 60.0  # per forward: a slip of the finger must not stop a run for
 class SlowExpert:
     """A layer's expert computation takes `seconds` longer whenever that expert has tokens in the batch.
 
-    Imitates an expert on a device that is throttled or shared. On a GPU each such forward waits for the device. Taken
-    out: the hook is removed.
+    Where a layer's experts are timed one by one, it is that expert's own computation that does. Imitates an expert on a
+    device that is throttled or shared. On a GPU each such forward waits for the device. Taken out: the hook is removed.
     """
 
     layer: str
@@ -44,7 +45,18 @@ class SlowExpert:
         target = find(model, "SlowExpert", self.layer)
         check_expert("SlowExpert.expert", target, self.expert)
         has_tokens = _has_tokens(target, self.expert)
-        return _unhook([_slow(target, self.seconds, has_tokens)])
+        if not isinstance(target.block, MoE):
+            return _unhook([_slow(target, self.seconds, has_tokens)])
+        delay = _Delay(target.block.experts, self.expert, self.seconds)
+        hooked = _unhook(
+            [_slow(target, self.seconds, lambda args, kwargs: not delay.in_it() and has_tokens(args, kwargs))]
+        )
+
+        def remove() -> None:
+            hooked.undo()
+            delay.remove()
+
+        return Change(remove)
 
 
 @dataclass(frozen=True)
@@ -67,6 +79,34 @@ class SlowRank:
         return _unhook([_slow(target, self.seconds, lambda args, kwargs: True) for target in found])
 
 
+class _Delay:
+    """Burns the time inside one expert's computation while others time experts singly, and is not there while nobody
+    does: probes make a layer compute its experts one by one."""
+
+    def __init__(self, experts: Experts, expert: int, seconds: float) -> None:
+        self._experts, self._expert, self._seconds = experts, expert, seconds
+
+    def in_it(self) -> bool:
+        """Before a forward: whether it burns there. It comes and goes with the others."""
+        probes = self._experts.probes
+        wanted = any(not isinstance(probe, _Delay) for probe in probes)
+        if wanted and self not in probes:
+            self._experts.probes = (*probes, self)  # innermost: within what the others time
+        elif not wanted:
+            self.remove()
+        return wanted
+
+    def begin(self, expert: int, num_rows: int) -> None:
+        if expert == self._expert:
+            _spend(self._seconds, self._experts.down_proj.device)
+
+    def end(self, expert: int) -> None:
+        """Nothing is left to do."""
+
+    def remove(self) -> None:
+        self._experts.probes = tuple(probe for probe in self._experts.probes if probe is not self)
+
+
 Test = Callable[[tuple[Any, ...], dict[str, Any]], bool]
 
 
@@ -75,13 +115,17 @@ def _slow(target: Target, seconds: float, applies: Test) -> RemovableHandle:
     def spend(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if applies(args, kwargs):
             inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            if inputs and inputs[0].is_cuda:
-                torch.cuda.synchronize(inputs[0].device)  # or the host's delay would hide behind the device's queue
-            until = time.perf_counter() + seconds
-            while time.perf_counter() < until:
-                sum(range(100))
+            _spend(seconds, inputs[0].device if inputs else torch.device("cpu"))
 
     return target.experts.register_forward_pre_hook(spend, with_kwargs=True)
+
+
+def _spend(seconds: float, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # or the host's delay would hide behind the device's queue
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        sum(range(100))
 
 
 def _has_tokens(target: Target, expert: int) -> Test:

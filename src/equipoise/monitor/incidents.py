@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from equipoise.types import Action, ActionState, Alert, Finding
 
 EXHAUSTED = "recovery_exhausted"  # the rule of the alert that calls a human: no repair is left
+EXPERT_SLOW = "expert_p99"  # the rule of the alert that an expert, or a layer's experts, take too long
 PAGE = "page"  # the kind of the record that says so: it is no repair
 LOOK_AT_INPUT = "look_at_input"  # the kind of a proposal that changes nothing: the input is to blame
 DONE: tuple[ActionState, ...] = ("applied", "kept", "undone")  # the model was changed, if only for a while

@@ -150,7 +150,7 @@ def _uneven(evidence: Evidence, desk: Desk) -> Check:
             answer = f"{alarm.message}: an alert since step {incident.fired}."
             return Check(question, "trouble", answer, incident.since, alarm.layer, alarm.remedy, desk.watch)
     if not judged:
-        return Check(question, "unknown", "No flush has tokens enough to judge by, and no alert fires.")
+        return Check(question, "unknown", "No flush has tokens enough to judge by, and no alert says so.")
     past = {layer: span for layer, history in judged.items() if (span := onset(history))}
     worst = max(judged.values(), key=lambda history: history[-1].max_violation)[-1]
     even = f"the least even layer now is {worst.layer}, MaxVio {worst.max_violation:.2f}, "

@@ -10,7 +10,7 @@ import numpy as np
 
 from equipoise.monitor.check import Check, Desk
 from equipoise.monitor.evidence import EXPERTS_P99, Evidence
-from equipoise.monitor.incidents import told
+from equipoise.monitor.incidents import EXPERT_SLOW, told
 
 WEIGHTS, MIX = "Were other weights taken just before?", "Did the mix of prompts and answers change?"
 FAULTS = "Has someone put faults in on purpose?"
@@ -95,6 +95,11 @@ def _load(evidence: Evidence) -> Check:
 
 def _slow(evidence: Evidence, desk: Desk) -> Check:
     question = "Is it slower than usual?"
+    alarms = [incident for incident in evidence.incidents if incident.firing and incident.finding.rule == EXPERT_SLOW]
+    if alarms:
+        text, alarm = "; ".join(each.finding.message for each in alarms), alarms[0].finding
+        since = alarms[0].since
+        return Check(question, "trouble", f"Yes: {text}.", since, alarm.layer, alarm.remedy, desk.admin("state"))
     compared = {words: found for name, words in TIMES.items() if (found := _usual(evidence.scalars.get(name, ())))}
     if not compared:
         return Check(question, "unknown", "There is too little to compare with.")

@@ -67,7 +67,7 @@ class BreakerConfig:
 
 @dataclass(frozen=True)
 class Transition:
-    """One group's change of state. slow_share: of its calls in the window, or of its probes. p99_s: in seconds.
+    """One group's change of state. slow_share: of its calls in the window, or of its probes. p50_s, p99_s: in seconds.
 
     limit_s: what was too slow for the last of them, which had that size; NaN without calls. at: by the breaker's clock.
     """
@@ -80,6 +80,7 @@ class Transition:
     limit_s: float
     p99_s: float
     at: float
+    p50_s: float = math.nan
 
 
 class Breaker:
@@ -130,6 +131,11 @@ class Breaker:
     def p50_s(self) -> np.ndarray:
         """float64 (G,), their median, in seconds; NaN without calls."""
         return _quantile(self._seconds_WG, np.minimum(self._calls_G, self.config.window), 0.5)
+
+    @property
+    def has_opinion(self) -> np.ndarray:
+        """bool (G,), whether there are enough calls in the window to judge by."""
+        return np.asarray(self._calls_G >= self.config.min_calls)
 
     @property
     def slow_share_G(self) -> np.ndarray:
@@ -217,6 +223,7 @@ class Breaker:
     def _move(self, group: int, state: int, now: float) -> Transition:
         """Change the state of one group and forget its calls."""
         calls = int(min(self._calls_G[group], self.config.window))
+        seconds_W1 = self._seconds_WG[:, [group]]  # of this group alone: there may be many
         told = Transition(
             self.names[group],
             STATES[self._state_G[group]],
@@ -224,8 +231,9 @@ class Breaker:
             float(self._num_slow_G[group]) / max(calls, 1),
             calls,
             float(self._limit_G[group]),
-            float(_p99(self._seconds_WG[:, [group]], np.array([calls]))[0]),  # of this group alone: there may be many
+            float(_p99(seconds_W1, np.array([calls]))[0]),
             now,
+            float(_quantile(seconds_W1, np.array([calls]), 0.5)[0]),
         )
         self._state_G[group], self._since_G[group] = state, now
         self._forget(np.array([group]))

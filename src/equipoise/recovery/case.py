@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from equipoise.layer.mode import Mode
+from equipoise.monitor.incidents import LOOK_AT_INPUT
 from equipoise.recovery.actions import Change
 from equipoise.recovery.canary import Health
 from equipoise.types import Action, Finding
@@ -30,6 +31,11 @@ class Case:
     closed: bool = False
     paged: bool = False
 
+    @property
+    def proposed(self) -> bool:
+        """Whether a repair was proposed for this firing of the alert."""
+        return any(action.state == "proposed" and action.kind != LOOK_AT_INPUT for action in self.actions)
+
     def note(self, action: Action) -> None:
         """Add a record; a repair's later one takes the place of its earlier one."""
         same = (action.kind, "applied")
@@ -37,13 +43,21 @@ class Case:
         self.actions.append(action)
 
     def reopen(self, step: int, finding: Finding, relapse_steps: int) -> None:
-        """The alert fires: a new incident, unless the last one's repairs are recent and did not hold."""
+        """The alert fires: a new incident, unless the last one's repairs are recent and did not hold.
+
+        While the alert goes on, what was proposed stays so: it is not said again.
+        """
         self.finding = finding
-        last = max((action.step for action in self.actions), default=self.fired)
-        if self.closed or step - last > relapse_steps:
-            self.fired, self.actions, self.waited = step, [], 0
-            self.done = self.closed = self.paged = False
-            self.kept = [(kind, at) for kind, at in self.kept if step - at <= relapse_steps]
+        last = max([self.fired, *(action.step for action in self.actions)])
+        if self.closed:
+            self.actions, self.waited = [], 0
+        elif self.actions and step - last > relapse_steps:
+            self.actions = [action for action in self.actions if action.state == "proposed"]
+        else:
+            return
+        self.fired = step
+        self.done = self.closed = self.paged = False
+        self.kept = [(kind, at) for kind, at in self.kept if step - at <= relapse_steps]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""

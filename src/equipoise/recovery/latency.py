@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.layer import FeedForward, MoE
+from equipoise.monitor.incidents import EXPERT_SLOW
 from equipoise.ops.count import inside_backward
 from equipoise.ops.ragged import RaggedPlan
 from equipoise.recovery.breaker import Breaker, BreakerConfig, Granularity, State, Transition
-from equipoise.types import Action, Sink
+from equipoise.types import Action, Finding, Sink
 
-REASON = "latency"
 MAX_CALLS = 10_000  # kept until they are taken; the oldest go first, where nobody takes them
 
 
@@ -130,7 +130,8 @@ class LatencyGuard:
     granularity: "layer", or "expert", which computes experts one by one to time them (a GPU then waits for the host in
     every forward); while an expert is half-open it gets all of its tokens. dense: the stand-ins of layers without
     shared experts. strict: a layer without a stand-in is an error; else it is left out, and named in `unguarded`.
-    sinks: get each transition as an action of kind "breaker". clock: of the breaker's waits, in seconds.
+    sinks: get each transition as an action of kind "breaker", for the alert that `findings` leads to. clock: of the
+    breaker's waits, in seconds.
     It sets a layer's `bypass`, which is no part of its mode: repairs may come and go meanwhile. `step` is called by the
     loop between forwards.
     """
@@ -168,6 +169,7 @@ class LatencyGuard:
         self.breaker = Breaker(list(self._group_of), config, granularity=granularity, clock=clock)
         make: type[LayerClock] | type[ExpertClock] = ExpertClock if granularity == "expert" else LayerClock
         self._clocks = {name: make(layer) for name, layer in self._layers.items()}
+        self._opened: dict[str, Transition] = {}  # of groups that are not closed, why
 
     def step(self, step: int) -> list[Action]:
         """Feed the breaker with the calls since the last time, and act on what changed."""
@@ -182,6 +184,10 @@ class LatencyGuard:
                     seconds_G[group], sizes_G[group] = each[turn].seconds, each[turn].size
             moved += self.breaker.record(seconds_G, sizes_G)
         moved += self.breaker.tick()
+        self._opened |= {change.name: change for change in moved if change.after == "open"}
+        for change in moved:
+            if change.after == "closed":
+                self._opened.pop(change.name, None)
         self._keep_away(self._group_of[each.name][0] for each in moved)
         return [self._tell(step, each) for each in moved]
 
@@ -199,6 +205,36 @@ class LatencyGuard:
         """By layer, or by "layer/expert"."""
         return self.breaker.states
 
+    def times(self) -> dict[str, tuple[float, float]]:
+        """(p50, p99) of the calls in the window, in seconds, by layer or by "layer/expert"; those without are left out.
+
+        Of a group that gets no calls any more, those that opened its breaker.
+        """
+        breaker = self.breaker
+        measured = zip(breaker.names, breaker.p50_s.tolist(), breaker.p99_s.tolist(), strict=True)
+        times = {name: (half, most) for name, half, most in measured if most == most}  # NaN: no calls
+        return {name: (each.p50_s, each.p99_s) for name, each in self._opened.items()} | times
+
+    def findings(self) -> list[Finding]:
+        """Who is too slow: whoever the breaker has not closed, and whose p99 is more than what is always too slow.
+
+        The slowest first: an alert names one expert of a layer.
+        """
+        p99_s, slow_s = self.breaker.p99_s, self.breaker.config.slow_s
+        always = np.flatnonzero(self.breaker.has_opinion & (p99_s > slow_s))
+        limits = {self.breaker.names[group]: (float(p99_s[group]), slow_s) for group in always}
+        limits |= {name: (each.p99_s, each.limit_s) for name, each in self._opened.items()}
+        slowest_first = sorted(limits.items(), key=lambda item: -item[1][0])
+        return [self._finding(name, p99_s, limit_s) for name, (p99_s, limit_s) in slowest_first]
+
+    def _finding(self, group: str, p99_s: float, limit_s: float) -> Finding:
+        layer, expert = self._group_of[group]
+        who = "its experts take" if expert is None else f"expert {expert} takes"
+        kept = f"; its breaker is {self.breaker.states[group]}" if group in self._opened else ""
+        message = f"{layer}: {who} {1000 * p99_s:.3g} ms (p99), more than {1000 * limit_s:.3g} ms is too slow{kept}"
+        remedy = "Look at the device that computes it, and at its load. The breaker tries it again by itself."
+        return Finding(EXPERT_SLOW, layer, expert, "warning", 1000 * p99_s, 1000 * limit_s, message, remedy)
+
     def _tell(self, step: int, moved: Transition) -> Action:
         name, _ = self._group_of[moved.name]
         slow = round(moved.slow_share * moved.num_calls)
@@ -206,7 +242,7 @@ class LatencyGuard:
         note = f"{moved.name}: {moved.before} -> {moved.after}; {why}"
         numbers = {"slow_share": moved.slow_share, "limit_ms": 1000 * moved.limit_s, "p99_ms": 1000 * moved.p99_s}
         detail = {key: value for key, value in numbers.items() if not np.isnan(value)}
-        action = Action("breaker", name, step, REASON, detail, "applied", note)
+        action = Action("breaker", name, step, f"{name}:{EXPERT_SLOW}", detail, "applied", note)
         for sink in self._sinks:
             sink.action(action)
         return action

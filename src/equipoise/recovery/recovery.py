@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from equipoise.layer.mode import Mode
@@ -20,6 +20,8 @@ from equipoise.recovery.canary import Canary, Health
 from equipoise.recovery.case import Case, Trial, loss_of
 from equipoise.recovery.catalogue import REPAIRS
 from equipoise.recovery.gate import Gate
+from equipoise.recovery.lifting import Lifting
+from equipoise.recovery.limits import Limits
 from equipoise.recovery.policy import Ladder, Policy, Situation
 from equipoise.types import Action, ActionState, Alert, Finding, RoutingStats, Sink
 
@@ -28,34 +30,11 @@ CONTAINED_FLUSHES, CONTAINED_LOAD = 2, 1.3  # a capacity of 1.25 is rounded up
 _URGENT = {"critical": 0, "warning": 1, "info": 2}
 
 
-@dataclass(frozen=True)
-class Limits:
-    """When to give up, and when to try again.
-
-    patience: flushes that a repair may take until its alert is resolved. relapse_steps: an alert that comes back within
-    so many steps goes on from the rung that did not last. cool_down: flushes of rest after a trial, so that its effect
-    is seen before anything else is changed. warning_flushes: a warning is only repaired when it has been firing for so
-    many flushes, as it may go away by itself; what is critical is repaired at once. tolerance: how much the held-out
-    loss may rise, in nats per token; None takes each repair's own.
-    """
-
-    patience: int = 6
-    relapse_steps: int = 200
-    cool_down: int = 2
-    warning_flushes: int = 10
-    tolerance: float | None = None
-
-    def __post_init__(self) -> None:
-        if min(self.patience, self.warning_flushes) < 1 or min(self.relapse_steps, self.cool_down) < 0:
-            raise ValueError(
-                f"Limits: expected patience, warning_flushes >= 1 and relapse_steps, cool_down >= 0, got {self}"
-            )
-
-
 class Recovery:
     """Repairs a model while it is trained or served.
 
-    patient: the model and what repairs may use. policy: which repair is next. act: False only proposes.
+    patient: the model and what repairs may use. policy: which repair is next. act: False only proposes, once while an
+    alert fires.
     canary: measures held-out text; without it a repair is judged by the alert alone, and an unusual input is not told
     from damage. sinks: get each change of a repair, and the page. gate: repairs and measurements wait for running
     forwards, for servers that run them in other threads. quiet: makes a context in which other observers do not count
@@ -70,7 +49,7 @@ class Recovery:
         policy: Policy | None = None,
         act: bool = False,
         canary: Canary | None = None,
-        limits: Limits = Limits(),
+        limits: Limits = Limits(),  # noqa: B008 - frozen
         sinks: Sequence[Sink] = (),
         gate: Gate | None = None,
         quiet: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -82,31 +61,43 @@ class Recovery:
         self._trial: Trial | None = None
         self._rest = 0  # flushes to go until the next repair may begin
         self._said: list[Action] = []
+        measure = None if canary is None else self._measure
+        self._lifting = Lifting(limits, self._gate, measure, self._baselines)
 
     @property
     def on_trial(self) -> Action | None:
-        """The repair that is on trial, if one is."""
-        return None if self._trial is None else self._trial.action
+        """The repair that is on trial, or the lifting of one, if one is."""
+        return self._lifting.on_trial if self._trial is None else self._trial.action
 
     # ------------------------------------------------------------------------------------------------- the loop
 
     def after_flush(
-        self, step: int, firing: Sequence[Alert], stats: Sequence[RoutingStats], resolved: Sequence[Alert] = ()
+        self,
+        step: int,
+        firing: Sequence[Alert],
+        stats: Sequence[RoutingStats],
+        resolved: Sequence[Alert] = (),
+        *,
+        act: bool | None = None,
     ) -> list[Action]:
         """Judge the repair on trial, and begin the next one if an alert calls for it. What was done, in order.
 
         firing: the alerts that are firing after this flush. stats: its records. resolved: alerts that it resolved.
+        act: for this flush, in place of the recovery's own.
         """
         self._said = []
+        act = self.act if act is None else act
         by_key = {alert.key: alert for alert in firing}
         self._rest = max(0, self._rest - 1)
         if self._trial is not None:
             self._judge(step, by_key, stats)
         for alert in resolved:
             self._close(step, alert)
+        may_lift = act and self._trial is None and not self._rest
+        self._lifted(self._lifting.after_flush(step, self.patient, firing, stats, may_lift))
         for alert in sorted(firing, key=lambda each: (_URGENT[each.finding.severity], each.since_step)):
-            if self._ripe(step, alert) and not self._rest:
-                while self._trial is None and self._begin(step, alert, stats):
+            if self._ripe(step, alert) and not self._rest and self._lifting.on_trial is None:
+                while self._trial is None and self._begin(step, alert, stats, act):
                     pass  # what could not be done, or made things worse at once, makes room for the next
         return self._said
 
@@ -120,10 +111,11 @@ class Recovery:
             return self._said
         if self._trial is not None:
             self._end("undone", step, "the model broke while it was on trial")
+        self._lifted(self._lifting.put_back(step, self.patient, "the model broke meanwhile"))
         alert = Alert(f"{finding.layer}:{finding.rule}", "firing", step, step, finding)
         self._ripe(step, alert)
         self._emit(alert)
-        while self._begin(step, alert, ()):
+        while self._begin(step, alert, (), act=True):
             if self._trial is None:
                 continue  # it could not be done; the next one
             if self._measure(step).finite:
@@ -143,10 +135,10 @@ class Recovery:
         case.waited += 1
         return alert.finding.severity == "critical" or case.waited >= self._limits.warning_flushes
 
-    def _begin(self, step: int, alert: Alert, stats: Sequence[RoutingStats]) -> bool:
+    def _begin(self, step: int, alert: Alert, stats: Sequence[RoutingStats], act: bool) -> bool:
         """Begin the next repair for the alert, if there is one. Whether anything was done or said."""
         case = self._cases.setdefault(alert.key, Case(step, alert.finding))
-        if case.done:
+        if case.done or (case.proposed and not act):
             return False
         before = None if self._canary is None else self._measure(step)
         kind = self.policy(self._situation(alert, case, before))
@@ -154,8 +146,7 @@ class Recovery:
             case.done = True
         elif kind in (PAGE, LOOK_AT_INPUT):
             self._tell_human(kind, step, alert, case)
-        elif not self.act:
-            case.done = True
+        elif not act:
             self._say(Action(kind, alert.finding.layer, step, alert.key, {}, "proposed", REPAIRS[kind].summary))
         else:
             self._apply(Action(kind, alert.finding.layer, step, alert.key), alert.finding, before, stats)
@@ -191,7 +182,7 @@ class Recovery:
         if kind in self.policy.interim:
             self._end("undone", step, "the next step takes its place", stats)
             alert = firing.get(key) or Alert(key, "firing", step, step, self._cases[key].finding)
-            self._begin(step, alert, stats)
+            self._begin(step, alert, stats, act=True)  # its first half was made: leave was given for both
         elif key not in firing:
             after = None if self._canary is None else self._measure(step)
             worse = self._worse(after)
@@ -308,6 +299,8 @@ class Recovery:
         case.done = True
         layer = alert.finding.layer
         if word == LOOK_AT_INPUT:
+            if any(action.kind == word for action in case.actions):
+                return  # said before, and it goes on
             note = "held-out text does not show it, the model is as it was: look at what is sent"
             self._say(Action(word, layer, step, alert.key, {}, "proposed", note))
             return
@@ -337,9 +330,19 @@ class Recovery:
             key = f"{alert.finding.layer}:{EXHAUSTED}"
             self._emit(Alert(key, "resolved", case.fired, step, finding))
 
+    def _lifted(self, done: Sequence[Action]) -> None:
+        """Tell it. What is put back gets the time that a repair gets, before another one is tried."""
+        for action in done:
+            self._tell(action)
+            if action.state == "undone":
+                self._rest = self._limits.cool_down + self._limits.patience
+
     def _say(self, action: Action) -> None:
         """Remember it, and tell the sinks and the caller."""
         self._cases[action.reason].note(action)
+        self._tell(action)
+
+    def _tell(self, action: Action) -> None:
         self._said.append(action)
         for sink in self._sinks:
             sink.action(action)
@@ -360,6 +363,7 @@ class Recovery:
             "cases": {key: case.to_json() for key, case in self._cases.items()},
             "trial": None if self._trial is None else self._trial.to_json(),
             "rest": self._rest,
+            "lifting": self._lifting.to_json(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -373,6 +377,8 @@ class Recovery:
             cases = {key: Case.from_json(case) for key, case in state["cases"].items()}
             trial = None if state["trial"] is None else Trial.from_json(state["trial"])
             rest = int(state["rest"])
+            if "lifting" in state:  # those of versions before this one have none
+                self._lifting.load_json(state["lifting"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"recovery state: expected what state_dict() returned, got {error!r}") from error
         for name, layer in self.patient.layers.items():

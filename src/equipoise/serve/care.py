@@ -6,6 +6,7 @@ for it. Whoever changes the model has this thread do it (`call`), so that change
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,15 +20,16 @@ from equipoise.models.run_files import CHECKPOINTS, Loaded
 from equipoise.monitor.profiles import Profile
 from equipoise.monitor.watch import Watch
 from equipoise.recovery.actions import Patient
-from equipoise.recovery.breaker import BreakerConfig
+from equipoise.recovery.breaker import BreakerConfig, Granularity
 from equipoise.recovery.gate import Gate
 from equipoise.recovery.latency import LatencyGuard
+from equipoise.recovery.limits import Limits
 from equipoise.recovery.policy import PolicyName, policy_of
 from equipoise.recovery.recent import RecentScores
 from equipoise.recovery.recovery import Recovery
 from equipoise.recovery.weights import reload_weights
 from equipoise.serve.equipment import Equipment
-from equipoise.types import Action, Alert, Sink
+from equipoise.types import Action, Alert, Finding, RoutingStats, Sink
 
 T = TypeVar("T")
 
@@ -35,19 +37,25 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class CareConfig:
     """flush_s: seconds between two looks at the routing. window_s, profile: see `Watch`. recover: act, or only propose.
-    policy: which repairs, in which order. breaker: None for no clocks and no breaker; below 10 ms a layer is never slow
-    here, as small layers on a busy machine easily take three times what they usually do, and nobody notices."""
+    policy: which repairs, in which order. lift_after_s: seconds in health after which a kept repair is lifted on trial,
+    0 for never. breaker: None for no clocks and no breaker; below 10 ms a layer is never slow
+    here, as small layers on a busy machine easily take three times what they usually do, and nobody notices.
+    breaker_by: what it times and shuts, whole layers or, computed one by one, their experts."""
 
     flush_s: float = 2.0
     window_s: float = 600.0
     profile: Profile = "relative"
     recover: bool = False
     policy: PolicyName = "ladder"
+    lift_after_s: float = 600.0
     breaker: BreakerConfig | None = BreakerConfig(floor_s=0.01)  # noqa: RUF009 - frozen
+    breaker_by: Granularity = "layer"
 
     def __post_init__(self) -> None:
         if not self.flush_s > 0:
             raise ValueError(f"flush_s: expected seconds, more than 0, got {self.flush_s}")
+        if not 0 <= self.lift_after_s < math.inf:
+            raise ValueError(f"lift_after_s: expected seconds, or 0 for never, got {self.lift_after_s}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +86,15 @@ class Care:
         self.config, self.engine, self.sinks = config, engine, tuple(sinks)
         self.model, self.layers = loaded.model, loaded.model.moe_layers
         self.notes = list(equipment.notes)
-        self.watch = Watch(self.model, every=1, window_s=config.window_s, profile=config.profile, sinks=self.sinks)
+        self.guard: LatencyGuard | None = None
+        self.watch = Watch(
+            self.model,
+            every=1,
+            window_s=config.window_s,
+            profile=config.profile,
+            rules=(self._slow,),
+            sinks=self.sinks,
+        )
         if equipment.baselines:
             self.watch.use_baselines(equipment.baselines)
         self._recent = RecentScores(self.layers)
@@ -97,6 +113,7 @@ class Care:
             policy=policy_of(config.policy),
             act=config.recover,
             canary=equipment.canary,
+            limits=Limits(lift_after=math.ceil(config.lift_after_s / config.flush_s) or None),
             sinks=self.sinks,
             gate=engine.gate,
             quiet=self.watch.recorder.paused,
@@ -189,20 +206,20 @@ class Care:
             replace(alert, step=step, since_step=step)
         ]
         resolved = [each for each in changed if each.state == "resolved"]
-        before, self.recovery.act = self.recovery.act, True
-        try:
-            return self.recovery.after_flush(step, firing, self.watch.stats(), resolved)
-        finally:
-            self.recovery.act = before
+        return self.recovery.after_flush(step, firing, self.watch.stats(), resolved, act=True)
 
     def _flush(self, step: int) -> tuple[list[Alert], list[Action]]:
         """(alerts that changed, transitions of the breaker)."""
         with self.engine.gate.changing():
-            changed = self.watch.flush(step)
             moved = [] if self.guard is None else self.guard.step(step)
             if moved:
                 self.engine.forget_cache()
+            changed = self.watch.flush(step)
         return changed, moved
+
+    def _slow(self, window: Sequence[RoutingStats]) -> list[Finding]:
+        """A rule of the watch, by the clocks."""
+        return [] if self.guard is None else self.guard.findings()
 
     def reasons(self) -> tuple[str, ...]:
         """Why answers may be worse than usual: repairs in force, open breakers, critical alerts, a blind monitor."""
@@ -235,7 +252,14 @@ class Care:
         if self.config.breaker is None:
             return None
         try:
-            return LatencyGuard(self.layers, self.config.breaker, dense=equipment.dense, strict=False, sinks=self.sinks)
+            return LatencyGuard(
+                self.layers,
+                self.config.breaker,
+                granularity=self.config.breaker_by,
+                dense=equipment.dense,
+                strict=False,
+                sinks=self.sinks,
+            )
         except ValueError as error:
             self.notes.append(f"no breaker: {error}")
             return None

@@ -46,24 +46,30 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step did, in numbers. experts: per MoE layer, how many experts its tokens went to."""
+    """What one forward did, in numbers. distinct_experts: per MoE layer, how many experts its tokens went to."""
 
     seconds: float
     num_prompt_tokens: int
     num_answer_tokens: int
+    num_preempted: int
+    distinct_experts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Occupancy:
+    """How full an engine is now. num_running, num_waiting: requests. free_blocks: of the cache's num_blocks."""
+
     num_running: int
     num_waiting: int
     free_blocks: int
     num_blocks: int
-    num_preempted: int
-    distinct_experts: tuple[int, ...]
 
 
 class Engine:
     """Continuous batching over one model.
 
-    num_blocks, block_size: of the cache. on_step: is told about each step, and must not raise. Raises ValueError for
-    sizes out of range.
+    num_blocks, block_size: of the cache. on_step: is told about each forward that did not fail, and must not raise.
+    Raises ValueError for sizes out of range.
     """
 
     def __init__(
@@ -97,6 +103,11 @@ class Engine:
         """Whether anything waits or runs."""
         return bool(self._sequences)
 
+    def occupancy(self) -> Occupancy:
+        """How full it is, also between steps. From any thread; then its numbers may be a moment apart."""
+        scheduler, pool = self.scheduler, self.pool
+        return Occupancy(len(scheduler.running), scheduler.num_waiting, pool.num_free, pool.num_blocks)
+
     def add(self, request: Request) -> None:
         """Take a request. Raises RequestError for one that can never be served, OverloadedError when too many wait."""
         check(request, self.max_tokens, num_ids(self.model, self.tokenizer))
@@ -125,10 +136,7 @@ class Engine:
             result = self._runner.run(pieces)
         except Exception as error:  # one bad forward must not take down all that wait
             return outputs + self._one_by_one(pieces, error)
-        for computed in result.pieces:
-            outputs += self._account(computed)
-        self._on_step(self._report(time.perf_counter() - began, pieces, result))
-        return outputs
+        return outputs + self._take(result, pieces, began)
 
     def forget_cache(self) -> None:
         """The weights or their routing have changed: compute all keys and values anew. Nothing is lost but time."""
@@ -140,6 +148,12 @@ class Engine:
         self._runner.detach()
 
     # ------------------------------------------------------------------------------------------------- account
+
+    def _take(self, result: StepResult, pieces: tuple[Piece, ...], began: float) -> list[Output]:
+        """What came of a forward, to all that wait for it. began: seconds of time.perf_counter."""
+        outputs = [output for computed in result.pieces for output in self._account(computed)]
+        self._on_step(self._report(time.perf_counter() - began, pieces, result))
+        return outputs
 
     def _account(self, computed: Computed) -> list[Output]:
         """What the piece means for its sequence: it goes on, has a new token, or ends."""
@@ -195,12 +209,13 @@ class Engine:
             return self._failed(pieces[0].sequence, error)
         outputs = []
         for piece in pieces:
+            began = time.perf_counter()
             try:
-                [computed] = self._runner.run([piece]).pieces
+                result = self._runner.run([piece])
             except Exception as alone:  # it is tried again in the next step
                 outputs += self._failed(piece.sequence, alone)
             else:
-                outputs += self._account(computed)
+                outputs += self._take(result, (piece,), began)
         return outputs
 
     def _failed(self, sequence: Sequence, error: Exception) -> list[Output]:
@@ -217,10 +232,6 @@ class Engine:
             seconds=seconds,
             num_prompt_tokens=prompts,
             num_answer_tokens=new,
-            num_running=len(self.scheduler.running),
-            num_waiting=self.scheduler.num_waiting,
-            free_blocks=self.pool.num_free,
-            num_blocks=self.pool.num_blocks,
             num_preempted=self.scheduler.num_preempted,
             distinct_experts=result.distinct_experts,
         )

@@ -12,9 +12,10 @@ from importlib import import_module
 from typing import Any
 
 from equipoise.serve.api.served import Counted
-from equipoise.serve.engine import StepReport
+from equipoise.serve.engine import Occupancy, StepReport
 from equipoise.serve.rolling import Rolling
 
+MOST_GROUPS = 512  # whose times are recorded with each look
 _TIMES = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -29,11 +30,13 @@ def client() -> Any:
 
 
 class ServingMetrics:
-    """Of one server. layers: names of the MoE layers. num_open: requests now."""
+    """Of one server. layers: names of the MoE layers. num_open: requests now. occupancy: of the engine, now."""
 
-    def __init__(self, layers: tuple[str, ...], num_open: Callable[[], int]) -> None:
+    def __init__(
+        self, layers: tuple[str, ...], num_open: Callable[[], int], occupancy: Callable[[], Occupancy]
+    ) -> None:
         prometheus = client()
-        self._layers = layers
+        self._layers, self._occupancy = layers, occupancy
         self.registry = prometheus.CollectorRegistry()
         self._prometheus = prometheus
         self._requests = self._counter("requests", "Requests that have ended.", "endpoint", "status")
@@ -55,6 +58,7 @@ class ServingMetrics:
         self._distinct = self._gauge("distinct_experts", "Experts that the last step's tokens went to.", "layer")
         self._gauge("open_requests", "Requests that have not ended.").set_function(lambda: float(num_open()))
         self._care = self._gauge("breaker_open", "1 where a breaker is not closed.", "group")
+        self._p50 = self._gauge("experts_p50_seconds", "Median of a group's expert computation.", "group")
         self._p99 = self._gauge("experts_p99_seconds", "99th percentile of a group's expert computation.", "group")
         self._version = self._gauge("weights_version", "Counts changes of the weights in service.")
         self.first_token, self.between_tokens, self.completed = Rolling(), Rolling(), Rolling()
@@ -92,22 +96,22 @@ class ServingMetrics:
         if counted.answer_tokens:
             self.completed.add(1.0)
 
-    def guarded(self, states: Mapping[str, str], p99_s: Mapping[str, float], version: int) -> None:
-        """What the breaker says, and which weights are in service."""
+    def guarded(self, states: Mapping[str, str], times: Mapping[str, tuple[float, float]], version: int) -> None:
+        """What the breaker says, p50 and p99 in seconds of what it times, and which weights are in service."""
         for group, state in states.items():
             self._care.labels(group).set(state != "closed")
-        for group, seconds in p99_s.items():
-            self._p99.labels(group).set(seconds)
+        for group, (half, most) in times.items():
+            self._p50.labels(group).set(half)
+            self._p99.labels(group).set(most)
         self._version.set(version)
 
     def retry_after(self) -> float:
         """Seconds until those who wait now have had their turn, by the rate of the last minute."""
-        rate, report = self.completed.per_second(), self._report
-        waiting = 0 if report is None else report.num_waiting
-        return min(60.0, max(1.0, waiting / rate)) if rate else 5.0
+        rate = self.completed.per_second()
+        return min(60.0, max(1.0, self._occupancy().num_waiting / rate)) if rate else 5.0
 
     def scalars(self) -> dict[str, float]:
-        """Of the last minute, for the run store."""
+        """Of the last minute, and how full it is now, for the run store."""
         first, between, steps = self.first_token, self.between_tokens, self.step_seconds
         named = {
             "tokens_per_s": self.answer_tokens.per_second(),
@@ -115,20 +119,21 @@ class ServingMetrics:
         }
         named |= _quantiles("time_to_first_token_ms", first) | _quantiles("inter_token_ms", between)
         named |= _quantiles("step_ms", steps) | {"requests_per_s": self.completed.per_second()}
-        if self._report is not None:
-            named |= {"running": self._report.num_running, "queue_depth": self._report.num_waiting}
-            named["cache_used_share"] = 1 - self._report.free_blocks / self._report.num_blocks
+        now = self._occupancy()
+        named |= {"running": now.num_running, "queue_depth": now.num_waiting}
+        named["cache_used_share"] = 1 - now.free_blocks / now.num_blocks
         for layer, rolling in zip(self._layers, self._experts, strict=True):
             named[f"distinct_experts.{layer}"] = rolling.mean()
         return {name: value for name, value in named.items() if value == value}  # NaN: nothing to say
 
     def exposition(self) -> tuple[bytes, str]:
         """(all metrics as text, its content type)."""
+        now = self._occupancy()
+        self._running.set(now.num_running)
+        self._waiting.set(now.num_waiting)
+        self._free.set(now.free_blocks)
+        self._blocks.set(now.num_blocks)
         if self._report is not None:
-            self._running.set(self._report.num_running)
-            self._waiting.set(self._report.num_waiting)
-            self._free.set(self._report.free_blocks)
-            self._blocks.set(self._report.num_blocks)
             self._preempted.set(self._report.num_preempted)
             for layer, number in zip(self._layers, self._report.distinct_experts, strict=False):
                 self._distinct.labels(layer).set(number)
@@ -143,6 +148,19 @@ class ServingMetrics:
 
     def _histogram(self, name: str, told: str) -> Any:
         return self._prometheus.Histogram(f"equipoise_serve_{name}", told, registry=self.registry, buckets=_TIMES)
+
+
+def experts_ms(times: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    """p50 and p99 of expert computations, for the run store. times: in seconds, by layer or by "layer/expert".
+
+    Of experts the slowest are kept, as there may be very many; what stands for their layer is its slowest one's.
+    """
+    slowest = sorted(times.items(), key=lambda item: item[1][1])[-MOST_GROUPS:]
+    by_layer = {group.partition("/")[0]: each for group, each in slowest}  # the last one wins
+    named: dict[str, float] = {}
+    for group, (half, most) in ({**dict(slowest), **by_layer}).items():
+        named |= {f"experts_ms.{group}.p50": 1000 * half, f"experts_ms.{group}.p99": 1000 * most}
+    return named
 
 
 def _quantiles(name: str, seconds: Rolling) -> dict[str, float]:

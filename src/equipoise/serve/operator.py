@@ -144,6 +144,10 @@ class Operator:
                 "on_trial": None if trial is None else {"kind": trial.kind, "layer": trial.layer, "step": trial.step},
             },
             "breaker": None if care.guard is None else care.guard.states(),
+            "experts_ms": {
+                group: {"p50": 1000 * half, "p99": 1000 * most}
+                for group, (half, most) in ({} if care.guard is None else care.guard.times()).items()
+            },
             "modes": {name: layer.mode.to_json() for name, layer in care.layers.items() if layer.mode != NORMAL},
             "alerts": [vars(alert.finding) | {"since_step": alert.since_step} for alert in care.watch.alerts],
             "faults": list(self.faults),

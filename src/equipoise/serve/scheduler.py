@@ -76,8 +76,8 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Requests in the queues."""
-        return sum(len(queue) for queue in self._waiting.values())
+        """Requests in the queues. From any thread."""
+        return sum(len(queue) for queue in list(self._waiting.values()))
 
     @property
     def waiting(self) -> Iterator[Sequence]:

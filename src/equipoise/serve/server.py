@@ -25,7 +25,7 @@ from equipoise.serve.engine import Engine, blocks_that_fit
 from equipoise.serve.equipment import equip
 from equipoise.serve.evidence import Witness
 from equipoise.serve.loop import EngineLoop
-from equipoise.serve.metrics import ServingMetrics
+from equipoise.serve.metrics import ServingMetrics, experts_ms
 from equipoise.serve.operator import Operator
 from equipoise.serve.record import ServerRecord
 from equipoise.serve.scheduler import Limits
@@ -63,7 +63,7 @@ class Server:
         model, layers = loaded.model, tuple(loaded.model.moe_layers)
         gate = Gate()
         self.record = ServerRecord(config.folder, config.name, model.config)
-        self.metrics = ServingMetrics(layers, self._num_open)
+        self.metrics = ServingMetrics(layers, self._num_open, lambda: self.engine.occupancy())
         self.engine = Engine(
             model,
             loaded.tokenizer,
@@ -146,15 +146,8 @@ class Server:
         assert self.operator is not None
         self.operator.advance_faults()
         guard, scalars = self.care.guard, self.metrics.scalars()
-        p99_s: dict[str, float] = {}
-        if guard is not None:
-            for name, half, most in zip(guard.breaker.names, guard.breaker.p50_s, guard.breaker.p99_s, strict=True):
-                if most == most:  # NaN: no calls
-                    p99_s[name] = float(most)
-                    scalars |= {
-                        f"experts_ms.{name}.p50": 1000 * float(half),
-                        f"experts_ms.{name}.p99": 1000 * p99_s[name],
-                    }
-        self.metrics.guarded({} if guard is None else guard.states(), p99_s, self.operator.weights.version.number)
+        times = {} if guard is None else guard.times()
+        scalars |= experts_ms(times)
+        self.metrics.guarded({} if guard is None else guard.states(), times, self.operator.weights.version.number)
         if scalars:
             self.record.scalars(step, scalars)

@@ -2,12 +2,18 @@
 
 import asyncio
 import base64
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import openai
 import pytest
-from tests.serve.api.serving import EOT_ID, MAX_TOKENS, expected, wait_until
+from tests.serve.api.serving import EOT_ID, MAX_TOKENS, expected, running, wait_until
+
+from equipoise.serve.api.completions import plan_completions
+from equipoise.serve.api.plan import Caller
+from equipoise.serve.api.served import Bounds
 
 # What is sent, and the same for the slow twin.
 PARAMETERS = {
@@ -243,6 +249,25 @@ def test_an_answer_past_its_deadline_ends_with_what_there_is(server, client, mod
     assert twin.text.startswith(text.rstrip("�"))
     assert len(text) < len(twin.text)
     assert server.idle()
+
+
+@pytest.mark.parametrize(
+    ("servers", "own", "seconds"),
+    [(None, None, None), (5.0, None, 5.0), (5.0, 9000.0, 5.0), (5.0, 2000.0, 2.0), (None, 2000.0, 2.0)],
+)
+def test_a_request_may_only_bring_the_servers_deadline_forward(server, servers, own, seconds):
+    served = replace(server.served, bounds=Bounds(answer_seconds=servers))
+    body = {"model": "tiny", "prompt": "x"} | ({} if own is None else {"equipoise": {"deadline_ms": own}})
+    plan, _ = plan_completions(served, Caller("id", "client", arrived=100.0), json.dumps(body).encode())
+    assert plan.requests[0].deadline == (None if seconds is None else 100.0 + seconds)
+
+
+def test_the_servers_deadline_ends_all_answers_with_what_there_is(model):
+    """It is over before any step."""
+    with running(model, change=lambda served: replace(served, bounds=Bounds(answer_seconds=1e-9))) as own:
+        [choice] = own.client().completions.create(model="tiny", prompt="late").choices
+        assert (choice.text, choice.finish_reason) == ("", "deadline")
+        assert wait_until(lambda: [each.finishes for each in own.counted] == [("deadline",)])
 
 
 def test_a_deadline_that_is_far_away_changes_nothing(client, model):

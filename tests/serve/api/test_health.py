@@ -107,6 +107,35 @@ def test_degraded_answers_are_marked(model):
         assert status(own, "/health/ready") == (200, "ok")
 
 
+def test_who_cannot_say_how_it_is_takes_no_answer_along(model, caplog):
+    """Said once in the log, and again when it fails again."""
+    failing = [True]
+
+    def degraded():
+        if failing[0]:
+            raise OSError("the disk is full")
+        return ("as it says",)
+
+    def retry_after():
+        raise ZeroDivisionError
+
+    change = lambda served: dataclasses.replace(served, degraded=degraded, retry_after=retry_after)  # noqa: E731
+    with running(model, change=change) as own:
+        marks = []
+        for fails in (True, True, False, True):
+            failing[0] = fails
+            reply = own.client().completions.with_raw_response.create(model="tiny", prompt="x", max_tokens=1)
+            marks.append(reply.headers.get("x-equipoise-degraded"))
+        assert marks == [None, None, "as it says", None]
+        assert status(own, "/health") == (200, "ok")
+        own.served.loop.drain(0.0)
+        refused = httpx.post(f"{own.url}/v1/completions", json={"model": "tiny", "prompt": "x"})
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    told = [record for record in caplog.records if "degraded() failed" in record.message]
+    assert len(told) == 2
+    assert "the disk is full" in str(told[0].exc_info[1])
+
+
 def test_the_slow_twin_serves_too(model):
     """Any `Backend` does; here each answer is one piece."""
     with running(model, engine=SlowEngine(model, byte_tokenizer())) as own:

@@ -69,6 +69,16 @@ def test_an_alert_manager_may_ask_for_the_repair(serve):
         served.operator.repair("nowhere", "collapse", "")
 
 
+def test_what_was_only_proposed_is_done_for_an_alert_manager(serve):
+    served = serve()
+    break_router(served)
+    for _ in range(3):
+        served.traffic()
+        served.care.look()
+    assert [action.state for action in served.heard.actions] == ["proposed"]
+    assert [action.state for action in served.operator.repair(LAYER, "collapse", "")] == ["applied"]
+
+
 def test_baselines_come_from_the_record(serve):
     served = serve()
     assert set(served.equipment.baselines) == set(served.care.layers)
@@ -81,6 +91,34 @@ def test_a_repair_in_force_and_a_breaker_are_reasons(serve):
     served = serve()
     served.care.layers[LAYER].set_mode(Mode(round_robin=True))
     assert served.care.reasons() == (f"{LAYER}: a repair is in force",)
+
+
+def test_a_repair_that_is_not_needed_is_lifted_by_itself(serve):
+    served = serve(CareConfig(recover=True, flush_s=1.0, lift_after_s=2.0))
+    served.care.layers[LAYER].set_mode(Mode(temperature=1.05))
+    for _ in range(20):
+        served.traffic()
+        served.care.look()
+        if [action.state for action in served.heard.actions] == ["applied", "kept"]:
+            break
+    assert [(action.kind, action.layer, action.state) for action in served.heard.actions] == [
+        ("lift", LAYER, "applied"),
+        ("lift", LAYER, "kept"),
+    ]
+    assert served.care.reasons() == ()
+    assert len(served.forgotten) == 1  # keys and values are computed anew, once
+
+
+@pytest.mark.parametrize(
+    "config", [CareConfig(recover=True, lift_after_s=0, flush_s=1.0), CareConfig(lift_after_s=1.0)]
+)
+def test_a_repair_stays_where_it_may_not_be_lifted(serve, config):
+    served = serve(config)
+    served.care.layers[LAYER].set_mode(Mode(temperature=1.05))
+    for _ in range(4):
+        served.traffic()
+        served.care.look()
+    assert served.heard.actions == []
 
 
 def test_the_breaker_opens_on_a_slow_layer_and_closes_again(serve):
@@ -148,3 +186,5 @@ class TestThread:
 def test_bad_config():
     with pytest.raises(ValueError, match=r"flush_s: expected seconds, more than 0, got 0"):
         CareConfig(flush_s=0)
+    with pytest.raises(ValueError, match=r"lift_after_s: expected seconds, or 0 for never, got -1"):
+        CareConfig(lift_after_s=-1)

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.monitor.store import RunStore
 from equipoise.serve.api.served import Counted
-from equipoise.serve.engine import StepReport
+from equipoise.serve.engine import Occupancy, StepReport
 from equipoise.serve.metrics import ServingMetrics
 from equipoise.serve.record import ServerRecord
 from equipoise.serve.rolling import Rolling
@@ -59,14 +59,15 @@ def report(**changes):
         "seconds": 0.01,
         "num_prompt_tokens": 30,
         "num_answer_tokens": 4,
-        "num_running": 4,
-        "num_waiting": 6,
-        "free_blocks": 60,
-        "num_blocks": 100,
         "num_preempted": 2,
         "distinct_experts": (5, 7),
     }
     return StepReport(**(values | changes))
+
+
+def occupied(**changes):
+    """An engine that is so full."""
+    return lambda: Occupancy(**({"num_running": 4, "num_waiting": 6, "free_blocks": 60, "num_blocks": 100} | changes))
 
 
 def read(metrics):
@@ -80,7 +81,7 @@ def read(metrics):
 
 
 def test_metrics_as_prometheus_reads_them():
-    metrics = ServingMetrics(("layers.0.mlp", "layers.1.mlp"), lambda: 9)
+    metrics = ServingMetrics(("layers.0.mlp", "layers.1.mlp"), lambda: 9, occupied())
     metrics.on_step(report())
     metrics.on_step(report(num_answer_tokens=2))
     metrics.count(
@@ -90,7 +91,7 @@ def test_metrics_as_prometheus_reads_them():
         )
     )  # fmt: skip
     metrics.count(Counted("/v1/completions", 429, 0.001))
-    metrics.guarded({"layers.0.mlp": "open", "layers.1.mlp": "closed"}, {"layers.0.mlp": 0.7}, 3)
+    metrics.guarded({"layers.0.mlp": "open", "layers.1.mlp": "closed"}, {"layers.0.mlp": (0.2, 0.7)}, 3)
     found = read(metrics)
     expected = {
         ("requests_total", "/v1/completions", "200"): 1,
@@ -107,10 +108,12 @@ def test_metrics_as_prometheus_reads_them():
         ("running",): 4,
         ("waiting",): 6,
         ("free_cache_blocks",): 60,
+        ("cache_blocks",): 100,
         ("preempted",): 2,
         ("distinct_experts", "layers.1.mlp"): 7,
         ("breaker_open", "layers.0.mlp"): 1,
         ("breaker_open", "layers.1.mlp"): 0,
+        ("experts_p50_seconds", "layers.0.mlp"): 0.2,
         ("experts_p99_seconds", "layers.0.mlp"): 0.7,
         ("weights_version",): 3,
     }
@@ -120,7 +123,7 @@ def test_metrics_as_prometheus_reads_them():
 
 
 def test_scalars_for_people():
-    metrics = ServingMetrics(("layers.0.mlp",), lambda: 0)
+    metrics = ServingMetrics(("layers.0.mlp",), lambda: 0, occupied())
     assert "time_to_first_token_ms.p50" not in metrics.scalars()  # nothing is known yet, and nothing is said
     metrics.on_step(report(distinct_experts=(4,)))
     metrics.count(Counted("/v1/completions", 200, 1.0, first_token=0.25, between_tokens=(0.5,), answer_tokens=2))
@@ -133,12 +136,11 @@ def test_scalars_for_people():
 
 
 def test_retry_after_follows_the_rate():
-    metrics = ServingMetrics((), lambda: 0)
+    metrics = ServingMetrics((), lambda: 0, occupied(num_waiting=40))
     assert metrics.retry_after() == 5.0
     metrics.completed._began -= 10.0  # ten seconds ago
     for _ in range(20):
         metrics.count(Counted("/v1/completions", 200, 1.0, answer_tokens=1))
-    metrics.on_step(report(num_waiting=40))
     assert metrics.retry_after() == pytest.approx(20.0, rel=0.05)  # 40 at two a second
 
 

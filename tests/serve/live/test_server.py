@@ -180,6 +180,54 @@ def test_a_collapse_under_load_is_repaired_and_no_request_is_lost(server):
     assert any(LAYER in mark for mark in marked)
 
 
+def test_a_slow_expert_is_named_and_shut_alone(trained, tmp_path):
+    """In the state, the metrics and the records; the others of its layer go on."""
+    out, group, stop = tmp_path / "serving", f"{LAYER}/3", threading.Event()
+    with serving(trained, "--breaker-by", "expert", "--flush-s", "0.2", "--out", str(out)) as server:
+        server.out = out
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+        def user(number):
+            count = 0
+            while not stop.is_set():
+                count += 1
+                client.completions.create(model="run", prompt=f"{number} The king {count}", max_tokens=16)
+
+        users = [threading.Thread(target=user, args=(n,)) for n in range(4)]
+        for each in users:
+            each.start()
+        try:
+            with operator(server) as admin:
+                assert _wait_for(lambda: group in admin.get("state").json()["experts_ms"])
+                fault = {"fault": "slow-expert", "layer": LAYER, "expert": 3, "seconds": 0.1}
+                assert admin.post("faults", json={"fault": fault}).status_code == 200
+
+                def named():
+                    state = admin.get("state").json()
+                    return state if any(alert["rule"] == "expert_p99" for alert in state["alerts"]) else None
+
+                state = _wait_for(named)
+        finally:
+            stop.set()
+            for each in users:
+                each.join()
+        [alert] = [alert for alert in state["alerts"] if alert["rule"] == "expert_p99"]
+        assert (alert["layer"], alert["expert"]) == (LAYER, 3)
+        assert {name for name, is_ in state["breaker"].items() if is_ != "closed"} == {group}
+        assert state["degraded"] == [f"{group}: the breaker is open"]
+        assert state["experts_ms"][group]["p99"] >= state["experts_ms"][group]["p50"] >= 100
+        lines = dict(line.rsplit(" ", 1) for line in httpx.get(f"{server.url}/metrics").text.splitlines())
+        for name in ("breaker_open", "experts_p50_seconds", "experts_p99_seconds"):
+            of_expert = {
+                expert: float(lines[f'equipoise_serve_{name}{{group="{LAYER}/{expert}"}}']) for expert in (0, 3)
+            }
+            assert of_expert[3] >= 0.1 > of_expert[0], name
+        with RunStore.open_readonly(out) as store:
+            for name in (group, LAYER):  # a layer's is that of its slowest expert
+                assert store.scalar_history(f"experts_ms.{name}.p99", last=1)[0][1] >= 100
+            assert any(action.kind == "breaker" and action.note.startswith(group) for action in store.actions())
+
+
 def _wait_for(look, seconds=60.0):
     until = time.monotonic() + seconds
     while not (found := look()):
@@ -216,6 +264,10 @@ class TestMistakes:
             ([str(tmp_path)], r"expected a run folder with config\.json"),
             ([str(trained), "--host", "0.0.0.0"], r"host: 0\.0\.0\.0 can be reached.*add --keys-file"),
             ([str(trained), "--max-running", "0"], r"max_running: expected at least 1, got 0"),
+            (
+                [str(trained), "--max-seconds", "0"],
+                r"max_seconds: expected more than 0, got 0; leave it out for no end",
+            ),
             ([str(trained), "--cache-gb", "0.00001"], r"cache_gb: one sequence of 128 tokens takes"),
         ]
         for arguments, told in cases:

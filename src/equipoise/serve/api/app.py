@@ -9,6 +9,7 @@ from equipoise.serve.api.conversation import Receive, Scope, Send, converse
 from equipoise.serve.api.endpoints import ENDPOINTS, Endpoint, Reply
 from equipoise.serve.api.errors import ApiError
 from equipoise.serve.api.served import Served
+from equipoise.serve.api.steady import steady
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -27,6 +28,7 @@ def create_app(served: Served, endpoints: Sequence[Endpoint] = ENDPOINTS) -> Sta
             "the API needs Starlette and pydantic, which are not installed; pip install 'equipoise[serve]'"
         ) from error
     served.template.check()
+    served = steady(served)
     routes = [
         Route(each.path.replace("}", ":path}"), Conversations(served, each), methods=[each.method])
         for each in endpoints

@@ -11,8 +11,8 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from equipoise.serve.api.access import client_of, given_key, is_known
@@ -28,6 +28,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 NOTHING: Mapping[str, str] = {}
+PING = ": still here\n\n"
 LINGER_SECONDS, LINGER_BYTES = 2.0, 8 * 2**20  # for the rest of a body that is too large
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _PREFIXES = {"/v1/completions": "cmpl-", "/v1/chat/completions": "chatcmpl-"}
@@ -143,7 +144,7 @@ async def _say(served: Served, endpoint: Endpoint, call: Call, speaker: Speaker)
     if isinstance(reply.body, Mapping):
         await speaker.say(reply.status, json.dumps(reply.body).encode())
         return
-    async with aclosing(reply.body) as chunks:
+    async with aclosing(reply.body) as chunks, speaker.kept_alive(served.bounds.ping_seconds):
         async for chunk in chunks:
             await speaker.event(json.dumps(chunk))
     await speaker.event("[DONE]", last=True)
@@ -154,6 +155,8 @@ class Speaker:
 
     def __init__(self, send: Send, seconds: float, headers: Mapping[str, str]) -> None:
         self._send, self._seconds, self._headers = send, seconds, headers
+        self._one_at_a_time = asyncio.Lock()
+        self._last = 0.0  # when something was sent
         self.status = 0
         self.complete = False
 
@@ -165,11 +168,34 @@ class Speaker:
 
     async def event(self, data: str, name: str = "", last: bool = False) -> None:
         """A server-sent event; the first one begins the response."""
-        if not self.status:
-            kind = "text/event-stream; charset=utf-8"
-            await self._begin(200, {"content-type": kind, "cache-control": "no-cache", "x-accel-buffering": "no"})
-        lines = f"event: {name}\ndata: {data}\n\n" if name else f"data: {data}\n\n"
-        await self._write({"type": "http.response.body", "body": lines.encode(), "more_body": not last})
+        await self._stream(f"event: {name}\ndata: {data}\n\n" if name else f"data: {data}\n\n", last)
+
+    @asynccontextmanager
+    async def kept_alive(self, seconds: float) -> AsyncIterator[None]:
+        """In it, a comment is sent after so many seconds of silence. Clients ignore it; it too begins the response."""
+        clock = asyncio.get_running_loop().time
+        self._last = clock()
+
+        async def ping() -> None:
+            while not self.complete:
+                await asyncio.sleep(self._last + seconds - clock())
+                if clock() >= self._last + seconds:
+                    await self._stream(PING)
+
+        pinging = asyncio.create_task(ping())
+        try:
+            yield
+        finally:
+            pinging.cancel()
+            await asyncio.gather(pinging, return_exceptions=True)  # whoever is gone is missed by the next event too
+
+    async def _stream(self, text: str, last: bool = False) -> None:
+        async with self._one_at_a_time:
+            if not self.status:
+                kind = "text/event-stream; charset=utf-8"
+                await self._begin(200, {"content-type": kind, "cache-control": "no-cache", "x-accel-buffering": "no"})
+            await self._write({"type": "http.response.body", "body": text.encode(), "more_body": not last})
+            self._last = asyncio.get_running_loop().time()
 
     async def complain(self, problem: ApiError, rest: Receive | None) -> None:
         """The error as response, or as the last event of one that has begun. Nobody may be there to hear it.

@@ -153,16 +153,16 @@ def _common(served: Served, caller: Caller, body: Common, wanted: Wanted) -> Req
         prompt_logprobs=wanted.prompt_logprobs,
         routed_experts=bool(extension and extension.return_routed_experts),
         client=caller.client if body.user is None else f"user {body.user}",
-        deadline=_deadline(caller, extension.deadline_ms if extension else None),
+        deadline=_deadline(caller, extension.deadline_ms if extension else None, served.bounds.answer_seconds),
     )
 
 
-def _deadline(caller: Caller, milliseconds: float | None) -> float | None:
-    if milliseconds is None:
-        return None
-    if not milliseconds > 0:
+def _deadline(caller: Caller, milliseconds: float | None, most: float | None) -> float | None:
+    """The request's own, or the server's if that is sooner. most: seconds."""
+    if milliseconds is not None and not milliseconds > 0:
         raise invalid("equipoise.deadline_ms", f"expected more than 0 milliseconds, got {milliseconds:g}")
-    return caller.arrived + milliseconds / 1000
+    allowed = [seconds for seconds in (None if milliseconds is None else milliseconds / 1000, most) if seconds]
+    return caller.arrived + min(allowed) if allowed else None
 
 
 def _sampling(served: Served, body: Common, seed: int) -> Sampling:

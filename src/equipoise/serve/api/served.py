@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -61,6 +62,9 @@ class Bounds:
     body_seconds: in which a request's body must arrive. write_seconds: in which a client must take what is sent to it.
     header_seconds: in which a request's head must arrive. max_head: bytes of it. keep_alive_seconds: between a
     connection's requests. stall_seconds: without progress, while there is work, after which the server is not alive.
+    answer_seconds: from a request's arrival, after which its answer ends as it is; None for no end. A request may ask
+    for less. ping_seconds: of silence, after which a stream says that it is still there, so that no proxy cuts it.
+    Raises ValueError for one of the two that is not more than 0.
     """
 
     max_body: int = 2**20
@@ -71,6 +75,14 @@ class Bounds:
     max_head: int = 2**16
     keep_alive_seconds: int = 30
     stall_seconds: float = 60.0
+    answer_seconds: float | None = None
+    ping_seconds: float = 15.0
+
+    def __post_init__(self) -> None:
+        for name in ("answer_seconds", "ping_seconds"):
+            seconds = getattr(self, name)
+            if seconds is not None and not 0 < seconds < math.inf:
+                raise ValueError(f"Bounds.{name}: expected seconds, more than 0, got {seconds}")
 
 
 @dataclass(frozen=True)
