@@ -1,0 +1,1 @@
+"""Experts on several ranks, applied to a model from outside; what the links between ranks cost."""
