@@ -1,8 +1,8 @@
 """Measures what the ranks of a process group pay to talk: latency and bandwidth of each collective, and products.
 
 The model is t = alpha + bytes / beta (Hockney 1994); `fit` looks for the least relative errors, as the time of a
-kilobyte matters as much as that of a megabyte. docs/fleet.md says what is measured and how. The exchange of tokens itself is in
-other files.
+kilobyte matters as much as that of a megabyte. docs/fleet.md says what is measured and how. The exchange of tokens
+itself is in other files.
 """
 
 from __future__ import annotations
