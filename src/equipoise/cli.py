@@ -16,6 +16,7 @@ import tyro
 
 from equipoise.commands import metrics, watching
 from equipoise.commands.inject import inject
+from equipoise.commands.links import links
 from equipoise.commands.serve import serve
 from equipoise.commands.train import RecipeName, reporter_of, train
 from equipoise.dashboard.command import dashboard
@@ -134,11 +135,12 @@ def sweep(
 
 def bench(
     run: Annotated[
-        Annotated[int, tyro.conf.subcommand(name="sweep", constructor=sweep)] | Annotated[None, tyro.conf.Suppress],
+        Annotated[int, tyro.conf.subcommand(name="sweep", constructor=sweep)]
+        | Annotated[int, tyro.conf.subcommand(name="links", constructor=links)],
         tyro.conf.arg(name=""),
     ],
-) -> int | None:
-    """Experiments of many runs, compared with each other. `equipoise bench sweep --help` explains the one there is."""
+) -> int:
+    """Experiments of many runs, compared with each other, and measurements of what a cluster can do."""
     return run  # what the subcommand returned
 
 
