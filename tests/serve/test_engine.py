@@ -17,13 +17,14 @@ from tests.serve.small import (
 
 from equipoise.models.config import MoEConfig
 from equipoise.models.tokenizer import Tokenizer
-from equipoise.routing import Hash, Threshold
+from equipoise.routing import Hash, Threshold, TopK
 from equipoise.serve.engine import Engine, Occupancy, OverloadedError, blocks_that_fit
 from equipoise.serve.reference import answer
 from equipoise.serve.request import Request, RequestError, Sampling
 from equipoise.serve.scheduler import Limits
 
 PROMPT = tuple(range(40, 61))
+SHORTCUT = MoEConfig(num_experts=8, hidden_dim=16, router=TopK(k=1), shared_experts=1, shortcut="pos3")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,7 @@ MODELS = {
     "threshold": {"router": Threshold(k=2, warmup=1)},
     "hash": {"router": Hash(vocab_size=257, k=2)},
     "shared expert": {"shared_experts": 1, "moe_layers": (1,)},
+    "shortcut": {"moe": SHORTCUT, "num_layers": 4, "moe_layers": (1, 3)},
     "dense": {"moe": None},
     "mixed": {"moe": MoEConfig(num_experts=8, hidden_dim=16, first_layers=1, first_router=Hash(vocab_size=257, k=1))},
 }

@@ -172,10 +172,13 @@ class MoE(nn.Module):
         """The layer's output. scope: as of `forward`. shared_x: what the shared experts read, in place of x."""
         begun, plan, force = computed.begun, computed.plan, computed.begun.force
         view, decision, spilled_T = begun.view, begun.decision, begun.fitted.spilled_T
-        y_TD = computed.sums.wait()
-        if self.shared is not None:
+        shared_TD: Tensor | None = None
+        if self.shared is not None:  # before the wait: results may still be on their way home
             own_TD = view.x_TD if shared_x is None else view.pick(shared_x)
-            y_TD = y_TD + self._shared(own_TD, spilled_T if force.dense is None else None)
+            shared_TD = self._shared(own_TD, spilled_T if force.dense is None else None)
+        y_TD = computed.sums.wait()
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
         if force.dense is not None and spilled_T is not None:
             y_TD = y_TD + spilled_T.to(y_TD.dtype)[:, None] * force.dense(view.x_TD).to(y_TD.dtype)
         if self.training:  # also without gradients: reentrant checkpointing starts so

@@ -22,6 +22,11 @@ from equipoise.routing.router import RouterConfig
 # What a configuration file may name besides the two classes below.
 STRATEGIES: tuple[type[Any], ...] = (*ROUTERS, *LOSSES, *BALANCERS, *COEFFICIENTS, Capacity)
 
+ShortcutName = Literal["pos1", "pos2", "pos3"]
+# Sub-blocks behind which the communication of a shortcut can hide, from the one whose input the experts share to the
+# shared experts: the last 2, 3 or 4 of attention, MLP (dense block), attention, shared experts (MoE block).
+SHORTCUT_WINDOW: dict[ShortcutName, int] = {"pos1": 2, "pos2": 3, "pos3": 4}
+
 
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
@@ -30,6 +35,11 @@ class MoEConfig:
     checkpoint_experts: keep only the layer's input in training and compute the layer again in backward.
     first_layers, first_router: the first MoE layers, so many, take this router instead, without `balance`; as
     DeepSeek-V4 begins with hash routing.
+    shortcut: the routed experts read an earlier stream than the shared experts (ScMoE, docs/scmoe.md). "pos1": the
+    input of the MoE's block. "pos2", "pos3": the post-attention stream, or the input, of the block before it, which
+    must be dense. They read it as the sub-block at that place does, through its norm: there are no parameters more.
+    shortcut_slot: how many sub-blocks after that place the experts are computed; None is half of those that there
+    are before the shared experts' end (`SHORTCUT_WINDOW`). It changes when, never what.
     """
 
     num_experts: int
@@ -43,6 +53,8 @@ class MoEConfig:
     checkpoint_experts: bool = False
     first_layers: int = 0
     first_router: RouterConfig | None = None
+    shortcut: ShortcutName | None = None
+    shortcut_slot: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "hidden_dim"):
@@ -57,6 +69,13 @@ class MoEConfig:
                 f"shared_experts: expected 0 or more, and at least 1 with shared_gate, got {self.shared_experts}. "
                 "Set MoEConfig.shared_experts, or leave shared_gate off."
             )
+        _check_shortcut(self)
+
+    @property
+    def expert_slot(self) -> int:
+        """What `shortcut_slot` comes to."""
+        assert self.shortcut is not None
+        return SHORTCUT_WINDOW[self.shortcut] // 2 if self.shortcut_slot is None else self.shortcut_slot
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +231,37 @@ def _require_positive(config: object, name: str) -> None:
         raise ValueError(f"{name}: expected at least 1, got {value}. Set {type(config).__name__}.{name}.")
 
 
+def _check_shortcut(moe: MoEConfig) -> None:
+    if moe.shortcut is None:
+        if moe.shortcut_slot is not None:
+            raise ValueError(
+                f"shortcut_slot: expected None without a shortcut, got {moe.shortcut_slot}. Set MoEConfig.shortcut too."
+            )
+        return
+    if moe.shortcut not in SHORTCUT_WINDOW:
+        raise ValueError(f"shortcut: expected None or one of {', '.join(SHORTCUT_WINDOW)}, got {moe.shortcut!r}.")
+    window = SHORTCUT_WINDOW[moe.shortcut]
+    if not 0 <= moe.expert_slot < window:
+        raise ValueError(
+            f"shortcut_slot: expected 0 to {window - 1} for {moe.shortcut}, got {moe.shortcut_slot}. None is half-way."
+        )
+    if not moe.shared_experts:
+        raise ValueError(
+            "shared_experts: expected at least 1 with a shortcut, got 0. The MoE's own stream would have no "
+            "feed-forward part: set shared_experts=1, and one expert less per token for the same arithmetic."
+        )
+    if moe.capacity is not None and moe.capacity.overflow == "shared":
+        raise ValueError(
+            'capacity: expected overflow "drop" or "next_choice" with a shortcut, got "shared". The shared expert '
+            "reads another stream than the experts for which it would stand in."
+        )
+    if moe.checkpoint_experts:
+        raise ValueError(
+            "checkpoint_experts: expected False with a shortcut, got True. Dispatch and experts are apart, with other "
+            "sub-blocks between, and can't be recomputed as one; use smaller micro-batches."
+        )
+
+
 def _check_heads(config: DecoderConfig) -> None:
     if config.head_dim is None and config.dim % config.num_heads:
         raise ValueError(
@@ -250,6 +300,14 @@ def _check_routers(config: DecoderConfig) -> None:
 
 
 def _check_moe_layers(config: DecoderConfig) -> None:
+    ids = config.moe_layer_ids
+    if config.moe is not None and config.moe.shortcut in ("pos2", "pos3"):
+        bare = [layer for layer in ids if layer == 0 or layer - 1 in ids]
+        if bare:
+            raise ValueError(
+                f"shortcut: expected a dense layer before each MoE layer for {config.moe.shortcut}, got none before "
+                f"{bare}. Set moe_layers, such as every second one (1, 3, ...), or take pos1."
+            )
     layers = config.moe_layers
     if layers is None:
         return

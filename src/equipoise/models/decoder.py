@@ -7,9 +7,7 @@ follow Hugging Face's Llama family, so that checkpoints map one to one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import torch
@@ -17,68 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that torch's own documentation uses
 from torch.utils.checkpoint import checkpoint
 
-from equipoise.layer import FeedForward, MoE
+from equipoise.layer import MoE
 from equipoise.models.attend import attention_mask, token_positions
-from equipoise.models.attention import Attention, Rotary, rotary_tables
+from equipoise.models.attention import rotary_tables
+from equipoise.models.block import BatchView, Block, norm_of
 from equipoise.models.cache import KVCache
-from equipoise.models.config import DecoderConfig, MoEConfig, parameter_counts
+from equipoise.models.config import DecoderConfig, parameter_counts
+from equipoise.models.shortcut import units
 from equipoise.types import BatchScope
 
 IGNORE_INDEX = -100
-
-
-@dataclass(frozen=True, eq=False)
-class BatchView:
-    """What every block of one forward shares: the new tokens, where they stand and what they may see.
-
-    positions_BS: int64 (B or 1, S), of the new tokens. rotary: their tables; None with learned positions.
-    mask: what they may see; None where causal attention or the cache says it all.
-    padding_BS: True = padding, among the new tokens. cache: holds the keys and values of earlier tokens.
-    """
-
-    tokens_BS: Tensor
-    positions_BS: Tensor
-    rotary: Rotary | None
-    mask: Tensor | None
-    padding_BS: Tensor | None
-    cache: KVCache | None
-
-
-class Block(nn.Module):
-    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)), where mlp is an MoE or a FeedForward."""
-
-    def __init__(self, config: DecoderConfig, layer: int) -> None:
-        super().__init__()
-        moe = config.moe if layer in config.moe_layer_ids else None
-        self.input_layernorm = _norm(config)
-        self.self_attn = Attention(config, layer)
-        self.post_attention_layernorm = _norm(config)
-        self.mlp = (
-            FeedForward(config.dim, config.hidden_dim, config.activation)
-            if moe is None
-            else _moe(config, moe, config.moe_layer_ids.index(layer))
-        )
-        self.checkpoint_experts = moe is not None and moe.checkpoint_experts
-
-    def forward(self, x_BSD: Tensor, view: BatchView, scope: BatchScope | None) -> Tensor:
-        """Add what attention and the feed-forward part make of x; scope goes to the MoE."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), view.rotary, view.mask, view.cache)
-        out_BSD: Tensor = x_BSD + self._feed_forward(self.post_attention_layernorm(x_BSD), view, scope)
-        return out_BSD
-
-    def _feed_forward(self, x_BSD: Tensor, view: BatchView, scope: BatchScope | None) -> Tensor:
-        run: Callable[[Tensor], Tensor] = self.mlp
-        if isinstance(self.mlp, MoE):
-            run = partial(self.mlp, token_ids=view.tokens_BS, padding_mask=view.padding_BS, scope=scope)
-        recompute = self.checkpoint_experts and self.training and torch.is_grad_enabled()
-        return checkpoint(run, x_BSD, use_reentrant=False) if recompute else run(x_BSD)
-
-    def init_weights(self, std: float, output_std: float) -> None:
-        """Draw the weights afresh; output_std is for the two projections that end in the residual stream."""
-        self.input_layernorm.reset_parameters()
-        self.post_attention_layernorm.reset_parameters()
-        self.self_attn.init_weights(std, output_std)
-        self.mlp.init_weights(std, output_std)
 
 
 class Decoder(nn.Module):
@@ -95,7 +41,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.dim)
         self.embed_positions = nn.Embedding(config.max_seq_len, config.dim) if config.style == "gpt2" else None
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = _norm(config)
+        self.norm = norm_of(config)
         self.lm_head = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
         check_parameter_count(self, config)
         self.init_weights()
@@ -128,10 +74,9 @@ class Decoder(nn.Module):
         if self.embed_positions is not None:
             x_BSD = x_BSD + self.embed_positions(view.positions_BS)
         moe_index = 0
-        for block in self._blocks():
-            is_moe = isinstance(block.mlp, MoE)
-            x_BSD = block(x_BSD, view, scope.layer(moe_index) if scope is not None and is_moe else None)
-            moe_index += is_moe
+        for unit in units(self._blocks(), self.config):
+            x_BSD = unit(x_BSD, view, scope.layer(moe_index) if scope is not None and unit.has_moe else None)
+            moe_index += unit.has_moe
         if cache is not None:
             cache.advance(tokens_BS.shape[1])
         if logits_at is not None:
@@ -216,27 +161,6 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, *, max_chunk_elements: in
 
 def _chunk_cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
     return F.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-def _norm(config: DecoderConfig) -> nn.RMSNorm | nn.LayerNorm:
-    make = nn.LayerNorm if config.style == "gpt2" else nn.RMSNorm
-    return make(config.dim, eps=config.norm_eps)
-
-
-def _moe(config: DecoderConfig, moe: MoEConfig, number: int) -> MoE:
-    """MoE layer `number`, counted among the MoE layers."""
-    return MoE(
-        config.dim,
-        moe.hidden_dim,
-        moe.num_experts,
-        router=config.moe_router(number),
-        balance=() if number < moe.first_layers else moe.balance,
-        capacity=moe.capacity,
-        shared_experts=moe.shared_experts,
-        shared_gate=moe.shared_gate,
-        activation=config.activation,
-        backend=moe.backend,
-    )
 
 
 def _check_inputs(config: DecoderConfig, tokens_BS: Tensor, padding_BK: Tensor | None, cache: KVCache | None) -> None:

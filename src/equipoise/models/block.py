@@ -1,0 +1,98 @@
+"""One pre-norm block of the decoder, attention and a feed-forward part, and what all blocks of a forward share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from equipoise.layer import FeedForward, MoE
+from equipoise.models.attention import Attention, Rotary
+from equipoise.models.cache import KVCache
+from equipoise.models.config import DecoderConfig, MoEConfig
+from equipoise.types import BatchScope
+
+
+@dataclass(frozen=True, eq=False)
+class BatchView:
+    """What every block of one forward shares: the new tokens, where they stand and what they may see.
+
+    positions_BS: int64 (B or 1, S), of the new tokens. rotary: their tables; None with learned positions.
+    mask: what they may see; None where causal attention or the cache says it all.
+    padding_BS: True = padding, among the new tokens. cache: holds the keys and values of earlier tokens.
+    """
+
+    tokens_BS: Tensor
+    positions_BS: Tensor
+    rotary: Rotary | None
+    mask: Tensor | None
+    padding_BS: Tensor | None
+    cache: KVCache | None
+
+
+class Block(nn.Module):
+    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)), where mlp is an MoE or a FeedForward."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        moe = config.moe if layer in config.moe_layer_ids else None
+        self.input_layernorm = norm_of(config)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = norm_of(config)
+        self.mlp = (
+            FeedForward(config.dim, config.hidden_dim, config.activation)
+            if moe is None
+            else _moe(config, moe, config.moe_layer_ids.index(layer))
+        )
+        self.checkpoint_experts = moe is not None and moe.checkpoint_experts
+
+    @property
+    def has_moe(self) -> bool:
+        """Whether its feed-forward part is an MoE."""
+        return isinstance(self.mlp, MoE)
+
+    def forward(self, x_BSD: Tensor, view: BatchView, scope: BatchScope | None) -> Tensor:
+        """Add what attention and the feed-forward part make of x; scope goes to the MoE."""
+        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), view.rotary, view.mask, view.cache)
+        out_BSD: Tensor = x_BSD + self._feed_forward(self.post_attention_layernorm(x_BSD), view, scope)
+        return out_BSD
+
+    def _feed_forward(self, x_BSD: Tensor, view: BatchView, scope: BatchScope | None) -> Tensor:
+        run: Callable[[Tensor], Tensor] = self.mlp
+        if isinstance(self.mlp, MoE):
+            run = partial(self.mlp, token_ids=view.tokens_BS, padding_mask=view.padding_BS, scope=scope)
+        recompute = self.checkpoint_experts and self.training and torch.is_grad_enabled()
+        return checkpoint(run, x_BSD, use_reentrant=False) if recompute else run(x_BSD)
+
+    def init_weights(self, std: float, output_std: float) -> None:
+        """Draw the weights afresh; output_std is for the two projections that end in the residual stream."""
+        self.input_layernorm.reset_parameters()
+        self.post_attention_layernorm.reset_parameters()
+        self.self_attn.init_weights(std, output_std)
+        self.mlp.init_weights(std, output_std)
+
+
+def norm_of(config: DecoderConfig) -> nn.RMSNorm | nn.LayerNorm:
+    """The norm of the model's style."""
+    make = nn.LayerNorm if config.style == "gpt2" else nn.RMSNorm
+    return make(config.dim, eps=config.norm_eps)
+
+
+def _moe(config: DecoderConfig, moe: MoEConfig, number: int) -> MoE:
+    """MoE layer `number`, counted among the MoE layers."""
+    return MoE(
+        config.dim,
+        moe.hidden_dim,
+        moe.num_experts,
+        router=config.moe_router(number),
+        balance=() if number < moe.first_layers else moe.balance,
+        capacity=moe.capacity,
+        shared_experts=moe.shared_experts,
+        shared_gate=moe.shared_gate,
+        activation=config.activation,
+        backend=moe.backend,
+    )
