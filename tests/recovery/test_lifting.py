@@ -88,12 +88,15 @@ def test_by_the_alert_it_is_put_back_and_nothing_else_is_tried(bench, tmp_path):
 
 def test_repairs_of_other_layers_wait_for_its_end(bench, tmp_path):
     """A warning, that is; what is critical puts the repair back."""
-    server, fault = repaired(bench, tmp_path, limits=Limits(patience=6, lift_after=4, warning_flushes=1))
+    server, fault = repaired(bench, tmp_path, limits=Limits(patience=12, lift_after=4, warning_flushes=1))
     fault.remove()
     run_until(server, 3)
     with server.watch.recorder.paused():
         inject(bench.model, DeadExpert(OTHER, 5, 40.0), lambda: bench.serve(0))
-    server.run(3)
+    while not server.watch.alerts:
+        server.run(1)
+        assert server.step < 30
+    server.run(2)
     assert [alert.finding.layer for alert in server.watch.alerts] == [OTHER]
     assert server.notes.story[2:] == [("lift", "applied")]
     run_until(server, 5)
