@@ -307,5 +307,5 @@ def test_b34_a_token_travels_once():
     _, buckets = listing.exchange(x, ids, E, world=2, rank=0)
     assert [len(bucket) for bucket in buckets] == [8, 0]
     layer = ours()
-    there = LocalDispatcher().dispatch(x[0], Fitted(layer.router(x[0], None, None))).wait()
-    assert torch.equal(there.rows, x[0])
+    [sent] = LocalDispatcher().dispatch(x[0], Fitted(layer.router(x[0], None, None)))
+    assert torch.equal(sent.wait().rows, x[0])

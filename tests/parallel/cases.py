@@ -83,6 +83,10 @@ CASES = {type_.__name__: _router_case(type_()) for type_ in ROUTERS} | {
     "two nodes": Case(BALANCED, A2A | {"nodes": 2}, placement=replicas),
     "grouped": Case({"router": TopK(k=2, num_groups=3, top_groups=1, score="sigmoid")}, A2A),
     "sharded": Case(BALANCED, A2A | {"shard": True}, data={4: 2}),
+    "in three chunks": Case(BALANCED, A2A | {"chunks": 3}),
+    "in chunks, capacity": Case(
+        {"capacity": Capacity(1.0, overflow="shared"), "shared_experts": 1}, A2A | {"chunks": 2}
+    ),
     "moved": Case(BALANCED, A2A, move_to=turned),
     "moved to replicas": Case(BALANCED, A2A, data={4: 2}, placement=turned, move_to=replicas),
     "moved from replicas": Case(BALANCED, A2A, placement=replicas, move_to=all_on_the_last),

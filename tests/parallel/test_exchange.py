@@ -127,6 +127,7 @@ def test_copies_of_an_expert_share_its_tokens():
         ({"expert": 4, "nodes": 3}, r"parallel\.nodes: expected a divisor of parallel\.expert = 4, got 3"),
         ({"dispatcher": "ring"}, r"parallel\.dispatcher: expected auto, all_to_all or all_gather, got 'ring'"),
         ({"expert": 2, "nodes": 2, "dispatcher": "all_gather"}, "all_gather knows no nodes"),
+        ({"expert": 4, "nodes": 2, "chunks": 2}, r"parallel\.chunks: expected 1 with nodes or all_gather, got 2"),
         ({"payload": "int4"}, "payload: expected as_is, bf16, int8, fp8, got 'int4'"),
         ({"timeout_s": 0}, r"parallel\.timeout_s: expected more than 0"),
     ],

@@ -8,13 +8,16 @@ when they return, so that other work can be done meanwhile.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from equipoise.layer.overflow import Fitted
 from equipoise.ops.ragged import RaggedPlan, ragged_plan
+from equipoise.types import DispatchPlan
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -55,8 +58,8 @@ class Dispatched(Protocol):
 class Dispatcher(Protocol):
     """The seam between what was decided and the experts."""
 
-    def dispatch(self, x_TD: Tensor, fitted: Fitted) -> UnderWay[Dispatched]:
-        """Start to bring tokens to their experts."""
+    def dispatch(self, x_TD: Tensor, fitted: Fitted) -> Sequence[UnderWay[Dispatched]]:
+        """Start to bring tokens to their experts, in one or more chunks of consecutive tokens, in order."""
         ...
 
 
@@ -75,9 +78,24 @@ class Local:
 class LocalDispatcher:
     """All experts are on this device."""
 
-    def dispatch(self, x_TD: Tensor, fitted: Fitted) -> UnderWay[Dispatched]:
+    def dispatch(self, x_TD: Tensor, fitted: Fitted) -> Sequence[UnderWay[Dispatched]]:
         """x as it is, and the plan."""
-        return Here(Local(x_TD, plan_of(fitted)))
+        return (Here(Local(x_TD, plan_of(fitted))),)
+
+
+@dataclass(frozen=True, eq=False)
+class WholePlan:
+    """The plans of all chunks as one, for observers. See `DispatchPlan`."""
+
+    counts_e: Tensor
+    drops: Mapping[str, Tensor]
+
+
+def whole_plan(plans: Sequence[RaggedPlan]) -> DispatchPlan:
+    """What all chunks come to. What was dropped, was so before they were cut."""
+    if len(plans) == 1:
+        return plans[0]
+    return WholePlan(torch.stack([plan.counts_e for plan in plans]).sum(0), plans[0].drops)
 
 
 def plan_of(fitted: Fitted) -> RaggedPlan:

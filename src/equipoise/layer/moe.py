@@ -7,7 +7,7 @@ balancing losses reach the gradient at the layer's output; balancers are updated
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from equipoise.layer.admission import Admission, Capped, Dropless
 from equipoise.layer.capacity import Capacity
-from equipoise.layer.dispatch import Dispatched, Dispatcher, LocalDispatcher, UnderWay
+from equipoise.layer.dispatch import Dispatched, Dispatcher, LocalDispatcher, UnderWay, whole_plan
 from equipoise.layer.experts import BackendName, Experts
 from equipoise.layer.feed_forward import FeedForward
 from equipoise.layer.mode import Bypass, InForce, Mode, in_force
 from equipoise.layer.overflow import Fitted
 from equipoise.layer.tokens import TokenView, tokens_of
 from equipoise.ops.attach_loss import attach_loss
+from equipoise.ops.ragged import RaggedPlan
 from equipoise.routing.adaptive import Adaptive
 from equipoise.routing.balancers import Balancer, BalancerConfig
 from equipoise.routing.coefficients import AdaptiveCoef, AdaptiveCoefConfig, DropRateCoef
@@ -49,7 +50,7 @@ class Begun:
     force: InForce
     decision: RoutingDecision
     fitted: Fitted
-    sent: UnderWay[Dispatched]
+    sent: Sequence[UnderWay[Dispatched]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +59,7 @@ class Computed:
 
     begun: Begun
     plan: DispatchPlan
-    sums: UnderWay[Tensor]
+    sums: Sequence[UnderWay[Tensor]]
 
 
 class MoE(nn.Module):
@@ -164,9 +165,14 @@ class MoE(nn.Module):
         return Begun(view, force, decision, fitted, self.dispatcher.dispatch(view.x_TD, fitted))
 
     def compute(self, begun: Begun) -> Computed:
-        """What this rank's experts have to do, and send the results on their way home."""
-        there: Dispatched = begun.sent.wait()
-        return Computed(begun, there.plan, there.combine(self.experts(there.rows, there.plan)))
+        """What this rank's experts have to do, chunk by chunk as they come, each sent on its way home at once."""
+        plans: list[RaggedPlan] = []
+        sums: list[UnderWay[Tensor]] = []
+        for sent in begun.sent:
+            there: Dispatched = sent.wait()
+            plans.append(there.plan)
+            sums.append(there.combine(self.experts(there.rows, there.plan)))
+        return Computed(begun, whole_plan(plans), sums)
 
     def finish(self, computed: Computed, *, scope: BatchScope | None = None, shared_x: Tensor | None = None) -> Tensor:
         """The layer's output. scope: as of `forward`. shared_x: what the shared experts read, in place of x."""
@@ -176,7 +182,8 @@ class MoE(nn.Module):
         if self.shared is not None:  # before the wait: results may still be on their way home
             own_TD = view.x_TD if shared_x is None else view.pick(shared_x)
             shared_TD = self._shared(own_TD, spilled_T if force.dense is None else None)
-        y_TD = computed.sums.wait()
+        parts = [sums.wait() for sums in computed.sums]
+        y_TD = parts[0] if len(parts) == 1 else torch.cat(parts)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         if force.dense is not None and spilled_T is not None:

@@ -109,7 +109,7 @@ def slice_experts(experts: Experts, slots: tuple[int, ...]) -> Experts:
 def choose_dispatcher(ranks: Ranks) -> str:
     """What "auto" means. All-to-all sends least; all-gather has fewer messages, which pays among two ranks."""
     asked = ranks.config.dispatcher
-    if asked != "auto" or ranks.config.nodes > 1:
+    if asked != "auto" or ranks.config.nodes > 1 or ranks.config.chunks > 1:
         return "all_to_all" if asked == "auto" else asked
     return "all_gather" if ranks.config.expert <= ALL_GATHER_UP_TO else "all_to_all"
 
@@ -125,4 +125,4 @@ def _dispatcher(ranks: Ranks, link: Link) -> Dispatcher:
         return AllGatherDispatcher(link, ranks.expert)
     if ranks.config.nodes > 1:
         return HierarchicalDispatcher(link, ranks.across, ranks.within)
-    return AllToAllDispatcher(link, ranks.expert)
+    return AllToAllDispatcher(link, ranks.expert, ranks.config.chunks)

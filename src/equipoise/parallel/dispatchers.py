@@ -7,6 +7,7 @@ node that it needs, to the rank in the same place there, which spreads it within
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from equipoise.ops.ragged import RaggedPlan, ragged_plan
 from equipoise.parallel.exchange import AllGather, ReduceScatter, Started, Traffic, start
 from equipoise.parallel.payload import Payload
 from equipoise.parallel.replicas import SlotTable
-from equipoise.parallel.send import Arrived, Errands, Sent, Way, send
+from equipoise.parallel.send import Arrived, Errands, Sent, Way, chunked, send
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,7 @@ class Link:
     payloads: tuple[Payload, Payload]
 
     def errands(self, fitted: Fitted) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(token, rank, slot, weight) of each assignment that is computed."""
+        """(token, rank, slot, weight) of each assignment that is computed, in the decision's order."""
         decision, keep_N = fitted.decision, fitted.keep_N
         token_N, expert_N, weights_N = decision.token_ids_N, decision.expert_ids_N, decision.weights_N
         if keep_N is not None:
@@ -80,16 +81,20 @@ class OneHop:
 
 
 class AllToAllDispatcher:
-    """One copy of each token to each rank of the group that holds one of its experts."""
+    """One copy of each token to each rank of the group that holds one of its experts.
 
-    def __init__(self, link: Link, group: dist.ProcessGroup) -> None:
-        self.link, self.group = link, group
+    chunks: of tokens, the same number on all ranks; while one is computed, the next ones are under way.
+    """
 
-    def dispatch(self, x_TD: Tensor, fitted: Fitted) -> UnderWay[Dispatched]:
-        """Set off."""
-        token_N, rank_N, slot_N, weights_N = self.link.errands(fitted)
-        errands = Errands(token_N, rank_N, slot_N, weights_N)
-        return OneHop(send(x_TD, errands, self.group, self.link.traffic, self.link.payloads), self.link, fitted)
+    def __init__(self, link: Link, group: dist.ProcessGroup, chunks: int = 1) -> None:
+        self.link, self.group, self.chunks = link, group, chunks
+
+    def dispatch(self, x_TD: Tensor, fitted: Fitted) -> Sequence[UnderWay[Dispatched]]:
+        """Set off, all chunks."""
+        errands = Errands(*self.link.errands(fitted))
+        parts = [(x_TD, errands)] if self.chunks == 1 else chunked(x_TD, errands, self.chunks)
+        traffic, payloads = self.link.traffic, self.link.payloads
+        return [OneHop(send(x, part, self.group, traffic, payloads), self.link, fitted) for x, part in parts]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,12 +125,12 @@ class HierarchicalDispatcher:
         self.link, self.across, self.within = link, across, within
         self.per_node = dist.get_world_size(within)
 
-    def dispatch(self, x_TD: Tensor, fitted: Fitted) -> UnderWay[Dispatched]:
+    def dispatch(self, x_TD: Tensor, fitted: Fitted) -> Sequence[UnderWay[Dispatched]]:
         """Set off to the nodes."""
         token_N, rank_N, slot_N, weights_N = self.link.errands(fitted)
         label_N = slot_N * self.per_node + rank_N % self.per_node
         errands = Errands(token_N, rank_N // self.per_node, label_N, weights_N)
-        return TwoHops(send(x_TD, errands, self.across, self.link.traffic, self.link.payloads), self, fitted)
+        return (TwoHops(send(x_TD, errands, self.across, self.link.traffic, self.link.payloads), self, fitted),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,7 +195,7 @@ class AllGatherDispatcher:
     def __init__(self, link: Link, group: dist.ProcessGroup) -> None:
         self.link, self.group = link, group
 
-    def dispatch(self, x_TD: Tensor, fitted: Fitted) -> UnderWay[Dispatched]:
+    def dispatch(self, x_TD: Tensor, fitted: Fitted) -> Sequence[UnderWay[Dispatched]]:
         """Set off. Waits for the others to say how many tokens and assignments they have."""
         token_N, rank_N, slot_N, weights_N = self.link.errands(fitted)
         traffic, gather = self.link.traffic, AllGather(self.group)
@@ -202,4 +207,4 @@ class AllGatherDispatcher:
         rows = start(pad(x_TD, (0, 0, 0, width - len(x_TD))), gather, traffic, self.link.payloads[0])
         weights = start(pad(weights_N, (0, most - len(token_N))), gather, traffic)
         told, told_work = gather.forth(told_N3, traffic)
-        return Gathering(rows, weights, told, told_work, width, len(x_TD), self, fitted)
+        return (Gathering(rows, weights, told, told_work, width, len(x_TD), self, fitted),)

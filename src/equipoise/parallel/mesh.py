@@ -41,13 +41,15 @@ class ParallelConfig:
     """Shard weights, gradients and optimizer state over data-parallel ranks (FSDP2), all but the experts'."""
     dispatcher: Literal["auto", "all_to_all", "all_gather"] = "auto"
     """all_to_all, all_gather, or auto for what is faster."""
+    chunks: int = 1
+    """Of the tokens of a layer; with more than 1, some are under way while others are computed."""
     payload: PayloadName = "as_is"
     """What travels to the experts: as_is, bf16, int8 or fp8."""
     timeout_s: float = TIMEOUT_S
     """Seconds until an exchange that does not end is an error."""
 
     def __post_init__(self) -> None:
-        for name in ("expert", "data", "nodes"):
+        for name in ("expert", "data", "nodes", "chunks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"parallel.{name}: expected at least 1, got {getattr(self, name)}")
         if self.expert % self.nodes:
@@ -56,6 +58,11 @@ class ParallelConfig:
             raise ValueError(f"parallel.dispatcher: expected auto, all_to_all or all_gather, got {self.dispatcher!r}")
         if self.dispatcher == "all_gather" and self.nodes > 1:
             raise ValueError("parallel.dispatcher: all_gather knows no nodes; set parallel.nodes=1, or use all_to_all")
+        if self.chunks > 1 and (self.nodes > 1 or self.dispatcher == "all_gather"):
+            raise ValueError(
+                f"parallel.chunks: expected 1 with nodes or all_gather, got {self.chunks}; only all_to_all in one hop "
+                "is cut into chunks"
+            )
         payloads(self.payload)
         if not self.timeout_s > 0:
             raise ValueError(f"parallel.timeout_s: expected more than 0, got {self.timeout_s}")

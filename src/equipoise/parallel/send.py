@@ -7,6 +7,7 @@ hop, or of two.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,19 @@ class Errands:
     targets_N: Tensor
     labels_N: Tensor
     weights_N: Tensor
+
+
+def chunked(x_TD: Tensor, errands: Errands, chunks: int) -> list[tuple[Tensor, Errands]]:
+    """Consecutive rows with what is to be done for them, in so many parts of nearly one size, also empty ones."""
+    parts = []
+    bounds = [len(x_TD) * number // chunks for number in range(chunks + 1)]
+    for first, end in pairwise(bounds):
+        mine = ((errands.row_ids_N >= first) & (errands.row_ids_N < end)).nonzero()[:, 0]
+        part = Errands(
+            errands.row_ids_N[mine] - first, errands.targets_N[mine], errands.labels_N[mine], errands.weights_N[mine]
+        )
+        parts.append((x_TD[first:end], part))
+    return parts
 
 
 @dataclass(frozen=True, eq=False)
