@@ -42,7 +42,7 @@ class RecentScores:
             while len(pieces) > 1 and sum(map(len, pieces)) - len(pieces[0]) >= self._limit:
                 pieces.popleft()
             if len(pieces) > _MANY:
-                joined = torch.cat(list(pieces))
+                joined = torch.cat(list(pieces))[-self._limit :].clone()  # a slice would keep all of it in memory
                 pieces.clear()
                 pieces.append(joined)
 
