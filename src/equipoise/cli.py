@@ -16,6 +16,7 @@ import tyro
 
 from equipoise.commands import metrics, watching
 from equipoise.commands.inject import inject
+from equipoise.commands.place import place
 from equipoise.commands.serve import serve
 from equipoise.dashboard.command import dashboard
 from equipoise.disk.files import free_folder
@@ -209,6 +210,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "exporter": metrics.exporter,
     "export": metrics.export,
     "inject": inject,
+    "place": place,
     "bench": bench,
     "fetch-text": fetch_text,
 }

@@ -3,8 +3,8 @@
 1. How many copies of whom: to the largest load per copy, one by one (packing.py).
 2. A start: longest first, each copy to the lightest rank that does not hold the expert; what an earlier placement has
    stays where it can.
-3. Swaps of two slots (swaps.py): balance counts much at first, then less and less, and the last arrangement that is
-   on the windows seen no less balanced than the start is kept. Loads that may come (drift.py) count as windows.
+3. Swaps of two slots (swaps.py): balance counts much at first, then less and less, and the last arrangement is kept
+   that on the windows seen is no less balanced than the start. Loads that may come (drift.py) count as windows.
 4. Ranks onto nodes by the same search; then, as names of ranks are free, those that keep most tokens on their rank and
    node from the layer before (labels.py). An earlier placement fixes the names instead.
 
@@ -22,6 +22,7 @@ from equipoise.plan.cluster import Cluster
 from equipoise.plan.drift import windows_to_expect
 from equipoise.plan.labels import renamed
 from equipoise.plan.packing import copies_of
+from equipoise.plan.shares import shares
 from equipoise.plan.swaps import Descent, Packing
 from equipoise.plan.traffic import Traffic, pairs_of_ids
 from equipoise.types import Placement
@@ -38,7 +39,7 @@ class Aim:
     where an earlier placement has it.
     """
 
-    slack: float = 1.0
+    slack: float = 1.005
     move_price: float = 0.002
 
     def __post_init__(self) -> None:
@@ -101,7 +102,7 @@ def _slots(layer: Traffic, cluster: Cluster, old: Placement | None, aim: Aim) ->
     packing = _packing(layer, cluster, copies_E, held_RE, aim)
     descent = Descent(packing, start(load_E / copies_E, copies_E, cluster, held_RE))
     reference = start(load_E / copies_E, copies_E, cluster)
-    return _least_fan_out(descent, reference, len(layer.load_WE), aim)
+    return _least_fan_out(descent, reference, layer, aim)
 
 
 def _packing(layer: Traffic, cluster: Cluster, copies_E: np.ndarray, held_RE: np.ndarray | None, aim: Aim) -> Packing:
@@ -122,23 +123,26 @@ def _packing(layer: Traffic, cluster: Cluster, copies_E: np.ndarray, held_RE: np
     return Packing(share_E, weighted_EE, load_WE, held_RE, aim.move_price)
 
 
-def _least_fan_out(descent: Descent, reference_RS: np.ndarray, num_seen: int, aim: Aim) -> np.ndarray:
-    """The last arrangement, as balance counts less and less, that is balanced enough on the windows seen."""
+def _least_fan_out(descent: Descent, reference_RS: np.ndarray, layer: Traffic, aim: Aim) -> np.ndarray:
+    """The last arrangement, as balance counts less and less, that on the windows seen is balanced enough.
+
+    The reference, where none is: the start from load alone. With an earlier placement, that would move most slots, so
+    then it is the first one.
+    """
 
     def fullest(slots_RS: np.ndarray) -> float:
-        load_WR = descent.packing.load_WI[:num_seen, slots_RS].sum(axis=2)
-        return float(load_WR.max(axis=1).mean())
+        load_WR = layer.load_WE @ shares(_held(slots_RS, layer.num_experts), layer.pairs_EE).T
+        return float((load_WR.max(axis=1) / load_WR.mean(axis=1)).mean())
 
-    descent.run(WEIGHTS[0])
-    best_RS = descent.items_PS.copy()
-    if descent.packing.pairs_II is None and descent.packing.there_PI is None:
-        return best_RS
-    limit = aim.slack * max(fullest(reference_RS), fullest(best_RS))
-    for weight in WEIGHTS[1:]:
+    limit = aim.slack * fullest(reference_RS)
+    best_RS = reference_RS
+    for number, weight in enumerate(WEIGHTS):
         descent.run(weight)
-        if fullest(descent.items_PS) > limit:
+        enough = fullest(descent.items_PS) <= limit
+        if enough or (number == 0 and descent.packing.there_PI is not None):
+            best_RS = descent.items_PS.copy()
+        if not enough and number > 0:
             break
-        best_RS = descent.items_PS.copy()
     return best_RS
 
 
@@ -210,14 +214,14 @@ def _named(
         return slots_RS
     stride = -(-len(layer.ids_TK) // layer.num_pair_tokens)
     hops_EE = pairs_of_ids(before.ids_TK[::stride], before.num_experts, layer.ids_TK[::stride], layer.num_experts)
-    from_RE, to_RE = spread(holdings(placed[before.layer])), spread(_held(slots_RS, layer.num_experts))
+    from_RE, to_RE = shares(holdings(placed[before.layer])), shares(_held(slots_RS, layer.num_experts))
     return np.asarray(slots_RS[renamed(from_RE @ hops_EE @ to_RE.T, cluster.num_nodes)])
 
 
 def _on_nodes(layer: Traffic, slots_RS: np.ndarray, cluster: Cluster) -> np.ndarray:
     """Ranks in the order of nodes: the search of swaps.py, with ranks for items and nodes for packs."""
     held_RE = _held(slots_RS, layer.num_experts)
-    part_RE = spread(held_RE)
+    part_RE = shares(held_RE)
     load_WR = (layer.load_WE / layer.load_WE.sum(axis=1, keepdims=True) @ part_RE.T * cluster.num_nodes).astype(
         np.float32
     )
@@ -235,8 +239,3 @@ def _held(slots_RS: np.ndarray, num_experts: int) -> np.ndarray:
     held_RE = np.zeros((len(slots_RS), num_experts), dtype=bool)
     held_RE[np.arange(len(slots_RS))[:, None], slots_RS] = True
     return held_RE
-
-
-def spread(held_RE: np.ndarray) -> np.ndarray:
-    """float64 (R, E): the part of an expert's tokens that each rank gets, when its copies share them evenly."""
-    return np.asarray(held_RE / held_RE.sum(axis=0))
