@@ -27,7 +27,7 @@ from equipoise.plan.swaps import Descent, Packing
 from equipoise.plan.traffic import Traffic, pairs_of_ids
 from equipoise.types import Placement
 
-WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25)  # of balance against ranks per token, strictest first
+WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25, 0.12, 0.06, 0.03)  # of balance against ranks per token, the strictest first
 
 
 @dataclass(frozen=True)
