@@ -67,18 +67,20 @@ def test_moved_slots_are_those_that_a_rank_lacks():
     assert score.moved == 1
 
 
-def test_shares_are_nearer_to_what_the_rule_gives_than_even_ones(halves):
-    traffic = halves[0]
-    placement = eplb_placement(traffic.load_WE.sum(0).astype(float), 48, 8)
-    held_RE, counted_RE = holdings(placement), np.zeros((8, 32))
+def test_shares_are_nearer_to_what_the_rule_gives_than_even_ones():
+    rng = np.random.default_rng(0)
+    wants_TE = rng.normal(0, 1, 128) + rng.gumbel(size=(8000, 128))
+    traffic = traffic_of_ids("moe", np.argsort(-wants_TE, axis=1)[:, :6], 128, 2)
+    placement = eplb_placement(traffic.load_WE.sum(0).astype(float), 160, 32)
+    held_RE, counted_RE = holdings(placement), np.zeros((32, 128))
     for ids_TK in traffic.windows:
-        ranks_TK = ranks_of_choices(placement, ids_TK, homes(len(ids_TK), 8))
+        ranks_TK = ranks_of_choices(placement, ids_TK, homes(len(ids_TK), 32))
         np.add.at(counted_RE, (ranks_TK.ravel(), ids_TK.ravel()), 1)
     counted_RE /= counted_RE.sum(axis=0)
     estimated_RE = shares(held_RE, traffic.pairs_EE)
     np.testing.assert_allclose(estimated_RE.sum(axis=0), 1)
     assert (estimated_RE[~held_RE] == 0).all()
-    assert np.abs(estimated_RE - counted_RE).sum() < 0.7 * np.abs(shares(held_RE) - counted_RE).sum()
+    assert np.abs(estimated_RE - counted_RE).sum() < 0.8 * np.abs(shares(held_RE) - counted_RE).sum()
 
 
 @pytest.mark.parametrize(

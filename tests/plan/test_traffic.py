@@ -74,18 +74,37 @@ def test_pairs_that_make_no_sense_are_refused(pairs, message):
 # ------------------------------------------------------------------------------------------------ loads that may come
 
 
-def test_without_pairs_only_the_windows_are_expected():
-    np.testing.assert_allclose(windows_to_expect(LOAD, None), [[2 / 3, 1 / 3], [1 / 2, 1 / 2]])
+def test_without_pairs_or_with_one_window_only_the_windows_are_expected():
+    np.testing.assert_allclose(windows_to_expect(LOAD, None, 0), [[2 / 3, 1 / 3], [1 / 2, 1 / 2]])
+    traffic = traffic_of_ids("moe", np.array([[0, 1], [1, 2], [2, 3]]), 4, 1)
+    assert len(windows_to_expect(traffic.load_WE, traffic.pairs_EE, 3)) == 1
 
 
-def test_experts_that_fire_together_are_expected_to_grow_together():
-    """Two blocks of 3 that never mix: the main direction is one block against the other, though no window shows it."""
-    block = np.ones((3, 3), dtype=int) * 10
-    pairs_EE = np.block([[block, 0 * block], [0 * block, block]])
-    expected = windows_to_expect(np.full((2, 6), 5), pairs_EE)
-    np.testing.assert_allclose(expected.sum(axis=1), 1)
-    np.testing.assert_allclose(expected[:2], 1 / 6)
-    main = expected[2]
-    assert np.ptp(main[:3]) < 0.05
-    assert np.ptp(main[3:]) < 0.05
-    assert abs(main[:3].sum() - main[3:].sum()) > 0.9
+def blocks(share_by_window):
+    """Two blocks of 3 experts that never mix; so many of 1000 tokens take the first in each window."""
+    rng = np.random.default_rng(0)
+    first_T = np.concatenate([np.arange(1000) < 1000 * share for share in share_by_window])
+    ids_TK = np.array([rng.permutation(3)[:2] for _ in first_T]) + 3 * ~first_T[:, None]
+    return traffic_of_ids("moe", ids_TK, 6, len(share_by_window))
+
+
+def test_experts_that_fire_together_are_expected_to_grow_together_as_far_as_windows_wander():
+    reached = []
+    for share in (0.51, 0.55):
+        traffic = blocks((share, 1 - share, share, 1 - share))
+        expected = windows_to_expect(traffic.load_WE, traffic.pairs_EE, traffic.num_pair_tokens)
+        np.testing.assert_allclose(expected.sum(axis=1), 1)
+        first = expected[4:, :3].sum(axis=1)
+        reached.append(first.max(initial=0.5) - 0.5)
+    assert reached[0] == 0  # 510 of 1000 is what chance gives
+    assert reached[1] > 0.3
+    main = expected[4:][first.argmax()]
+    assert np.ptp(main[:3]) < 0.1
+
+
+def test_windows_that_differ_by_chance_alone_expect_nothing_else():
+    rng = np.random.default_rng(1)
+    ids_TK = np.array([4 * rng.integers(0, 4) + rng.permutation(4)[:2] for _ in range(8000)])
+    traffic = traffic_of_ids("moe", ids_TK, 16, 8)
+    expected = windows_to_expect(traffic.load_WE, traffic.pairs_EE, traffic.num_pair_tokens)
+    assert np.abs(expected * 16 - 1).max() < 0.4  # a block would be at 4

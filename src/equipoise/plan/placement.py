@@ -4,7 +4,7 @@
 2. A start: longest first, each copy to the lightest rank that does not hold the expert; what an earlier placement has
    stays where it can.
 3. Swaps of two slots (swaps.py): balance counts much at first, then less and less, and the last arrangement is kept
-   that on the windows seen is no less balanced than the start. Loads that may come (drift.py) count as windows.
+   that on the windows seen, and under loads that may come (drift.py), is no less balanced than the start.
 4. Ranks onto nodes by the same search; then, as names of ranks are free, those that keep most tokens on their rank and
    node from the layer before (labels.py). An earlier placement fixes the names instead.
 
@@ -14,7 +14,7 @@ Each layer is planned on its own, in a few hundredths of a second for 256 expert
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from equipoise.plan.swaps import Descent, Packing
 from equipoise.plan.traffic import Traffic, pairs_of_ids
 from equipoise.types import Placement
 
-WEIGHTS = (4.0, 2.0, 1.0, 0.5, 0.25, 0.12, 0.06, 0.03)  # of balance against ranks per token, the strictest first
+WEIGHTS = (40.0, 10.0, 4.0, 1.6, 0.6, 0.25, 0.1)  # of balance against ranks per token, the strictest first
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Aim:
     where an earlier placement has it.
     """
 
-    slack: float = 1.005
+    slack: float = 1.0
     move_price: float = 0.002
 
     def __post_init__(self) -> None:
@@ -99,49 +99,54 @@ def _slots(layer: Traffic, cluster: Cluster, old: Placement | None, aim: Aim) ->
     except ValueError as error:
         raise ValueError(f"layer {layer.layer}: {error}") from error
     held_RE = None if old is None else holdings(old)
-    packing = _packing(layer, cluster, copies_E, held_RE, aim)
-    descent = Descent(packing, start(load_E / copies_E, copies_E, cluster, held_RE))
-    reference = start(load_E / copies_E, copies_E, cluster)
-    return _least_fan_out(descent, reference, layer, aim)
+    reference_RS = start(load_E / copies_E, copies_E, cluster)
+    begin_RS = reference_RS if held_RE is None else start(load_E / copies_E, copies_E, cluster, held_RE)
+    expected_WE = windows_to_expect(layer.load_WE, layer.pairs_EE, layer.num_pair_tokens)
+    packing = _packing(layer, expected_WE / copies_E, reference_RS, copies_E)
+    if held_RE is not None:
+        packing = replace(packing, there_PI=held_RE, price=aim.move_price)
+    return _least_fan_out(Descent(packing, begin_RS), reference_RS, layer, expected_WE, aim)
 
 
-def _packing(layer: Traffic, cluster: Cluster, copies_E: np.ndarray, held_RE: np.ndarray | None, aim: Aim) -> Packing:
+def _packing(layer: Traffic, load_WE: np.ndarray, reference_RS: np.ndarray, copies_E: np.ndarray) -> Packing:
     """Copies share their expert's load evenly; a token takes two experts on one rank wherever both have a copy there.
 
     So of the tokens that chose both i and j, a rank with a copy of both gets 1 / min(copies): all, if one of them has
-    no other copy.
+    no other copy. Load is in units of the reference's fullest rank in the same window: beyond 1 it is felt.
     """
-    pairs_EE = layer.pairs_EE
-    expected_WE = windows_to_expect(layer.load_WE, pairs_EE)
-    load_WE = (expected_WE * cluster.num_ranks / copies_E).astype(np.float32)
-    if pairs_EE is None or not layer.num_pair_tokens:
-        share_E, weighted_EE = np.zeros(layer.num_experts, dtype=np.float32), None
-    else:
-        share_E = (np.diag(pairs_EE) / layer.num_pair_tokens / copies_E).astype(np.float32)
-        together_EE = np.minimum(copies_E[:, None], copies_E) * layer.num_pair_tokens
-        weighted_EE = (pairs_EE / together_EE).astype(np.float32)
-    return Packing(share_E, weighted_EE, load_WE, held_RE, aim.move_price)
+    fullest_W1 = load_WE[:, reference_RS].sum(axis=2).max(axis=1, keepdims=True)
+    load_WE = (load_WE / fullest_W1).astype(np.float32)
+    if layer.pairs_EE is None or not layer.num_pair_tokens:
+        return Packing(np.zeros(layer.num_experts, dtype=np.float32), None, load_WE)
+    share_E = (np.diag(layer.pairs_EE) / layer.num_pair_tokens / copies_E).astype(np.float32)
+    together_EE = np.minimum(copies_E[:, None], copies_E) * layer.num_pair_tokens
+    return Packing(share_E, (layer.pairs_EE / together_EE).astype(np.float32), load_WE)
 
 
-def _least_fan_out(descent: Descent, reference_RS: np.ndarray, layer: Traffic, aim: Aim) -> np.ndarray:
-    """The last arrangement, as balance counts less and less, that on the windows seen is balanced enough.
+def _least_fan_out(
+    descent: Descent, reference_RS: np.ndarray, layer: Traffic, expected_WE: np.ndarray, aim: Aim
+) -> np.ndarray:
+    """The last arrangement, as balance counts less and less, that is balanced enough.
 
-    The reference, where none is: the start from load alone. With an earlier placement, that would move most slots, so
+    The reference, where none is: the start from load alone. With an earlier placement that would move most slots, so
     then it is the first one.
     """
+    num_seen = len(layer.load_WE)
 
-    def fullest(slots_RS: np.ndarray) -> float:
-        load_WR = layer.load_WE @ shares(_held(slots_RS, layer.num_experts), layer.pairs_EE).T
-        return float((load_WR.max(axis=1) / load_WR.mean(axis=1)).mean())
+    def fullest(slots_RS: np.ndarray) -> np.ndarray:
+        """Load of the fullest rank, over the windows seen and over those that may come: two means."""
+        load_WR = expected_WE @ shares(_held(slots_RS, layer.num_experts), layer.pairs_EE).T
+        parts = np.split(load_WR.max(axis=1), [num_seen])
+        return np.array([part.mean() for part in parts if len(part)])
 
     limit = aim.slack * fullest(reference_RS)
     best_RS = reference_RS
     for number, weight in enumerate(WEIGHTS):
         descent.run(weight)
-        enough = fullest(descent.items_PS) <= limit
+        enough = bool((fullest(descent.items_PS) <= limit).all())
         if enough or (number == 0 and descent.packing.there_PI is not None):
             best_RS = descent.items_PS.copy()
-        if not enough and number > 0:
+        if not enough and number > 1:
             break
     return best_RS
 
