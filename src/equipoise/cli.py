@@ -17,6 +17,7 @@ import tyro
 from equipoise.commands import metrics, watching
 from equipoise.commands.inject import inject
 from equipoise.commands.links import links
+from equipoise.commands.place import place
 from equipoise.commands.serve import serve
 from equipoise.commands.train import RecipeName, reporter_of, train
 from equipoise.dashboard.command import dashboard
@@ -155,6 +156,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "exporter": metrics.exporter,
     "export": metrics.export,
     "inject": inject,
+    "place": place,
     "bench": bench,
     "fetch-text": fetch_text,
 }

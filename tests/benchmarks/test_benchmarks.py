@@ -126,6 +126,17 @@ def test_memory_benchmark_finds_that_recomputing_keeps_less():
         assert 0 < row["recomputed [MiB]"] < row["kept [MiB]"]
 
 
+def test_placement_benchmark_compares_with_eplb_on_every_kind_of_traffic():
+    unseen, trades, planning = run_benchmark("placement")["tables"]
+    names = [f"{kind}, {ranks} ranks" for kind in ("bundles", "domains", "trained model") for ranks in (4, 8)]
+    assert list(rows_by_name(unseen)) == list(rows_by_name(trades)) == names
+    for row in unseen["rows"]:
+        assert min(row["balance: even"], row["EPLB"], row["planned"]) >= 1
+        assert row["aim reached"] in ("yes", "no")
+    assert rows_by_name(trades)["bundles, 4 ranks"]["10 % fuller [%]"] > 5
+    assert planning["rows"][0]["time [s]"]["median"] > 0
+
+
 def test_without_transformers_its_rows_are_left_out_with_the_way_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # Python's own way of saying: not there
     problem = make_problem(TINY, 8, torch.float32)
