@@ -96,7 +96,7 @@ class RoutingDecision:
 
         T, K = ids_TK.shape
         return cls(
-            token_ids_N=torch.arange(T, device=ids_TK.device).repeat_interleave(K, output_size=T * K),
+            token_ids_N=torch.arange(T * K, device=ids_TK.device).floor_divide_(K),
             expert_ids_N=ids_TK.reshape(-1),
             weights_N=weights_TK.reshape(-1),
             probs_TE=probs_TE,
