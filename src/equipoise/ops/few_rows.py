@@ -37,19 +37,32 @@ def few_rows_experts(x_TD: Tensor, plan: RaggedPlan, up_eHD: Tensor, down_eDF: T
     num_rows, most = int(sizes_b.sum()), int(sizes_b.max(initial=0))
     if most == 0 or most > max(_CHEAP, 2 * num_rows / len(busy_b)):
         return lean_experts(x_TD, plan, up_eHD, down_eDF, activation)
-    starts_b = sizes_b.cumsum() - sizes_b
-    # Filled up with an expert's own last row: another's could be NaN. The copies are computed, and not read.
-    rows_bC = starts_b[:, None] + np.minimum(np.arange(most), sizes_b[:, None] - 1)
-    places_R = np.arange(num_rows) + np.repeat(np.arange(len(busy_b)) * most - starts_b, sizes_b)
-    rows, places = (torch.from_numpy(each.reshape(-1)).to(x_TD.device) for each in (rows_bC, places_R))
     runs = _runs(busy_b.tolist())
-    x_bCD = x_TD.index_select(0, plan.token_ids_R.index_select(0, rows)).view(len(busy_b), most, -1)
-    weights_bC1 = plan.weights_R.index_select(0, rows).to(x_TD.dtype).view(len(busy_b), most, 1)
+    token_ids_R, weights_R = plan.token_ids_R, plan.weights_R
+    num_dropped, places_R = len(token_ids_R) - num_rows, None
+    if num_dropped or num_rows < len(busy_b) * most:
+        rows_bC, places_R = (torch.from_numpy(each).to(x_TD.device) for each in _filled_up(sizes_b, most))
+        token_ids_R, weights_R = token_ids_R[rows_bC], weights_R[rows_bC]
+    x_bCD = x_TD.index_select(0, token_ids_R.view(-1)).view(len(busy_b), most, -1)
+    weights_bC1 = weights_R.to(x_TD.dtype).view(len(busy_b), most, 1)
     a_bCF = activate(_products(x_bCD, up_eHD, runs), check_activation(activation)) * weights_bC1
-    y_RD = _products(a_bCF, down_eDF, runs).flatten(0, 1).index_select(0, places)
-    if num_dropped := len(plan.token_ids_R) - num_rows:
+    y_RD = _products(a_bCF, down_eDF, runs).flatten(0, 1)
+    if places_R is not None:
+        y_RD = y_RD.index_select(0, places_R)
+    if num_dropped:
         y_RD = torch.cat([y_RD, y_RD.new_zeros(num_dropped, y_RD.shape[1])])
     return sum_rows(y_RD, plan.token_ids_R, plan.rows_TK, x_TD.shape[0])
+
+
+def _filled_up(sizes_b: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """(the row at each place (b, C), the place of each row (R,)) where each of b experts has room for C = most rows.
+
+    Filled up with an expert's own last row: another's could be NaN. The copies are computed, and not read.
+    """
+    starts_b = sizes_b.cumsum() - sizes_b
+    rows_bC = starts_b[:, None] + np.minimum(np.arange(most), sizes_b[:, None] - 1)
+    places_R = np.arange(int(sizes_b.sum())) + np.repeat(np.arange(len(sizes_b)) * most - starts_b, sizes_b)
+    return rows_bC, places_R
 
 
 def _runs(numbers: list[int]) -> list[tuple[slice, slice]]:
