@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from math import inf, nan
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -96,7 +97,7 @@ class RoutingDecision:
 
         T, K = ids_TK.shape
         return cls(
-            token_ids_N=torch.arange(T, device=ids_TK.device).repeat_interleave(K, output_size=T * K),
+            token_ids_N=torch.arange(T * K, device=ids_TK.device).floor_divide_(K),
             expert_ids_N=ids_TK.reshape(-1),
             weights_N=weights_TK.reshape(-1),
             probs_TE=probs_TE,
@@ -398,10 +399,15 @@ class RoutingStats:
         """E, the experts of the layer."""
         return len(self.counts_E)
 
+    @cached_property
+    def num_assignments(self) -> int:
+        """The sum of counts_E."""
+        return int(self.counts_E.sum())
+
     @property
     def load_E(self) -> np.ndarray:
         """float64 (E,), load relative to the fair share: 1 is fair, 0 is dead."""
-        total = self.counts_E.sum()
+        total = self.num_assignments
         return self.counts_E * (self.num_experts / total) if total else np.zeros(self.num_experts)
 
 

@@ -52,13 +52,14 @@ class TestRotary:
     def test_angles_by_hand(self):
         # head_dim 4, theta 100: frequencies 100^0 = 1 and 100^(-2/4) = 0.1; at position 3 the angles are 3 and 0.3
         cos, sin = rotary_tables(torch.tensor([[3]]), head_dim=4, theta=100.0)
-        assert cos.flatten().tolist() == pytest.approx([math.cos(3), math.cos(0.3)], abs=1e-6)
-        assert sin.flatten().tolist() == pytest.approx([math.sin(3), math.sin(0.3)], abs=1e-6)
+        assert cos.flatten().tolist() == pytest.approx(2 * [math.cos(3), math.cos(0.3)], abs=1e-6)
+        expected = [-math.sin(3), -math.sin(0.3), math.sin(3), math.sin(0.3)]
+        assert sin.flatten().tolist() == pytest.approx(expected, abs=1e-6)
 
     def test_turns_the_halves_as_pairs(self):
         # pair (x0, x2) turns by 90 degrees: (1, 0) -> (0, 1); pair (x1, x3) by 0
-        quarter = torch.tensor([math.pi / 2, 0.0]).view(1, 1, 1, 2)
-        turned = rotate(torch.tensor([1.0, 5.0, 0.0, 7.0]).view(1, 1, 1, 4), (quarter.cos(), quarter.sin()))
+        cos, sin = torch.tensor([[0.0, 1.0, 0.0, 1.0], [-1.0, 0.0, 1.0, 0.0]]).view(2, 1, 1, 1, 4)
+        turned = rotate(torch.tensor([1.0, 5.0, 0.0, 7.0]).view(1, 1, 1, 4), (cos, sin))
         torch.testing.assert_close(turned.flatten(), torch.tensor([0.0, 5.0, 1.0, 7.0]))
 
     def test_scores_depend_on_distance_only(self):

@@ -5,6 +5,7 @@ import torch
 
 from equipoise.layer.experts import reference_experts
 from equipoise.ops.activation import pre_activation_dim
+from equipoise.ops.few_rows import few_rows_experts
 from equipoise.ops.grouped_experts import grouped_experts, grouped_mm, grouped_mm_backward
 from equipoise.ops.lean_experts import lean_backward, lean_experts, lean_forward
 from equipoise.ops.ragged import RaggedPlan, ragged_plan
@@ -38,7 +39,7 @@ def test_gradcheck_of_lean_experts(activation, keep, top_k):
 @ACTIVATIONS
 @pytest.mark.parametrize("keep", [None, DROPPED], ids=["all", "dropped"])
 @pytest.mark.parametrize("top_k", [2, None], ids=["rows_TK", "scattered"])
-@pytest.mark.parametrize("backend", [lean_experts, grouped_experts])
+@pytest.mark.parametrize("backend", [lean_experts, few_rows_experts, grouped_experts])
 def test_backends_equal_the_reference_loop_on_one_plan(backend, activation, keep, top_k):
     args = tensors(activation, torch.float32, D=8, F=4)
     cotangent, results = torch.randn(4, 8), []
@@ -48,7 +49,7 @@ def test_backends_equal_the_reference_loop_on_one_plan(backend, activation, keep
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", [lean_experts, grouped_experts, reference_experts])
+@pytest.mark.parametrize("backend", [lean_experts, few_rows_experts, grouped_experts, reference_experts])
 def test_nothing_to_do_gives_zeros_and_zero_gradients(backend):
     x, weights, up, down = tensors("swiglu", torch.float32, D=8, F=4)
     plan = ragged_plan(TOKENS, EXPERTS, weights, 5, top_k=2, keep_N=torch.zeros(8, dtype=torch.bool))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from equipoise.ops.ragged import ragged_plan, sum_rows
+from equipoise.ops.ragged import ragged_plan, sort_on_device, sort_on_host, sum_rows
 
 
 def test_ragged_plan_by_hand():
@@ -45,3 +45,12 @@ def test_sum_of_no_rows_is_zero_and_keeps_the_graph():
     assert total.tolist() == [[0.0] * 3] * 2
     total.sum().backward()
     assert rows.grad.shape == (0, 3)
+
+
+@pytest.mark.parametrize("num_keys", [1, 3, 17])
+@pytest.mark.parametrize("num", [0, 1, 2, 50])
+def test_both_sorts_say_the_same(num, num_keys):
+    keys = torch.randint(num_keys, (num,))
+    for host, device in zip(sort_on_host(keys, num_keys), sort_on_device(keys, num_keys), strict=True):
+        assert host.dtype == device.dtype == torch.int64
+        assert torch.equal(host, device)

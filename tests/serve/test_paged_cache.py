@@ -31,7 +31,7 @@ def plans(draw):
 def test_each_sequence_as_if_alone(drawn, dirty, most_blocks):
     """However many blocks are copied together."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(paged_cache, "_most_blocks", lambda keys, block_size: most_blocks)
+        patch.setattr(paged_cache, "_most_blocks", lambda kv: most_blocks)
         compare(*drawn, dirty)
 
 

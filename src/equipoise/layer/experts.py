@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from equipoise.layer.probed_experts import ExpertProbe, probed_experts
 from equipoise.ops import reference
 from equipoise.ops.activation import check_activation, pre_activation_dim
+from equipoise.ops.few_rows import few_rows, few_rows_experts
 from equipoise.ops.grouped_experts import grouped_experts, grouped_mm_supports
 from equipoise.ops.lean_experts import lean_experts
 from equipoise.ops.ragged import RaggedPlan
 
-BackendName = Literal["auto", "lean", "grouped", "reference"]
+BackendName = Literal["auto", "lean", "few", "grouped", "reference"]
 Backend = Callable[[Tensor, RaggedPlan, Tensor, Tensor, str], Tensor]
 
 
@@ -38,23 +39,37 @@ def reference_experts(x_TD: Tensor, plan: RaggedPlan, up_eHD: Tensor, down_eDF: 
     )
 
 
-BACKENDS: dict[str, Backend] = {"lean": lean_experts, "grouped": grouped_experts, "reference": reference_experts}
+BACKENDS: dict[str, Backend] = {
+    "lean": lean_experts,
+    "few": few_rows_experts,
+    "grouped": grouped_experts,
+    "reference": reference_experts,
+}
 
 
-def backend_for(name: BackendName, x_TD: Tensor, up_eHD: Tensor, down_eDF: Tensor) -> tuple[str, str]:
-    """(backend, reason) that `name` means for these tensors.
+def backend_for(
+    name: BackendName, x_TD: Tensor, up_eHD: Tensor, down_eDF: Tensor, num_rows: int | None = None
+) -> tuple[str, str]:
+    """(backend, reason) that `name` means for these tensors. num_rows: R; None is many.
 
     The rule for "auto" comes from `python -m benchmarks.layer`: on a CPU the lean loop is fastest in training and
-    prefill, and 10 to 35 % behind grouped_mm for 1 to 64 tokens; on a GPU a loop over experts would wait for the
-    host at each, so grouped_mm is taken where it can run.
+    for many rows, and 10 to 35 % behind for 1 to 64 tokens, where each operator counts; on a GPU a loop over experts
+    would wait for the host, so grouped_mm is taken where it can run.
     """
     if name != "auto":
         return name, "asked for"
     if x_TD.device.type == "cpu":
+        if num_rows is not None and few_rows(num_rows, up_eHD) and not _keeps_gradients_or_graph():
+            return "few", "fewest operators, without gradients"
         return "lean", "fastest in training on a CPU, keeps the least for backward"
     if reason := grouped_mm_supports(x_TD, up_eHD, down_eDF):
         return "lean", reason
     return "grouped", "one kernel for all experts, no host synchronisation"
+
+
+def _keeps_gradients_or_graph() -> bool:
+    """Whether a backward pass may come, for which little is kept, or a graph is traced, which can't read counts."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 class Experts(nn.Module):
@@ -101,7 +116,7 @@ class Experts(nn.Module):
         x, up_c, down_c = x.to(compute_dtype), up.to(compute_dtype), down.to(compute_dtype)
         if self.probes:
             return probed_experts(x, plan, up_c, down_c, self.activation, self.probes).to(out_dtype)
-        name, _ = backend_for(self.backend, x, up_c, down_c)
+        name, _ = backend_for(self.backend, x, up_c, down_c, len(plan.token_ids_R))
         return BACKENDS[name](x, plan, up_c, down_c, self.activation).to(out_dtype)
 
     def extra_repr(self) -> str:

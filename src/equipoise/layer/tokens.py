@@ -12,13 +12,12 @@ from torch import Tensor
 class TokenView:
     """The real tokens of a batch.
 
-    x_TD: their rows. token_ids_T: their ids, or None. sequence_ids_T: int64, which of num_sequences each is in.
-    shape: of the batch. kept_T: their positions in the flattened batch, None when there is no padding.
+    x_TD: their rows. token_ids_T: their ids, or None. num_sequences: that they are of. shape: of the batch.
+    kept_T: their positions in the flattened batch, None when there is no padding.
     """
 
     x_TD: Tensor
     token_ids_T: Tensor | None
-    sequence_ids_T: Tensor
     num_sequences: int
     shape: torch.Size
     kept_T: Tensor | None
@@ -27,6 +26,15 @@ class TokenView:
         """(T, D): the rows of the real tokens out of another tensor of the batch's shape."""
         x_TD = x.reshape(-1, x.shape[-1])
         return x_TD if self.kept_T is None else x_TD[self.kept_T]
+
+    @property
+    def sequence_ids_T(self) -> Tensor:
+        """int64, which sequence each token is in. Made when it is asked for: only losses do."""
+        length, device = self.shape[-2], self.x_TD.device
+        ids_T = torch.arange(self.num_sequences, device=device).repeat_interleave(
+            length, output_size=self.num_sequences * length
+        )
+        return ids_T if self.kept_T is None else ids_T[self.kept_T]
 
     def restore(self, y_TD: Tensor) -> Tensor:
         """y in the batch's shape, 0 at padding."""
@@ -46,14 +54,10 @@ def tokens_of(x: Tensor, padding_mask: Tensor | None, token_ids: Tensor | None) 
                 f"MoE: {name} must have the shape {tuple(x.shape[:-1])} (x without D), got {tuple(value.shape)}"
             )
     num_sequences = x.shape[0] if x.dim() == 3 else 1
-    length = x.shape[-2]
-    sequence_ids_T = torch.arange(num_sequences, device=x.device).repeat_interleave(
-        length, output_size=num_sequences * length
-    )
     x_TD = x.reshape(-1, x.shape[-1])
     ids_T = None if token_ids is None else token_ids.reshape(-1)
     if padding_mask is None:
-        return TokenView(x_TD, ids_T, sequence_ids_T, num_sequences, x.shape, None)
+        return TokenView(x_TD, ids_T, num_sequences, x.shape, None)
     if padding_mask.dtype != torch.bool:
         raise ValueError(
             f"MoE: padding_mask must be bool, True at padding, got {padding_mask.dtype}; "
@@ -61,4 +65,4 @@ def tokens_of(x: Tensor, padding_mask: Tensor | None, token_ids: Tensor | None) 
         )
     kept_T = (~padding_mask).reshape(-1).nonzero()[:, 0]
     ids_T = None if ids_T is None else ids_T[kept_T]
-    return TokenView(x_TD[kept_T], ids_T, sequence_ids_T[kept_T], num_sequences, x.shape, kept_T)
+    return TokenView(x_TD[kept_T], ids_T, num_sequences, x.shape, kept_T)

@@ -17,20 +17,23 @@ Rotary = tuple[Tensor, Tensor]
 
 
 def rotary_tables(positions_BS: Tensor, head_dim: int, theta: float) -> Rotary:
-    """cos and sin of the rotary angles, fp32 (B, 1, S, head_dim / 2).
+    """cos and sin of the rotary angles, fp32 (B, 1, S, head_dim): both halves have the same angles, the first one's sin
+    is negative, as `rotate` needs it.
 
     The angle of pair i at position p is p * theta^(-2i / head_dim) (RoFormer, arXiv 2104.09864, section 3.2.2).
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BS.device) / head_dim
     angles = positions_BS[:, None, :, None].float() * theta**-exponents
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x_BHSD: Tensor, rotary: Rotary) -> Tensor:
     """Turn the pair (i, i + D/2) of each head by its angle, in fp32. Hugging Face checkpoints pair halves this way."""
     cos, sin = rotary
-    first, second = x_BHSD.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    x_BHSD = x_BHSD.float()
+    others_BHSD = x_BHSD.roll(x_BHSD.shape[-1] // 2, dims=-1)  # the halves change places
+    return x_BHSD * cos + others_BHSD * sin
 
 
 class Attention(nn.Module):

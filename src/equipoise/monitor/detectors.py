@@ -69,13 +69,18 @@ class CollapseDetector:
         a fair layer has by chance: sqrt(2 ln E / mu) fair shares, times sqrt(1 - K/E) as an expert gets a token at most
         once. And no less than what chance explains for all layers and experts. nats: how rarely, see `needed_nats`.
         """
+        return max(self._limit(stats), highest_share(fair_token_share(stats), stats.num_tokens, nats))
+
+    def _limit(self, stats: RoutingStats) -> float:
+        """The same, whatever chance explains for the others."""
         fair = fair_token_share(stats)
         floor = max_violation_floor(stats.num_experts, expected_per_expert(stats)) * math.sqrt(max(0.0, 1.0 - fair))
-        limit = max(fair + self.hot_excess * (1.0 - fair), self.hot_load * fair) + fair * floor
-        return max(limit, highest_share(fair, stats.num_tokens, nats))
+        return max(fair + self.hot_excess * (1.0 - fair), self.hot_load * fair) + fair * floor
 
     def _collapse(self, stats: RoutingStats, nats: float) -> Finding | None:
-        share, share_limit = stats.max_token_share, self.token_share_limit(stats, nats)
+        share, share_limit = stats.max_token_share, self._limit(stats)
+        if share > share_limit:  # else the rest, which is searched for, would not change a thing
+            share_limit = self.token_share_limit(stats, nats)
         ratio = stats.effective_experts / stats.num_experts
         if share > share_limit:
             value, threshold = share, share_limit
@@ -104,7 +109,7 @@ class CollapseDetector:
 
 def expected_per_expert(stats: RoutingStats) -> float:
     """mu = T * K / E, the assignments that each expert was to expect in this window."""
-    return float(stats.counts_E.sum()) / stats.num_experts
+    return stats.num_assignments / stats.num_experts
 
 
 def fair_token_share(stats: RoutingStats) -> float:

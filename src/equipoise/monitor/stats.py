@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from array_api_compat import array_namespace, device
 
 from equipoise.types import RoutingStats
 
+Number = TypeVar("Number", int, float)
 Array = Any  # a NumPy, torch or JAX array: the standard has no common type to name
 
 DEAD_LOAD = 0.1  # an expert below this load relative to fair is dead...
@@ -44,8 +46,10 @@ def effective_experts(counts_E: Array) -> Array:
 
 def load_entropy(counts_E: Array) -> Array:
     """H(f) / ln E of the load shares f, (..., E) -> (...), in [0, 1]; 1 is even, and 1 for a single expert."""
-    entropy = _entropy(load_share(counts_E))
-    num_experts = counts_E.shape[-1]
+    return _relative_entropy(_entropy(load_share(counts_E)), counts_E.shape[-1])
+
+
+def _relative_entropy(entropy: Array, num_experts: int) -> Array:
     return entropy / math.log(num_experts) if num_experts > 1 else array_namespace(entropy).ones_like(entropy)
 
 
@@ -134,9 +138,13 @@ def coefficient_of_variation(counts_E: Array) -> Array:
 
 def gini(counts_E: Array) -> Array:
     """Gini's coefficient sum_i (2i - E - 1) f_(i) / E of the sorted shares, (..., E) -> (...), in [0, 1 - 1/E]."""
-    xp = array_namespace(counts_E)
-    share = xp.sort(load_share(counts_E), axis=-1)
-    num_experts = counts_E.shape[-1]
+    return _gini(load_share(counts_E))
+
+
+def _gini(share: Array) -> Array:
+    xp = array_namespace(share)
+    share = xp.sort(share, axis=-1)
+    num_experts = share.shape[-1]
     weights = 2.0 * xp.cumulative_sum(xp.ones_like(share), axis=-1) - (num_experts + 1)
     return xp.sum(weights * share, axis=-1) / num_experts
 
@@ -219,29 +227,51 @@ class RoutingSums:
     losses: Mapping[str, float]
     rerouted: Mapping[str, int] = field(default_factory=dict)
 
+    @cached_property
+    def num_assignments(self) -> int:
+        """The sum of counts_E."""
+        return int(self.counts_E.sum())
 
-def merge(a: RoutingSums, b: RoutingSums) -> RoutingSums:
-    """The sums over both windows (or both ranks).
+
+def merge(*parts: RoutingSums) -> RoutingSums:
+    """The sums over all of these windows (or ranks) of one layer, at least one, added up in their order.
 
     Raises ValueError if the numbers of experts differ.
     """
-    if a.counts_E.shape != b.counts_E.shape:
+    first = parts[0]
+    if wrong := [part for part in parts if len(part.counts_E) != len(first.counts_E)]:
         raise ValueError(
-            f"counts_E: cannot merge windows of {len(a.counts_E)} and {len(b.counts_E)} experts; "
+            f"counts_E: cannot merge windows of {len(first.counts_E)} and {len(wrong[0].counts_E)} experts; "
             "merge sums of the same layer only"
         )
     return RoutingSums(
-        num_tokens=a.num_tokens + b.num_tokens,
-        counts_E=a.counts_E + b.counts_E,
-        probs_sum_E=a.probs_sum_E + b.probs_sum_E,
-        token_entropy_sum=a.token_entropy_sum + b.token_entropy_sum,
-        logit_sum=a.logit_sum + b.logit_sum,
-        logit_sq_sum=a.logit_sq_sum + b.logit_sq_sum,
-        logsumexp_sum=a.logsumexp_sum + b.logsumexp_sum,
-        dropped={key: a.dropped.get(key, 0) + b.dropped.get(key, 0) for key in {**a.dropped, **b.dropped}},
-        rerouted={key: a.rerouted.get(key, 0) + b.rerouted.get(key, 0) for key in {**a.rerouted, **b.rerouted}},
-        losses={key: a.losses.get(key, 0.0) + b.losses.get(key, 0.0) for key in {**a.losses, **b.losses}},
+        num_tokens=sum(part.num_tokens for part in parts),
+        counts_E=_summed([part.counts_E for part in parts]),
+        probs_sum_E=_summed([part.probs_sum_E for part in parts]),
+        token_entropy_sum=sum(part.token_entropy_sum for part in parts),
+        logit_sum=sum(part.logit_sum for part in parts),
+        logit_sq_sum=sum(part.logit_sq_sum for part in parts),
+        logsumexp_sum=sum(part.logsumexp_sum for part in parts),
+        dropped=_added([part.dropped for part in parts]),
+        rerouted=_added([part.rerouted for part in parts]),
+        losses=_added([part.losses for part in parts]),
     )
+
+
+def _summed(parts: Sequence[np.ndarray]) -> np.ndarray:
+    total = parts[0].copy()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def _added(parts: Sequence[Mapping[str, Number]]) -> dict[str, Number]:
+    """By key, of those that have it."""
+    total: dict[str, Number] = {}
+    for part in parts:
+        for key, value in part.items():
+            total[key] = total[key] + value if key in total else value
+    return total
 
 
 def routing_stats(layer: str, step: int, sums: RoutingSums) -> RoutingStats:
@@ -264,9 +294,19 @@ def _of_one_size(step: int, layers: Mapping[str, RoutingSums]) -> list[RoutingSt
     sums = list(layers.values())
     counts_LE = np.stack([each.counts_E for each in sums])
     probs_LE = np.stack([each.probs_sum_E for each in sums]) / np.maximum([[each.num_tokens] for each in sums], 1)
-    of_counts = (load_entropy, max_violation, effective_experts, coefficient_of_variation, gini, min_load)
-    columns = [function(counts_LE).tolist() for function in of_counts]
-    columns += [counts_LE.max(-1).tolist(), _entropy(probs_LE).tolist(), _indices(cold_experts(counts_LE))]
+    share_LE, num_experts = load_share(counts_LE), counts_LE.shape[1]  # once for all of the numbers below
+    entropy_L = _entropy(share_LE)
+    columns = [
+        _relative_entropy(entropy_L, num_experts).tolist(),
+        (share_LE.max(-1) * num_experts - 1.0).tolist(),
+        np.exp(entropy_L).tolist(),
+        (share_LE.std(-1) * num_experts).tolist(),
+        _gini(share_LE).tolist(),
+        (share_LE.min(-1) * num_experts).tolist(),
+        counts_LE.max(-1).tolist(),
+        _entropy(probs_LE).tolist(),
+        _indices(cold_experts(counts_LE)),
+    ]
     return [
         _record(name, step, layers[name], row) for name, row in zip(layers, zip(*columns, strict=True), strict=True)
     ]

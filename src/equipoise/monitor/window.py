@@ -51,17 +51,20 @@ class TimeWindow:
 
     def recent(self, min_expected: float) -> dict[str, RoutingSums]:
         """Per layer, the newest flushes, as many as bring min_expected assignments per expert, or all there are."""
-        found: dict[str, RoutingSums] = {}
+        found: dict[str, list[RoutingSums]] = {}
+        seen: dict[str, int] = {}  # assignments
         enough: set[str] = set()
         for span in reversed(self._spans):
+            if enough.issuperset(span.sums):
+                continue
             for layer, sums in span.sums.items():
                 if layer in enough:
                     continue
-                have = found.get(layer)
-                found[layer] = sums if have is None else merge(have, sums)
-                if found[layer].counts_E.sum() >= min_expected * len(sums.counts_E):
+                found.setdefault(layer, []).append(sums)
+                seen[layer] = seen.get(layer, 0) + sums.num_assignments
+                if seen[layer] >= min_expected * len(sums.counts_E):
                     enough.add(layer)
-        return found
+        return {layer: parts[0] if len(parts) == 1 else merge(*parts) for layer, parts in found.items()}
 
     def whole(self) -> dict[str, RoutingSums]:
         """Per layer, everything in the window."""

@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from equipoise.ops.count import count_assignments
+
+_FEW = 1024  # assignments; with more the sorts themselves take longer than the calls
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,19 +51,35 @@ def ragged_plan(
 ) -> RaggedPlan:
     """Sort assignments by expert (stable: token order within an expert); those with keep_N False go last."""
     keys_N = expert_ids_N if keep_N is None else torch.where(keep_N, expert_ids_N, num_experts)
-    order_R = torch.argsort(keys_N, stable=True)
-    rows_TK = None
-    if top_k is not None:
-        rows_N = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
-        rows_TK = rows_N.view(-1, top_k)
+    on_host = keys_N.device.type == "cpu" and len(keys_N) <= _FEW and not torch.compiler.is_compiling()
+    order_R, rows_N, counts = (sort_on_host if on_host else sort_on_device)(keys_N, num_experts + 1)
     return RaggedPlan(
-        token_ids_R=token_ids_N[order_R],
-        weights_R=weights_N[order_R],
-        counts_e=count_assignments(keys_N, num_experts + 1)[:num_experts],
-        rows_TK=rows_TK,
+        token_ids_R=token_ids_N.index_select(0, order_R),
+        weights_R=weights_N.index_select(0, order_R),
+        counts_e=counts[:num_experts],
+        rows_TK=None if top_k is None else rows_N.view(-1, top_k),
         may_drop=keep_N is not None,
         drops={} if drops is None else drops,
     )
+
+
+def sort_on_device(keys_N: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(order_R, rows_N, counts), int64: which assignment is in each row, the row of each assignment, rows by key.
+
+    keys_N: int64 in [0, num_keys). Equal keys keep their order. It never waits for the device.
+    """
+    order_R = torch.argsort(keys_N, stable=True)
+    rows_N = torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+    return order_R, rows_N, count_assignments(keys_N, num_keys)
+
+
+def sort_on_host(keys_N: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same by NumPy, for a few keys on a CPU: its calls cost a third of torch's."""
+    keys = keys_N.numpy()
+    order = np.argsort(keys, kind="stable")
+    rows = np.empty_like(order)
+    rows[order] = np.arange(len(order))
+    return torch.from_numpy(order), torch.from_numpy(rows), torch.from_numpy(np.bincount(keys, minlength=num_keys))
 
 
 def sum_rows(y_RD: Tensor, token_ids_R: Tensor, rows_TK: Tensor | None, num_tokens: int) -> Tensor:

@@ -18,8 +18,8 @@ ROWS_AT_ONCE = 4096
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[None]:
-    """Switches autocast off; the meta device has none."""
-    if not torch.amp.is_autocast_available(device.type):
+    """Switches autocast off, where it is on; the meta device has none."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     context: AbstractContextManager[None] = torch.autocast(device.type, enabled=False)
     return context
@@ -30,9 +30,7 @@ class _RouterLinear(torch.autograd.Function):
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
         ctx.dtype = dtype
-        with _no_autocast(x_TD.device):
-            weight_DE, size = weight_ED.to(dtype).t(), _rows_at_once(x_TD, dtype)
-            return torch.cat([rows_tD.to(dtype) @ weight_DE for rows_tD in torch.split(x_TD, size)])
+        return _logits(x_TD, weight_ED, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -50,6 +48,14 @@ class _RouterLinear(torch.autograd.Function):
         return grad_x, grad_w, None
 
 
+def _logits(x_TD: Tensor, weight_ED: Tensor, dtype: torch.dtype) -> Tensor:
+    with _no_autocast(x_TD.device):
+        weight_DE, size = weight_ED.to(dtype).t(), _rows_at_once(x_TD, dtype)
+        if x_TD.shape[0] <= size:
+            return x_TD.to(dtype) @ weight_DE
+        return torch.cat([rows_tD.to(dtype) @ weight_DE for rows_tD in torch.split(x_TD, size)])
+
+
 def _rows_at_once(x_TD: Tensor, dtype: torch.dtype) -> int:
     """How many rows to convert together: all, but for large batches of another dtype on a CPU."""
     if x_TD.device.type != "cpu" or torch.compiler.is_compiling() or x_TD.dtype == dtype:
@@ -60,5 +66,7 @@ def _rows_at_once(x_TD: Tensor, dtype: torch.dtype) -> int:
 def router_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
     """Logits (T, E) = x W^T in fp32 (fp64 for fp64 inputs), outside any autocast."""
     dtype = torch.promote_types(torch.promote_types(x_TD.dtype, weight_ED.dtype), torch.float32)
+    if not torch.is_grad_enabled():
+        return _logits(x_TD, weight_ED, dtype)
     logits_TE: Tensor = _RouterLinear.apply(x_TD, weight_ED, dtype)  # type: ignore[no-untyped-call]  # torch's
     return logits_TE

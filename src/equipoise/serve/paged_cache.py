@@ -14,11 +14,14 @@ from torch import Tensor
 from equipoise.models.attend import attend, attention_mask
 from equipoise.models.config import DecoderConfig
 
-_CACHED_BYTES = 2**21  # keys of one layer; measured for 8 heads of 64
+_CACHED_BYTES = 2**22  # keys and values of one layer; measured for 8 heads of 64
 
 
 class PagedKV:
-    """Keys and values of num_blocks * block_size tokens: (L, slots, H, D) each; slot = block * block_size + offset."""
+    """Keys and values of num_blocks * block_size tokens, slot = block * block_size + offset.
+
+    both_LS2HD: a slot's key and value lie side by side, so that one copy brings both.
+    """
 
     def __init__(
         self,
@@ -28,10 +31,24 @@ class PagedKV:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (config.num_layers, num_blocks * block_size, config.kv_heads, config.head_size)
-        self.keys_LSHD = torch.zeros(shape, dtype=dtype, device=device)
-        self.values_LSHD = torch.zeros(shape, dtype=dtype, device=device)
+        shape = (config.num_layers, num_blocks * block_size, 2, config.kv_heads, config.head_size)
+        self.both_LS2HD = torch.zeros(shape, dtype=dtype, device=device)
         self.block_size = block_size
+
+    @property
+    def keys_LSHD(self) -> Tensor:
+        """Of all layers and slots."""
+        return self.both_LS2HD[:, :, 0]
+
+    @property
+    def values_LSHD(self) -> Tensor:
+        """Of all layers and slots."""
+        return self.both_LS2HD[:, :, 1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.both_LS2HD.device
 
     @staticmethod
     def bytes_per_block(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
@@ -41,9 +58,7 @@ class PagedKV:
     def clear(self, slots: Sequence[int]) -> None:
         """Put zeros."""
         if slots:
-            slots_T = torch.tensor(slots, device=self.keys_LSHD.device)
-            self.keys_LSHD.index_fill_(1, slots_T, 0)
-            self.values_LSHD.index_fill_(1, slots_T, 0)
+            self.both_LS2HD.index_fill_(1, torch.tensor(slots, device=self.device), 0)
 
 
 @dataclass(frozen=True)
@@ -73,12 +88,13 @@ class _Chunk:
 
 @dataclass(frozen=True, eq=False)
 class _Decoding:
-    """Sequences of similar length with one new token each. rows_B: in the row. blocks_N: M of each, one sequence after
-    the other. visible_B11K: what is theirs."""
+    """B sequences of similar length with one new token each. rows_B: in the row; None where they are all of it, in
+    order. blocks_N: M of each, one sequence after the other. mask_B11K: 0 for what is theirs, else -inf."""
 
-    rows_B: Tensor
+    num_sequences: int
+    rows_B: Tensor | None
     blocks_N: Tensor
-    visible_B11K: Tensor
+    mask_B11K: Tensor
 
 
 class Ragged:
@@ -99,10 +115,10 @@ class Ragged:
                 single.append((row, span))
             else:
                 self._chunks.append(self._chunk(row, span))
-        self._positions_1T = torch.tensor([positions], device=kv.keys_LSHD.device)
-        self._slots_T = torch.tensor(slots, device=kv.keys_LSHD.device)
-        groups = _by_length(single, kv.block_size, _most_blocks(kv.keys_LSHD, kv.block_size))
-        self._decoding = [self._group(group) for group in groups]
+        self._positions_1T = torch.tensor([positions], device=kv.device)
+        self._slots_T = torch.tensor(slots, device=kv.device)
+        groups = _by_length(single, kv.block_size, _most_blocks(kv))
+        self._decoding = [self._group(group, len(positions)) for group in groups]
         kv.clear([slot for span in spans for slot in _unwritten(span, kv.block_size)])
 
     def longest(self, num_new: int) -> int:
@@ -119,53 +135,56 @@ class Ragged:
 
     def attend(self, layer: int, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None) -> Tensor:
         """Keep the new keys and values, then let each span see what is its own."""
-        keys_SHD, values_SHD = self._kv.keys_LSHD[layer], self._kv.values_LSHD[layer]
-        keys_SHD[self._slots_T] = k_BHSD[0].transpose(0, 1)
-        values_SHD[self._slots_T] = v_BHSD[0].transpose(0, 1)
+        both_S2HD = self._kv.both_LS2HD[layer]
+        both_S2HD.index_copy_(0, self._slots_T, torch.cat((k_BHSD, v_BHSD)).permute(2, 0, 1, 3))
+        if len(self._decoding) == 1 and self._decoding[0].rows_B is None:
+            return self._decode(self._decoding[0], q_BHSD[0], both_S2HD)[None]
         out_BHSD = torch.empty_like(q_BHSD)
         for chunk in self._chunks:
             if chunk.blocks_M is None:
                 k, v = k_BHSD[:, :, chunk.rows], v_BHSD[:, :, chunk.rows]
             else:
-                k, v = (self._read(all_SHD, chunk.blocks_M, 1)[:, :, : chunk.end] for all_SHD in (keys_SHD, values_SHD))
+                k, v = (each[:, :, : chunk.end] for each in self._read(both_S2HD, chunk.blocks_M, 1))
             out_BHSD[:, :, chunk.rows] = attend(q_BHSD[:, :, chunk.rows], k, v, chunk.mask)
         for group in self._decoding:
-            out_BHSD[0, :, group.rows_B] = self._decode(group, q_BHSD, keys_SHD, values_SHD)
+            out_BHSD[0, :, group.rows_B] = self._decode(group, q_BHSD[0, :, group.rows_B], both_S2HD)
         return out_BHSD
 
     def advance(self, num_tokens: int) -> None:
         """Nothing to do: the spans were decided before."""
 
-    def _decode(self, group: _Decoding, q_BHSD: Tensor, keys_SHD: Tensor, values_SHD: Tensor) -> Tensor:
+    def _decode(self, group: _Decoding, q_HBD: Tensor, both_S2HD: Tensor) -> Tensor:
         """(query heads, B, D). The query heads of a key/value head are its queries: no copy of keys for each."""
-        B = len(group.rows_B)
-        num_heads, kv_heads, D = q_BHSD.shape[1], keys_SHD.shape[1], keys_SHD.shape[2]
-        k, v = (self._read(all_SHD, group.blocks_N, B) for all_SHD in (keys_SHD, values_SHD))
-        q = q_BHSD[0, :, group.rows_B].transpose(0, 1).reshape(B, kv_heads, num_heads // kv_heads, D)
-        return attend(q, k, v, group.visible_B11K).reshape(B, num_heads, D).transpose(0, 1)
+        B, (num_heads, _, D), kv_heads = group.num_sequences, q_HBD.shape, both_S2HD.shape[2]
+        k, v = self._read(both_S2HD, group.blocks_N, B)
+        q = q_HBD.transpose(0, 1).reshape(B, kv_heads, num_heads // kv_heads, D)
+        return attend(q, k, v, group.mask_B11K).reshape(B, num_heads, D).transpose(0, 1)
 
-    def _read(self, all_SHD: Tensor, blocks_N: Tensor, B: int) -> Tensor:
-        """Copy blocks of B sequences together: (B, H, K, D)."""
-        shape = all_SHD.shape[1:]
-        blocks_NSHD = all_SHD.view(-1, self._kv.block_size, *shape).index_select(0, blocks_N)
-        return blocks_NSHD.view(B, -1, *shape).transpose(1, 2)
+    def _read(self, both_S2HD: Tensor, blocks_N: Tensor, B: int) -> tuple[Tensor, Tensor]:
+        """Copy blocks of B sequences together: keys and values, (B, H, K, D) each."""
+        _, _, H, D = both_S2HD.shape
+        read_NX = both_S2HD.view(-1, self._kv.block_size * 2 * H * D).index_select(0, blocks_N)
+        keys, values = read_NX.view(B, -1, 2, H, D).permute(2, 0, 3, 1, 4).unbind()
+        return keys, values
 
     def _chunk(self, row: int, span: Span) -> _Chunk:
         rows = slice(row, row + span.num_tokens)
         if span.start == 0:
             return _Chunk(rows, span.end, None, None)
-        device = self._kv.keys_LSHD.device
+        device = self._kv.device
         blocks_M = torch.tensor(span.blocks[: _num_blocks(span, self._kv.block_size)], device=device)
         return _Chunk(rows, span.end, blocks_M, attention_mask(span.num_tokens, span.start, None, device))
 
-    def _group(self, group: Sequence[tuple[int, Span]]) -> _Decoding:
-        device, size = self._kv.keys_LSHD.device, self._kv.block_size
+    def _group(self, group: Sequence[tuple[int, Span]], num_rows: int) -> _Decoding:
+        device, size, dtype = self._kv.device, self._kv.block_size, self._kv.both_LS2HD.dtype
         width = max(_num_blocks(span, size) for _, span in group)
         blocks = [block for _, span in group for block in _padded(span.blocks, width)]
         ends_B = torch.tensor([span.end for _, span in group], device=device)
-        visible_BK = torch.arange(width * size, device=device) < ends_B[:, None]
-        rows_B = torch.tensor([row for row, _ in group], device=device)
-        return _Decoding(rows_B, torch.tensor(blocks, device=device), visible_BK[:, None, None])
+        hidden_BK = torch.arange(width * size, device=device) >= ends_B[:, None]
+        mask_BK = torch.zeros(hidden_BK.shape, dtype=dtype, device=device).masked_fill_(hidden_BK, -torch.inf)
+        rows = [row for row, _ in group]
+        rows_B = None if rows == list(range(num_rows)) else torch.tensor(rows, device=device)
+        return _Decoding(len(rows), rows_B, torch.tensor(blocks, device=device), mask_BK[:, None, None])
 
 
 def _num_blocks(span: Span, block_size: int) -> int:
@@ -190,11 +209,11 @@ def _unwritten(span: Span, block_size: int) -> range:
     return range(first + span.end - last * block_size, first + block_size)
 
 
-def _most_blocks(keys_LSHD: Tensor, block_size: int) -> int:
+def _most_blocks(kv: PagedKV) -> int:
     """Blocks to copy together: on a CPU so many that the copy is still in its cache when it is used."""
-    if keys_LSHD.device.type != "cpu":
+    if kv.device.type != "cpu":
         return 2**31
-    return _CACHED_BYTES // (block_size * keys_LSHD[0, 0].nbytes)
+    return _CACHED_BYTES // (kv.block_size * kv.both_LS2HD[0, 0].nbytes)
 
 
 def _padded(blocks: Sequence[int], width: int) -> list[int]:

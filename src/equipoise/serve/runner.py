@@ -16,7 +16,7 @@ from torch import Tensor
 from equipoise.models.decoder import Decoder
 from equipoise.serve.paged_cache import PagedKV, Ragged, Span
 from equipoise.serve.request import Logprob
-from equipoise.serve.sampling import Row, choose, logprobs_of
+from equipoise.serve.sampling import Row, all_finite, choose, logprobs_of
 from equipoise.serve.scheduler import Piece
 from equipoise.serve.trace import ExpertTrace, as_bits, experts_of, num_distinct
 
@@ -57,7 +57,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, pieces: Several[Piece]) -> StepResult:
         """Compute the pieces and choose the next tokens. The same pieces can be run again when this raises."""
-        device = self.kv.keys_LSHD.device
+        device = self.kv.device
         tokens = [token for piece in pieces for token in piece.sequence.tokens[piece.start : piece.end]]
         spans = [Span(piece.sequence.blocks, piece.start, piece.num_tokens) for piece in pieces]
         wanted, places = _logits_wanted(pieces)
@@ -70,7 +70,7 @@ class Runner:
         logits_NV = logits_NV[:, : self._num_ids]
         experts_LTK = experts_of(decisions, len(tokens))
         last_PV = _rows(logits_NV, [place.stop - 1 for place in places]).float()
-        finite = last_PV.isfinite().all(-1).tolist()
+        finite = all_finite(last_PV)
         chosen = _choose(pieces, last_PV, finite)
         ends = list(accumulate(piece.num_tokens for piece in pieces))
         bits = as_bits(experts_LTK[:, [end - 1 for end in ends]], self._num_experts)

@@ -42,12 +42,26 @@ def choose(logits_NV: Tensor, rows: Sequence[Row]) -> list[int]:
         logits_NV = logits_NV.clone()
         for logits_V, row in zip(logits_NV, rows, strict=True):
             _penalise(logits_V, row)
-    chosen: list[int] = logits_NV.argmax(-1).tolist()
+    chosen = likeliest(logits_NV)
     drawn = [n for n, row in enumerate(rows) if row.sampling.temperature >= _COLDEST]
     if drawn:
         for n, id in zip(drawn, _draw(logits_NV[drawn], [rows[n] for n in drawn]), strict=True):
             chosen[n] = id
     return chosen
+
+
+def likeliest(logits_NV: Tensor) -> list[int]:
+    """Of each row; the first where several are. On a CPU numpy is several times faster than torch."""
+    largest = logits_NV.numpy().argmax(-1) if logits_NV.device.type == "cpu" else logits_NV.argmax(-1)
+    ids: list[int] = largest.tolist()
+    return ids
+
+
+def all_finite(logits_NV: Tensor) -> list[bool]:
+    """Whether a row has neither NaN nor infinity. On a CPU numpy is ten times faster than torch."""
+    finite = np.isfinite(logits_NV.numpy()) if logits_NV.device.type == "cpu" else logits_NV.isfinite()
+    rows: list[bool] = finite.all(-1).tolist()
+    return rows
 
 
 def _penalise(logits_V: Tensor, row: Row) -> None:

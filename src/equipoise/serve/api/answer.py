@@ -115,7 +115,30 @@ async def _pieces(
     There is no piece before the engine has taken all requests, so that a refusal comes first.
     Raises what `EngineLoop.stream` raises, and ApiError for a request that the engine gave up.
     """
-    queue: asyncio.Queue[tuple[int, Output | Exception | None]] = asyncio.Queue()  # None: taken
+    if len(requests) == 1:  # as nearly always: without a queue and a task in between, which cost as much as the rest
+        async with aclosing(loop.stream(requests[0])) as outputs:
+            async for output in outputs:
+                tally.piece(0, output)
+                _check(output)
+                yield 0, output
+        return
+    async with aclosing(_together(loop, requests)) as pieces:
+        early: list[tuple[int, Output]] = []
+        not_taken = len(requests)
+        async for index, got in pieces:
+            if got is None:
+                not_taken -= 1
+            else:
+                tally.piece(index, got)
+                _check(got)
+                early.append((index, got))
+            while early and not not_taken:
+                yield early.pop(0)
+
+
+async def _together(loop: EngineLoop, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Output | None], None]:
+    """Pieces of several answers with the index of their request; None when the engine has taken it."""
+    queue: asyncio.Queue[tuple[int, Output | Exception | None]] = asyncio.Queue()
 
     async def follow(index: int, request: Request) -> None:
         try:
@@ -126,22 +149,14 @@ async def _pieces(
             queue.put_nowait((index, error))
 
     tasks = [asyncio.create_task(follow(index, request)) for index, request in enumerate(requests)]
-    left = not_taken = len(tasks)
-    early: list[tuple[int, Output]] = []
+    left = len(tasks)
     try:
         while left:
             index, got = await queue.get()
             if isinstance(got, Exception):
                 raise got
-            if got is None:
-                not_taken -= 1
-            else:
-                tally.piece(index, got)
-                _check(got)
-                left -= got.finish is not None
-                early.append((index, got))
-            while early and not not_taken:
-                yield early.pop(0)
+            left -= got is not None and got.finish is not None
+            yield index, got
     finally:
         for task in tasks:
             task.cancel()
