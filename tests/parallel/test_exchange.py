@@ -3,14 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tests.parallel.conftest import run_ranks
 from tests.parallel.exchange_worker import D, E
 
 from equipoise.parallel import ParallelConfig
 from equipoise.parallel.payload import Quantised, payloads
 from equipoise.parallel.replicas import slot_table
+from equipoise.plan.replicas import ranks_of_choices
 from equipoise.types import Placement
 
 WORKER, WORLD = Path(__file__).with_name("exchange_worker.py"), 4
@@ -108,16 +112,34 @@ def test_quantised_rows_err_by_less_than_a_step():
 
 def test_copies_of_an_expert_share_its_tokens():
     """Own rank first, then a rank that is needed anyway, then turns by the token's number; worked by hand."""
-    placement = Placement(((0, 1), (2, 1), (3, 1)))  # expert 1 is everywhere
-    table = slot_table(placement)
-    tokens, experts = torch.tensor([0, 0, 1, 1, 2, 4]), torch.tensor([1, 3, 2, 3, 1, 1])
-    rank_N, slot_N = table.choose(tokens, experts, 5, own_rank=0)
+    tokens, experts = torch.tensor([0, 0, 1, 1, 2, 3]), torch.tensor([1, 3, 2, 3, 1, 1])
+    table = slot_table(Placement(((0, 1), (2, 1), (3, 1))))  # expert 1 is everywhere
+    rank_N, slot_N = table.choose(tokens, experts, 4, own_rank=0)
     assert rank_N.tolist() == [0, 2, 1, 2, 0, 0]
     assert slot_N.tolist() == [1, 0, 0, 0, 1, 1]
     away = slot_table(Placement(((0,), (2, 1), (3, 1))))
-    rank_N, slot_N = away.choose(tokens, experts, 5, own_rank=0)
-    assert rank_N.tolist() == [2, 2, 1, 2, 1, 1]  # token 0 goes to rank 2 anyway; 2 and 4 are even: the first copy
+    rank_N, slot_N = away.choose(tokens, experts, 4, own_rank=0)
+    assert rank_N.tolist() == [2, 2, 1, 2, 1, 2]  # token 0 goes to rank 2 anyway; 2 is even, 3 is odd
     assert slot_N.tolist() == [1, 0, 0, 0, 1, 1]
+
+
+@given(data=st.data())
+def test_the_rule_is_that_of_the_planner(data):
+    """On any placement with replicas, for tokens of any rank: the same rank as `plan.replicas` says."""
+    num_ranks, num_experts, k = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 7)), data.draw(st.integers(1, 3))
+    k = min(k, num_experts)
+    subsets = st.sets(st.integers(0, num_ranks - 1), min_size=1)
+    held = [data.draw(subsets) for _ in range(num_experts)]
+    placement = Placement(tuple(tuple(e for e in range(num_experts) if rank in held[e]) for rank in range(num_ranks)))
+    own, num_tokens = data.draw(st.integers(0, num_ranks - 1)), data.draw(st.integers(0, 12))
+    ids = [data.draw(st.permutations(range(num_experts)))[:k] for _ in range(num_tokens)]
+    ids_TK = torch.tensor(ids, dtype=torch.int64).view(num_tokens, k)
+    token_ids_N = torch.arange(num_tokens).repeat_interleave(k)
+    rank_N, slot_N = slot_table(placement).choose(token_ids_N, ids_TK.reshape(-1), num_tokens, own_rank=own)
+    expected = ranks_of_choices(placement, ids_TK.numpy(), np.full(num_tokens, own))
+    assert rank_N.view(num_tokens, k).tolist() == expected.tolist()
+    for rank, slot, expert in zip(rank_N.tolist(), slot_N.tolist(), ids_TK.reshape(-1).tolist(), strict=True):
+        assert placement.slots[rank][slot] == expert
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -45,6 +46,8 @@ class ParallelConfig:
     """Of the tokens of a layer; with more than 1, some are under way while others are computed."""
     payload: PayloadName = "as_is"
     """What travels to the experts: as_is, bf16, int8 or fp8."""
+    placement: Path | None = None
+    """Which rank of an expert group holds what, as `equipoise place` plans it; default: consecutive experts."""
     timeout_s: float = TIMEOUT_S
     """Seconds until an exchange that does not end is an error."""
 

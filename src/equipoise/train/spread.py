@@ -21,12 +21,12 @@ from equipoise.monitor.recorder import Recorder
 from equipoise.parallel import ExpertParallel, Ranks, apply_expert_parallel, clip_gradients, sum_gradients
 from equipoise.parallel.checkpoint import Share, expert_tensors, load_shares, save_shares, shares_of
 from equipoise.parallel.shard import shard_dense
+from equipoise.plan.placement_file import read_placements
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import Batch
 from equipoise.train.snapshot import rng_state, set_rng_state, unpack_optimizer
 from equipoise.train.spread_optimizer import logical_shapes, optimizer_shares, restore_optimizer
 from equipoise.train.step import split
-from equipoise.types import Placement
 
 Reduce = Callable[[Tensor], None]
 Content = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, JSON]]  # tensors by group, and plain state
@@ -136,13 +136,11 @@ class Alone:
 
 
 class OverRanks:
-    """Processes of a job. Applies expert parallelism, and FSDP2 where it is asked for, to the model.
+    """Processes of a job. Applies expert parallelism, and FSDP2 where it is asked for, to the model."""
 
-    placements: by layer; None spreads experts evenly.
-    """
-
-    def __init__(self, model: Decoder, ranks: Ranks, placements: Mapping[str, Placement] | None = None) -> None:
+    def __init__(self, model: Decoder, ranks: Ranks) -> None:
         self.ranks = ranks
+        placements = None if ranks.config.placement is None else read_placements(ranks.config.placement)
         self.parallel: ExpertParallel = apply_expert_parallel(model, ranks, placements)
         if ranks.config.shard:
             shard_dense(self.parallel, list(model.layers))
