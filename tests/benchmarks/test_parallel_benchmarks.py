@@ -1,4 +1,4 @@
-"""The shortcut's benchmark runs on a real cluster of namespaces; its models have the FLOPs that it says."""
+"""The benchmarks of ranks run, in namespaces and over loopback; the models have the FLOPs that are said."""
 
 import json
 import subprocess
@@ -26,3 +26,12 @@ def test_the_models_have_the_same_active_flops():
     """But for the second routed expert's router, all of it."""
     flops = {name: active_flops(name, SMOKE) for name in NAMES}
     assert len(set(flops.values())) == 1
+
+
+def test_every_way_to_the_experts_is_measured():
+    command = [sys.executable, "-m", "benchmarks.dispatchers", "--smoke", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    [row] = json.loads(done.stdout)["tables"][0]["rows"]
+    assert row["all_to_all [ms]"]["median"] > 0
+    assert len(row) == 4
