@@ -28,7 +28,19 @@ from equipoise.plan.traffic import Traffic, pairs_of_ids
 from equipoise.types import Placement
 
 REACH = 2.0  # standard deviations of the windows seen, for those to come
-WEIGHTS = (40.0, 16.0, 8.0, 5.0, 3.2, 2.0, 1.3, 0.8, 0.5, 0.3, 0.15)  # of balance against ranks per token, the strictest first
+WEIGHTS = (
+    40.0,
+    16.0,
+    8.0,
+    5.0,
+    3.2,
+    2.0,
+    1.3,
+    0.8,
+    0.5,
+    0.3,
+    0.15,
+)  # of balance against ranks per token, the strictest first
 
 
 @dataclass(frozen=True)

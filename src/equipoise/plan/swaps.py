@@ -31,8 +31,8 @@ class Packing:
     """What the items are like. Float32: it is a search, what it finds is scored anew.
 
     share_I: part of the tokens that hit each item. pairs_II: part of the tokens that hit both, share_I on the diagonal;
-    None where nothing is known about that: only load counts. load_WI: by window. drift_II: covariance of
-    the items' loads over time. there_PI: where items were before; None where moves are free. price: of each item that is in a pack where it was not.
+    None where nothing is known about that. load_WI: by window. drift_II: covariance of the items' loads over time.
+    there_PI: where items were before; None where moves are free. price: of each item in a pack where it was not.
     """
 
     share_I: np.ndarray
