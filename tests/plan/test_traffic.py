@@ -75,11 +75,11 @@ def test_pairs_that_make_no_sense_are_refused(pairs, message):
 
 
 def blocks(share_by_window):
-    """Two blocks of 3 experts that never mix; so many of 1000 tokens take the first in each window."""
+    """Two blocks of 12 experts that never mix; so many of 1000 tokens take the first in each window."""
     rng = np.random.default_rng(0)
     first_T = np.concatenate([np.arange(1000) < 1000 * share for share in share_by_window])
-    ids_TK = np.array([rng.permutation(3)[:2] for _ in first_T]) + 3 * ~first_T[:, None]
-    return traffic_of_ids("moe", ids_TK, 6, len(share_by_window))
+    ids_TK = np.array([rng.permutation(12)[:2] for _ in first_T]) + 12 * ~first_T[:, None]
+    return traffic_of_ids("moe", ids_TK, 24, len(share_by_window))
 
 
 def covariance(traffic):
@@ -88,18 +88,18 @@ def covariance(traffic):
 
 def test_experts_that_fire_together_drift_together_as_far_as_windows_wander():
     drift_EE = covariance(blocks((0.6, 0.4) * 4))
-    first, second = np.repeat([1, 0], 3), np.repeat([0, 1], 3)
+    first, second = np.repeat([1, 0], 12), np.repeat([0, 1], 12)
     assert np.corrcoef(drift_EE[0], first)[0, 1] > 0.85
     assert first @ drift_EE @ second < 0  # what one gains the other loses
     # a block's share of the load is 0.5 +- 0.1: its variance over the windows is 8 / 7 of 0.01
-    assert first @ drift_EE @ first == pytest.approx(0.01 * 8 / 7, rel=0.15)
+    assert first @ drift_EE @ first == pytest.approx(0.01 * 8 / 7, rel=0.25)
     assert np.linalg.eigvalsh(drift_EE).min() > -1e-12
 
 
 def test_windows_that_differ_by_chance_alone_do_not_drift():
     rng = np.random.default_rng(1)
     steady = blocks(rng.binomial(1000, 0.5, size=64) / 1000)
-    first = np.repeat([1, 0], 3)
+    first = np.repeat([1, 0], 12)
     assert first @ covariance(steady) @ first < 0.01 * 0.05  # what 0.6, 0.4, ... has, and much less
 
 
