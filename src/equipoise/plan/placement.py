@@ -28,19 +28,8 @@ from equipoise.plan.traffic import Traffic, pairs_of_ids
 from equipoise.types import Placement
 
 REACH = 2.0  # standard deviations of the windows seen, for those to come
-WEIGHTS = (
-    40.0,
-    16.0,
-    8.0,
-    5.0,
-    3.2,
-    2.0,
-    1.3,
-    0.8,
-    0.5,
-    0.3,
-    0.15,
-)  # of balance against ranks per token, the strictest first
+# of balance against ranks per token, the strictest first
+WEIGHTS = (40.0, 16.0, 8.0, 5.0, 3.2, 2.0, 1.3, 0.8, 0.5, 0.3, 0.15)
 
 
 @dataclass(frozen=True)
@@ -152,7 +141,7 @@ def _least_fan_out(
         """Share of the load on the fullest rank: mean over the windows seen; and where each drifts as far as it may."""
         part_RE = shares(_held(slots_RS, layer.num_experts), layer.pairs_EE)
         load_WR = share_WE @ part_RE.T
-        drift_R = np.sqrt(((part_RE @ drift_EE) * part_RE).sum(axis=1))
+        drift_R = np.sqrt(((part_RE @ drift_EE) * part_RE).sum(axis=1).clip(min=0))
         return np.array([load_WR.max(axis=1).mean(), (load_WR.mean(axis=0) + drift_R).max()])
 
     limit = aim.slack * fullest(reference_RS)
