@@ -17,7 +17,9 @@ def problem(seed, *, pairs=True, there=False):
     pairs_II = chosen_TI.T @ chosen_TI / 200
     load_WI = (rng.dirichlet(np.ones(12), size=3) * 4).astype(np.float32)
     there_PI = rng.random((4, 12)) < 0.3 if there else None
-    packing = Packing(np.diag(pairs_II).copy(), pairs_II if pairs else None, load_WI, there_PI, price=0.05)
+    away_NI = rng.normal(0, 0.1, size=(5, 12))
+    drift_II = (away_NI.T @ away_NI).astype(np.float32)
+    packing = Packing(np.diag(pairs_II).copy(), pairs_II if pairs else None, load_WI, drift_II, there_PI, price=0.05)
     return packing, rng.permutation(12).reshape(4, 3)
 
 

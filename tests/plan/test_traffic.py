@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from equipoise.plan import Traffic, traffic_of_ids
-from equipoise.plan.drift import windows_to_expect
+from equipoise.plan.drift import drift_covariance
 from equipoise.plan.traffic import pairs_of_ids
 
 IDS = np.array([[0, 1], [1, 2], [2, -1], [1, 0]])
@@ -71,40 +71,46 @@ def test_pairs_that_make_no_sense_are_refused(pairs, message):
         Traffic("moe", LOAD, pairs, 5)
 
 
-# ------------------------------------------------------------------------------------------------ loads that may come
-
-
-def test_without_pairs_or_with_one_window_only_the_windows_are_expected():
-    np.testing.assert_allclose(windows_to_expect(LOAD, None, 0), [[2 / 3, 1 / 3], [1 / 2, 1 / 2]])
-    traffic = traffic_of_ids("moe", np.array([[0, 1], [1, 2], [2, 3]]), 4, 1)
-    assert len(windows_to_expect(traffic.load_WE, traffic.pairs_EE, 3)) == 1
+# ------------------------------------------------------------------------------------------------------------- drift
 
 
 def blocks(share_by_window):
-    """Two blocks of 3 experts that never mix; so many of 1000 tokens take the first in each window."""
+    """Two blocks of 12 experts that never mix; so many of 1000 tokens take the first in each window."""
     rng = np.random.default_rng(0)
     first_T = np.concatenate([np.arange(1000) < 1000 * share for share in share_by_window])
-    ids_TK = np.array([rng.permutation(3)[:2] for _ in first_T]) + 3 * ~first_T[:, None]
-    return traffic_of_ids("moe", ids_TK, 6, len(share_by_window))
+    ids_TK = np.array([rng.permutation(12)[:2] for _ in first_T]) + 12 * ~first_T[:, None]
+    return traffic_of_ids("moe", ids_TK, 24, len(share_by_window))
 
 
-def test_experts_that_fire_together_are_expected_to_grow_together_as_far_as_windows_wander():
-    reached = []
-    for share in (0.51, 0.55):
-        traffic = blocks((share, 1 - share, share, 1 - share))
-        expected = windows_to_expect(traffic.load_WE, traffic.pairs_EE, traffic.num_pair_tokens)
-        np.testing.assert_allclose(expected.sum(axis=1), 1)
-        first = expected[4:, :3].sum(axis=1)
-        reached.append(first.max(initial=0.5) - 0.5)
-    assert reached[0] == 0  # 510 of 1000 is what chance gives
-    assert reached[1] > 0.3
-    main = expected[4:][first.argmax()]
-    assert np.ptp(main[:3]) < 0.1
+def covariance(traffic):
+    return drift_covariance(traffic.load_WE, traffic.pairs_EE, traffic.num_pair_tokens)
 
 
-def test_windows_that_differ_by_chance_alone_expect_nothing_else():
+def test_experts_that_fire_together_drift_together_as_far_as_windows_wander():
+    drift_EE = covariance(blocks((0.6, 0.4) * 4))
+    first, second = np.repeat([1, 0], 12), np.repeat([0, 1], 12)
+    assert np.corrcoef(drift_EE[0], first)[0, 1] > 0.85
+    assert first @ drift_EE @ second < 0  # what one gains the other loses
+    # a block's share of the load is 0.5 +- 0.1: its variance over the windows is 8 / 7 of 0.01
+    assert first @ drift_EE @ first == pytest.approx(0.01 * 8 / 7, rel=0.25)
+    assert np.linalg.eigvalsh(drift_EE).min() > -1e-12
+
+
+def test_windows_that_differ_by_chance_alone_do_not_drift():
     rng = np.random.default_rng(1)
-    ids_TK = np.array([4 * rng.integers(0, 4) + rng.permutation(4)[:2] for _ in range(8000)])
-    traffic = traffic_of_ids("moe", ids_TK, 16, 8)
-    expected = windows_to_expect(traffic.load_WE, traffic.pairs_EE, traffic.num_pair_tokens)
-    assert np.abs(expected * 16 - 1).max() < 0.4  # a block would be at 4
+    steady = blocks(rng.binomial(1000, 0.5, size=64) / 1000)
+    first = np.repeat([1, 0], 12)
+    assert first @ covariance(steady) @ first < 0.01 * 0.05  # what 0.6, 0.4, ... has, and much less
+
+
+@pytest.mark.parametrize(
+    "traffic",
+    [
+        Traffic("moe", LOAD),
+        traffic_of_ids("moe", IDS, 4, 1),
+        Traffic("moe", np.full((3, 2), 9), np.array([[15, 9], [9, 12]]), 20),
+    ],
+    ids=["no pairs", "one window", "windows alike"],
+)
+def test_where_nothing_is_known_nothing_drifts(traffic):
+    assert not covariance(traffic).any()

@@ -33,7 +33,7 @@ def place(  # noqa: PLR0913 - one verb for a person at a prompt, each option one
     text: int = 0,
     since: int = 0,
     windows: int = 16,
-    slack: float = 1.0,
+    slack: float = 1.02,
     move_price: float = 0.002,
     from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
     out: Path | None = None,

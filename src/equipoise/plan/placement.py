@@ -4,7 +4,7 @@
 2. A start: longest first, each copy to the lightest rank that does not hold the expert; what an earlier placement has
    stays where it can.
 3. Swaps of two slots (swaps.py): balance counts much at first, then less and less, and the last arrangement is kept
-   that on the windows seen, and under loads that may come (drift.py), is no less balanced than the start.
+   that on the windows seen, and should loads drift on (drift.py), is hardly less balanced than the start.
 4. Ranks onto nodes by the same search; then, as names of ranks are free, those that keep most tokens on their rank and
    node from the layer before (labels.py). An earlier placement fixes the names instead.
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from equipoise.plan.cluster import Cluster
-from equipoise.plan.drift import windows_to_expect
+from equipoise.plan.drift import drift_covariance
 from equipoise.plan.labels import renamed
 from equipoise.plan.packing import copies_of
 from equipoise.plan.shares import shares
@@ -27,19 +27,21 @@ from equipoise.plan.swaps import Descent, Packing
 from equipoise.plan.traffic import Traffic, pairs_of_ids
 from equipoise.types import Placement
 
-WEIGHTS = (40.0, 10.0, 4.0, 1.6, 0.6, 0.25, 0.1)  # of balance against ranks per token, the strictest first
+REACH = 2.0  # standard deviations of the windows seen, for those to come
+# of balance against ranks per token, the strictest first
+WEIGHTS = (40.0, 16.0, 8.0, 5.0, 3.2, 2.0, 1.3, 0.8, 0.5, 0.3, 0.15)
 
 
 @dataclass(frozen=True)
 class Aim:
     """What to weigh.
 
-    slack: how unbalanced a placement may be on the windows seen, relative to what load alone reaches: 1.05 allows 5 %
-    more on the fullest rank, for less fan-out. move_price: ranks per token that a slot must save to be moved away from
+    slack: how full the fullest rank may be on the windows seen, relative to what load alone reaches: 1.02 allows 2 %
+    more, for less fan-out. move_price: ranks per token that a slot must save to be moved away from
     where an earlier placement has it.
     """
 
-    slack: float = 1.0
+    slack: float = 1.02
     move_price: float = 0.002
 
     def __post_init__(self) -> None:
@@ -101,43 +103,46 @@ def _slots(layer: Traffic, cluster: Cluster, old: Placement | None, aim: Aim) ->
     held_RE = None if old is None else holdings(old)
     reference_RS = start(load_E / copies_E, copies_E, cluster)
     begin_RS = reference_RS if held_RE is None else start(load_E / copies_E, copies_E, cluster, held_RE)
-    expected_WE = windows_to_expect(layer.load_WE, layer.pairs_EE, layer.num_pair_tokens)
-    packing = _packing(layer, expected_WE / copies_E, reference_RS, copies_E)
+    drift_EE = REACH**2 * drift_covariance(layer.load_WE, layer.pairs_EE, layer.num_pair_tokens)
+    packing = _packing(layer, drift_EE, reference_RS, copies_E)
     if held_RE is not None:
         packing = replace(packing, there_PI=held_RE, price=aim.move_price)
-    return _least_fan_out(Descent(packing, begin_RS), reference_RS, layer, expected_WE, aim)
+    return _least_fan_out(Descent(packing, begin_RS), reference_RS, layer, drift_EE, aim)
 
 
-def _packing(layer: Traffic, load_WE: np.ndarray, reference_RS: np.ndarray, copies_E: np.ndarray) -> Packing:
+def _packing(layer: Traffic, drift_EE: np.ndarray, reference_RS: np.ndarray, copies_E: np.ndarray) -> Packing:
     """Copies share their expert's load evenly; a token takes two experts on one rank wherever both have a copy there.
 
     So of the tokens that chose both i and j, a rank with a copy of both gets 1 / min(copies): all, if one of them has
     no other copy. Load is in units of the reference's fullest rank in the same window: beyond 1 it is felt.
     """
-    fullest_W1 = load_WE[:, reference_RS].sum(axis=2).max(axis=1, keepdims=True)
-    load_WE = (load_WE / fullest_W1).astype(np.float32)
+    load_WE = layer.load_WE / layer.load_WE.sum(axis=1, keepdims=True) / copies_E
+    fullest_W = load_WE[:, reference_RS].sum(axis=2).max(axis=1)
+    drift_EE = (drift_EE / copies_E / copies_E[:, None] / fullest_W.mean() ** 2).astype(np.float32)
+    load_WE = (load_WE / fullest_W[:, None]).astype(np.float32)
     if layer.pairs_EE is None or not layer.num_pair_tokens:
-        return Packing(np.zeros(layer.num_experts, dtype=np.float32), None, load_WE)
+        return Packing(np.zeros(layer.num_experts, dtype=np.float32), None, load_WE, drift_EE)
     share_E = (np.diag(layer.pairs_EE) / layer.num_pair_tokens / copies_E).astype(np.float32)
     together_EE = np.minimum(copies_E[:, None], copies_E) * layer.num_pair_tokens
-    return Packing(share_E, (layer.pairs_EE / together_EE).astype(np.float32), load_WE)
+    return Packing(share_E, (layer.pairs_EE / together_EE).astype(np.float32), load_WE, drift_EE)
 
 
 def _least_fan_out(
-    descent: Descent, reference_RS: np.ndarray, layer: Traffic, expected_WE: np.ndarray, aim: Aim
+    descent: Descent, reference_RS: np.ndarray, layer: Traffic, drift_EE: np.ndarray, aim: Aim
 ) -> np.ndarray:
     """The last arrangement, as balance counts less and less, that is balanced enough.
 
     The reference, where none is: the start from load alone. With an earlier placement that would move most slots, so
     then it is the first one.
     """
-    num_seen = len(layer.load_WE)
+    share_WE = layer.load_WE / layer.load_WE.sum(axis=1, keepdims=True)
 
     def fullest(slots_RS: np.ndarray) -> np.ndarray:
-        """Load of the fullest rank, over the windows seen and over those that may come: two means."""
-        load_WR = expected_WE @ shares(_held(slots_RS, layer.num_experts), layer.pairs_EE).T
-        parts = np.split(load_WR.max(axis=1), [num_seen])
-        return np.array([part.mean() for part in parts if len(part)])
+        """Share of the load on the fullest rank: mean over the windows seen; and where each drifts as far as it may."""
+        part_RE = shares(_held(slots_RS, layer.num_experts), layer.pairs_EE)
+        load_WR = share_WE @ part_RE.T
+        drift_R = np.sqrt(((part_RE @ drift_EE) * part_RE).sum(axis=1).clip(min=0))
+        return np.array([load_WR.max(axis=1).mean(), (load_WR.mean(axis=0) + drift_R).max()])
 
     limit = aim.slack * fullest(reference_RS)
     best_RS = reference_RS
@@ -235,7 +240,10 @@ def _on_nodes(layer: Traffic, slots_RS: np.ndarray, cluster: Cluster) -> np.ndar
     if layer.pairs_EE is not None and layer.num_pair_tokens:
         pairs_RR = (part_RE @ layer.pairs_EE @ part_RE.T / layer.num_pair_tokens).astype(np.float32)
         share_R = np.diag(pairs_RR).copy()
-    descent = Descent(Packing(share_R, pairs_RR, load_WR), np.arange(cluster.num_ranks).reshape(cluster.num_nodes, -1))
+    unknown_RR = np.zeros((cluster.num_ranks, cluster.num_ranks), dtype=np.float32)
+    descent = Descent(
+        Packing(share_R, pairs_RR, load_WR, unknown_RR), np.arange(cluster.num_ranks).reshape(cluster.num_nodes, -1)
+    )
     descent.run(WEIGHTS[-1])
     return np.asarray(slots_RS[descent.items_PS.reshape(-1)])
 

@@ -2,12 +2,13 @@
 
 The cost of an arrangement is a sum over packs, and each term depends on that pack's items alone:
 
-    n_p^2 / q_p  +  weight / P * mean over windows w of (load_wp)^8  +  price * items that were not there before
+    n_p^2 / q_p  +  weight / P * (28 drift_p + mean over windows w of (load_wp)^8)  +  price * items new to the pack
 
 n_p = sum of the items' shares: the part of the tokens that hit the pack, each counted as often as it hits. q_p = sum
 over ordered pairs of items, an item with itself included, of the part of the tokens that hit both: the mean square of
 the hits. Then n^2 / q <= P(a token hits the pack) (Chung and Erdos 1952), with equality where tokens hit it equally
-often or not at all; summed over packs it is a lower bound of the fan-out. load_wp: 1 is the mean load of a pack.
+often or not at all; summed over packs it is a lower bound of the fan-out. load_wp: 1 is as much as a pack should have.
+drift_p is the variance of the pack's load over time; for small v, E(x + sqrt(v) normal)^8 = x^8 + 28 x^6 v.
 
 As terms are of packs, a swap changes two of them, and swaps between different pairs of packs add up. So each round
 makes several at once: the best one, then the best of those that touch none of its packs, and so on.
@@ -22,6 +23,7 @@ import numpy as np
 LEAST_GAIN = 3e-4  # of a swap: what is below takes long and adds up to little
 MAX_ROUNDS = 40  # of one descent; most end by themselves after 10 to 25
 POWER = 8  # of the load: high, as only the fullest pack is waited for
+DRIFT = np.float32(POWER * (POWER - 1) / 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +31,14 @@ class Packing:
     """What the items are like. Float32: it is a search, what it finds is scored anew.
 
     share_I: part of the tokens that hit each item. pairs_II: part of the tokens that hit both, share_I on the diagonal;
-    None where nothing is known about that: only load counts. load_WI: by window, in mean loads of a pack. there_PI:
-    where items were before; None where moves are free. price: of each item that is in a pack where it was not.
+    None where nothing is known about that. load_WI: by window. drift_II: covariance of the items' loads over time.
+    there_PI: where items were before; None where moves are free. price: of each item in a pack where it was not.
     """
 
     share_I: np.ndarray
     pairs_II: np.ndarray | None
     load_WI: np.ndarray
+    drift_II: np.ndarray
     there_PI: np.ndarray | None = None
     price: float = 0.0
 
@@ -86,7 +89,7 @@ class Descent:
         hits_pSI[np.broadcast_to(held_pI[:, None, :], hits_pSI.shape)] = np.inf  # nothing twice in a pack
         slots_s = _slots_of(packs_p, items_pS.shape[1])
         self._hits_SI[slots_s] = hits_pSI.reshape(-1, num_items)
-        self._load_SI[slots_s] = _change_of_load(self.packing.load_WI, items_pS).reshape(-1, num_items)
+        self._load_SI[slots_s] = _change_of_load(self.packing, items_pS).reshape(-1, num_items)
 
 
 def _slots_of(packs_p: np.ndarray, room: int) -> np.ndarray:
@@ -129,18 +132,26 @@ def _change_of_hits(packing: Packing, items_pS: np.ndarray) -> np.ndarray:
     return changed
 
 
-def _change_of_load(load_WI: np.ndarray, items_pS: np.ndarray) -> np.ndarray:
-    """float32 (p, S, I): of the mean over windows of load^8, by slot and the item that takes its place."""
+def _change_of_load(packing: Packing, items_pS: np.ndarray) -> np.ndarray:
+    """float32 (p, S, I): of the mean over windows of load^8, and of the drift, by slot and the item in its place."""
+    load_WI, drift_II = packing.load_WI, packing.drift_II
     total_pSI = np.zeros((*items_pS.shape, load_WI.shape[1]), dtype=np.float32)
     for load_I in load_WI:  # one by one: all windows at once would not fit into the cache
         load_pS = load_I[items_pS]
-        load_p = load_pS.sum(axis=1)
-        load_pSI = (load_p[:, None] - load_pS)[:, :, None] + load_I
+        load_pSI = (load_pS.sum(axis=1)[:, None] - load_pS)[:, :, None] + load_I
         for _ in range(POWER.bit_length() - 1):
             load_pSI *= load_pSI
         total_pSI += load_pSI
     total_pSI -= (load_WI[:, items_pS].sum(axis=2) ** POWER).sum(axis=0)[:, None, None]
     total_pSI /= len(load_WI)
+    with_pack_pI = drift_II[items_pS].sum(axis=1)
+    own_I = np.diag(drift_II)
+    drift_pSI = with_pack_pI[:, None, :] - drift_II[items_pS]
+    drift_pSI *= 2
+    drift_pSI += own_I
+    drift_pSI += (own_I[items_pS] - 2 * np.take_along_axis(with_pack_pI, items_pS, axis=1))[:, :, None]
+    drift_pSI *= DRIFT
+    total_pSI += drift_pSI
     return total_pSI
 
 
@@ -163,7 +174,8 @@ def cost(packing: Packing, items_PS: np.ndarray, weight: float) -> float:
             pairs = sum(float(packing.pairs_II[i, j]) for i in items for j in items)
             total += hits**2 / pairs if pairs else 0.0
         loads = [sum(float(load_I[i]) for i in items) for load_I in packing.load_WI]
-        total += weight / len(items_PS) * sum(load**POWER for load in loads) / len(loads)
+        drift = sum(float(packing.drift_II[i, j]) for i in items for j in items)
+        total += weight / len(items_PS) * (float(DRIFT) * drift + sum(load**POWER for load in loads) / len(loads))
         if packing.there_PI is not None:
             total += packing.price * sum(not packing.there_PI[pack, i] for i in items)
     return total
