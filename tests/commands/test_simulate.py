@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from equipoise.cli import main
+from equipoise.plan.placement_file import write_placements
 from equipoise.types import Cost, Links, Placement
 
 ROOT = Path(__file__).parents[2]
@@ -106,9 +107,8 @@ def test_a_trace_brings_its_layers_and_its_k(run, tmp_path):
 
 
 def test_a_placement_stands_beside_consecutive_experts(run, tmp_path):
-    slots = Placement(((0, 4), (1, 5), (2, 6), (3, 7))).slots
-    path = tmp_path / "placement.json"
-    path.write_text(json.dumps({"layers": {f"layers.{n}.mlp": {"slots": slots} for n in range(2)}}))
+    path, placement = tmp_path / "placement.json", Placement(((0, 4), (1, 5), (2, 6), (3, 7)))
+    write_placements(path, {f"layers.{n}.mlp": placement for n in range(2)})
     assert list(designs(run(*SMALL, "--placement", path, "--json")[1])) == ["flat", "placed"]
 
 
@@ -145,7 +145,7 @@ def test_ctrl_c_shows_what_there_is():
         (("--links", "missing.json"), "missing.json: there is no such file"),
         (("--links", "broken.json"), "broken.json: expected JSON, but it cannot be read"),
         (("--links", "other.json"), "other.json: expected the links that `equipoise bench links --out` writes"),
-        (("--placement", "other.json"), "other.json: expected layers with their slots"),
+        (("--placement", "other.json"), "other.json: expected a file with format 'equipoise placement'"),
         (("--trace", "counts.npz"), "counts.npz: expected the expert ids of tokens, got counts"),
     ],
 )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from equipoise.plan.fleet import Batching, Design, Machines, ModelShape, Scenario, Traffic
-from equipoise.types import Cost, Links, Placement
+from equipoise.plan.placement_file import read_placements
+from equipoise.types import Cost, Links
 
 if TYPE_CHECKING:
     from equipoise.plan.result import FleetResult
@@ -64,7 +65,8 @@ class Files:
     trace: Path | None = None
     """Recorded routing to replay, of the kinds that `equipoise diagnose` reads; flat routing only."""
     placement: Path | None = None
-    """Where experts are, to be put beside consecutive ones on each rank; flat routing only."""
+    """Where experts are, as `equipoise place --out` writes it, to be put beside consecutive ones on each rank; flat
+    routing only."""
     picture: Path | None = None
     """A PNG of latencies, queues and links. Needs the extra `plot`."""
 
@@ -131,7 +133,7 @@ def simulate(
 def _designs(plain: Scenario, tiers: Tiers, files: Files) -> list[Design]:
     """Flat routing first; then its tiers, or another placement of its experts."""
     if files.placement:
-        return [Design(), Design(name="placed", placements=_placements(files.placement))]
+        return [Design(), Design(name="placed", placements=tuple(read_placements(files.placement).values()))]
     if files.trace:  # what another router would have chosen was not recorded
         return [Design()]
     ranks, experts = plain.machines.ranks, plain.model.experts
@@ -200,16 +202,6 @@ def _json(path: Path) -> object:
 
 def _links(path: Path) -> Links:
     return Links.from_fields(_json(path), str(path))
-
-
-def _placements(path: Path) -> tuple[Placement, ...]:
-    """Of each layer in the file, in its order: {"layers": {NAME: {"slots": [[EXPERT, ...] of each rank]}}}."""
-    found = _json(path)
-    try:
-        slots = [layer["slots"] for layer in found["layers"].values()]  # type: ignore[index]
-        return tuple(Placement(tuple(tuple(map(int, rank)) for rank in layer)) for layer in slots)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path}: expected layers with their slots, got something else ({error!r})") from error
 
 
 def _trace(path: Path) -> Trace:
