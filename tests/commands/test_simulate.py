@@ -120,8 +120,17 @@ def test_too_much_traffic_is_said(run):
 def test_ctrl_c_shows_what_there_is():
     command = [sys.executable, "-m", "equipoise", "simulate", "--seconds", "1000", "--qps", "1000", "--layers", "1"]
     command += ["--json", "--picture", "/dev/null"]
-    code = "import signal, os, threading; threading.Timer(3, lambda: os.kill(os.getpid(), signal.SIGINT)).start();"
-    code += "import sys, runpy; sys.argv = sys.argv[3:]; runpy.run_module('equipoise', run_name='__main__')"
+    code = """if True:
+        import os, runpy, signal, sys, threading, time
+        before = signal.getsignal(signal.SIGINT)
+        def press():
+            while signal.getsignal(signal.SIGINT) is before:  # until the simulation listens
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+        threading.Thread(target=press, daemon=True).start()
+        sys.argv = sys.argv[3:]
+        runpy.run_module("equipoise", run_name="__main__")
+    """
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-c", code, *command]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
