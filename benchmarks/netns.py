@@ -25,7 +25,7 @@ from pathlib import Path
 
 DEVICE = "eth0"  # the link's name inside each rank's namespace
 PORT = 29500  # nobody else is in the namespace
-BURST_BYTES = 65_536  # that may pass at once; the largest packet that the kernel hands down
+BURST_S = 1e-4  # of the rate that may pass at once, and two packets at least: more, and small messages have no rate
 QUEUE_S = 0.5  # of waiting before a link drops packets
 MAX_RANKS = 64
 
@@ -43,6 +43,11 @@ class Cluster:
     def seconds_per_byte(self) -> float:
         """At the least, on one link and direction."""
         return 0.0 if self.rate_mbit is None else 8 / (self.rate_mbit * 1e6)
+
+    @property
+    def burst_bytes(self) -> int:
+        """That pass a link at once after a rest; 0 without a rate."""
+        return 0 if self.rate_mbit is None else _burst(self.rate_mbit, self.mtu)
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,8 @@ def cluster(num_ranks: int, rate_mbit: float | None = None, mtu: int = 1500) -> 
         for rank, (name, address) in enumerate(zip(names, addresses, strict=True)):
             _connect(name, address, bridge, f"port{rank}", mtu)
             if rate_mbit is not None:
-                _limit(name, DEVICE, rate_mbit)  # what the rank sends
-                _limit(bridge, f"port{rank}", rate_mbit)  # what it receives
+                _limit(name, DEVICE, rate_mbit, mtu)  # what the rank sends
+                _limit(bridge, f"port{rank}", rate_mbit, mtu)  # what it receives
         yield Cluster(names, addresses, rate_mbit, mtu)
 
 
@@ -176,9 +181,15 @@ def _connect(name: str, address: str, bridge: str, port: str, mtu: int) -> None:
     _run("ip", "-n", name, "link", "set", DEVICE, "up")
 
 
-def _limit(namespace: str, device: str, rate_mbit: float) -> None:
-    queue = int(max(2 * BURST_BYTES, rate_mbit * 1e6 / 8 * QUEUE_S))
-    bucket = ["rate", f"{rate_mbit}mbit", "burst", str(BURST_BYTES), "limit", str(queue)]
+def _burst(rate_mbit: float, mtu: int) -> int:
+    return int(max(2 * (mtu + 14), rate_mbit * 1e6 / 8 * BURST_S))
+
+
+def _limit(namespace: str, device: str, rate_mbit: float, mtu: int) -> None:
+    """A token bucket; the kernel cuts what it was handed in larger pieces."""
+    burst = _burst(rate_mbit, mtu)
+    queue = int(burst + max(2**17, rate_mbit * 1e6 / 8 * QUEUE_S))
+    bucket = ["rate", f"{rate_mbit}mbit", "burst", str(burst), "limit", str(queue)]
     _run("tc", "-n", namespace, "qdisc", "add", "dev", device, "root", "tbf", *bucket)
 
 

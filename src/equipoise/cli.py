@@ -19,6 +19,7 @@ from equipoise.commands.inject import inject
 from equipoise.commands.links import links
 from equipoise.commands.place import place
 from equipoise.commands.serve import serve
+from equipoise.commands.simulate import simulate
 from equipoise.commands.train import RecipeName, reporter_of, train
 from equipoise.dashboard.command import dashboard
 from equipoise.disk.files import free_folder
@@ -158,6 +159,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "inject": inject,
     "place": place,
     "bench": bench,
+    "simulate": simulate,
     "fetch-text": fetch_text,
 }
 

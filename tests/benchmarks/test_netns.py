@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from benchmarks.netns import BURST_BYTES, cluster, remove_leftovers, run_ranks, unusable
+from benchmarks.netns import cluster, remove_leftovers, run_ranks, unusable
 
 ROOT = Path(__file__).parents[2]
 needs_namespaces = pytest.mark.skipif(unusable() is not None, reason=str(unusable()))
@@ -62,7 +62,7 @@ def test_an_all_to_all_takes_what_the_rate_allows_and_is_counted(exchange):
         said = json.loads(result.stdout)
         assert said["values"] == [0, 1, 2]
         # a law of the token bucket, not a hope: 128 ms at 100 Mbit/s, less what may pass at once
-        assert said["seconds"] >= (to_others - 2 * BURST_BYTES) * where.seconds_per_byte
+        assert said["seconds"] >= (to_others - 2 * where.burst_bytes) * where.seconds_per_byte
         for passed in (result.wire.sent, result.wire.received):
             # above: 66 bytes of headers on 1448 are 5 %, and acknowledgements; the group's own start is some kilobytes
             assert to_others <= passed <= 1.10 * to_others + 100_000

@@ -120,7 +120,7 @@ def test_two_tiers_send_one_copy_or_none():
 
 MODEL = ModelShape(experts=4, top_k=2, layers=1, dim=1, hidden_dim=1, bytes_per_element=1, capacity=None)
 MACHINES = Machines(ranks=2, link=Cost(0.0, 1.0), expert=Cost(10.0, 6.0))  # a row: 1 s on a link, 1 s in an expert
-HOLDERS = holders(Placement.even(4, 2))
+HOLDERS = holders(Placement.even(4, 2))[None]
 
 
 def test_a_token_crosses_once_for_two_experts():
@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_computed_at_home():
 def test_a_replica_at_home_saves_the_way():
     table_ER = holders(Placement(((0, 1, 2), (2, 3))))
     assert table_ER[2].tolist() == [0, 1]
-    done = step(MODEL, MACHINES, table_ER, np.array([[[1, 2]]]), np.ones((1, 1, 2), dtype=bool), np.array([0]))
+    done = step(MODEL, MACHINES, table_ER[None], np.array([[[1, 2]]]), np.ones((1, 1, 2), dtype=bool), np.array([0]))
     assert done.copies == 0
 
 
@@ -322,7 +322,7 @@ def test_a_placement_of_replicas_relieves_the_hot_rank():
     trace = Trace(np.full((2, 5, 2), [6, 7]))
     placement = Placement(((0, 1, 6), (2, 3, 7), (4, 5, 6), (6, 7)))
     plain, placed = (
-        simulate(replace(SMALL, design=Design(placement=where)), trace=trace) for where in (None, placement)
+        simulate(replace(SMALL, design=Design(placements=where)), trace=trace) for where in ((), (placement,))
     )
     assert max(placed.busy_R) < max(plain.busy_R)
 
@@ -379,12 +379,16 @@ def test_measured_links_hold_for_other_numbers_of_ranks():
             "top_k: expected at most the 4 experts of one of 16 groups, got 8; take fewer groups",
         ),
         (
-            lambda: Scenario(design=Design(groups=2, placement=Placement.even(64, 16))),
-            "placement: expected flat routing, got 2 groups",
+            lambda: Scenario(design=Design(groups=2, placements=(Placement.even(64, 16),))),
+            "placements: expected flat routing, got 2 groups",
         ),
         (
-            lambda: Scenario(design=Design(placement=Placement.even(64, 8))),
-            "placement: expected 64 experts on 16 ranks, got 64 on 8",
+            lambda: Scenario(design=Design(placements=(Placement.even(64, 8),))),
+            "placements: expected 64 experts on 16 ranks, got 64 on 8",
+        ),
+        (
+            lambda: Scenario(design=Design(placements=(Placement.even(64, 16),) * 3)),
+            "placements: expected one, or one for each of 16 layers, got 3",
         ),
     ],
 )

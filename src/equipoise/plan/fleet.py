@@ -168,14 +168,15 @@ class Design:
     scope: "token" chooses the group anew for each token, wherever its query is: one copy goes to that group. "query"
         chooses it once, before the query is admitted: the group is a fleet of its own, with its own steps.
     first: how a group is chosen: by the "hash" of a key, or "learned", which is as skewed as the experts' popularity.
-    placement: of the experts, instead of consecutive ones on each rank; flat routing only.
+    placements: of the experts, instead of consecutive ones on each rank: one for all layers, or one for each; flat
+        routing only.
     """
 
     name: str = "flat"
     groups: int = 1
     scope: Literal["token", "query"] = "token"
     first: Literal["hash", "learned"] = "hash"
-    placement: Placement | None = None
+    placements: tuple[Placement, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,21 +198,19 @@ class Scenario:
                 f"top_k: expected at most the {experts // groups} experts of one of {groups} groups, "
                 f"got {self.model.top_k}; take fewer groups"
             )
-        placement = self.design.placement
-        if placement is None:
-            return
-        if groups > 1:
-            raise ValueError(f"placement: expected flat routing, got {groups} groups, which hold consecutive experts")
-        if (placement.num_ranks, placement.num_experts) != (ranks, experts):
+        placements = self.design.placements
+        if placements and groups > 1:
+            raise ValueError(f"placements: expected flat routing, got {groups} groups, which hold consecutive experts")
+        if len(placements) not in (0, 1, self.model.layers):
             raise ValueError(
-                f"placement: expected {experts} experts on {ranks} ranks, "
-                f"got {placement.num_experts} on {placement.num_ranks}"
+                f"placements: expected one, or one for each of {self.model.layers} layers, got {len(placements)}"
             )
-
-    @property
-    def ranks_per_group(self) -> int:
-        """Ranks that hold a group's experts."""
-        return self.machines.ranks // self.design.groups
+        for each in placements:
+            if (each.num_ranks, each.num_experts) != (ranks, experts):
+                raise ValueError(
+                    f"placements: expected {experts} experts on {ranks} ranks, "
+                    f"got {each.num_experts} on {each.num_ranks}"
+                )
 
     @property
     def experts_per_group(self) -> int:

@@ -14,7 +14,7 @@ from equipoise.plan.step import Done
 
 Array = np.ndarray
 WARM_UP = 0.1  # share of the time whose arrivals are not in the latencies: it begins with empty queues
-SAMPLES = 2000  # of the queue's depth
+SAMPLES = 20_000  # of the queue's depth
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,7 @@ def simulate(
     """
     if trace is not None:
         trace.check(scenario)
-    arrivals = np.random.default_rng([seed, 0])
-    times = arrival_times(arrivals, scenario.traffic)
-    rank_N = arrivals.integers(scenario.machines.ranks, size=len(times))
+    times, rank_N = arrivals(scenario, seed)
     world = _World(scenario, seed, trace)
     cells = world.cells(times, rank_N)
     tally = Tally(scenario.machines.ranks)
@@ -82,6 +80,19 @@ def simulate(
     return summarise(scenario, cells, tally, end)
 
 
+def arrivals(scenario: Scenario, seed: int) -> tuple[Array, Array]:
+    """When queries arrive, float64 (N,) in ascending seconds, and on which rank, int64 (N,)."""
+    rng = np.random.default_rng([seed, 0])
+    times = arrival_times(rng, scenario.traffic)
+    return times, rng.integers(scenario.machines.ranks, size=len(times))
+
+
+def wanted(scenario: Scenario, seed: int) -> Array:
+    """float64 (L, E): how popular each expert is at the beginning, shares per layer."""
+    model, rng = scenario.model, np.random.default_rng([seed, 1])
+    return popularity(rng, model.layers, model.experts, scenario.traffic.skew)
+
+
 @dataclass(eq=False)
 class _World:
     """The routers and the ranks of one simulation."""
@@ -97,24 +108,24 @@ class _World:
     def __post_init__(self) -> None:
         scenario = self.scenario
         model, design = scenario.model, scenario.design
-        fixed = np.random.default_rng([self.seed, 1])
         self.rng = np.random.default_rng([self.seed, 2])
-        self.popularity_LE = popularity(fixed, model.layers, model.experts, scenario.traffic.skew)
-        self.shares_G = hashed_shares(fixed, design.groups, scenario.traffic.key_skew)
+        self.popularity_LE = wanted(scenario, self.seed)
+        self.shares_G = hashed_shares(np.random.default_rng([self.seed, 3]), design.groups, scenario.traffic.key_skew)
         if design.first == "learned":  # one router for all layers of a query
             self.shares_G = self.popularity_LE[0].reshape(design.groups, -1).sum(axis=1)
         num_cells = design.groups if design.scope == "query" else 1
         experts, ranks = model.experts // num_cells, scenario.machines.ranks // num_cells
-        self.holders = [holders(design.placement or Placement.even(experts, ranks))] * num_cells
+        tables = [holders(each) for each in design.placements or (Placement.even(experts, ranks),)]
+        self.holders = [np.broadcast_to(np.stack(tables), (model.layers, experts, ranks))] * num_cells
 
     def ranks_of(self, number: int) -> slice:
         """The ranks of a cell."""
-        ranks = self.holders[number].shape[1]
+        ranks = self.holders[number].shape[2]
         return slice(number * ranks, (number + 1) * ranks)
 
     def cells(self, times: Array, rank_N: Array) -> list[Cell]:
         """The queues: one, or one per group that queries are assigned to before they are admitted."""
-        batching, ranks = self.scenario.batching, self.holders[0].shape[1]
+        batching, ranks = self.scenario.batching, self.holders[0].shape[2]
         group_N = self.rng.choice(len(self.holders), size=len(times), p=self._cell_shares())
         return [
             Cell(times[group_N == number], rank_N[group_N == number] % ranks, batching, ranks)

@@ -45,16 +45,17 @@ class Done:
 
 
 def step(
-    model: ModelShape, machines: Machines, holder_ER: Array, ids_LTK: Array, fits_LTK: Array, home_T: Array
+    model: ModelShape, machines: Machines, holder_LER: Array, ids_LTK: Array, fits_LTK: Array, home_T: Array
 ) -> Step:
     """A step of tokens whose queries are on the ranks home_T.
 
-    holder_ER: int64 (E, R), the rank that computes expert e for the tokens of rank r. fits_LTK: False where an
+    holder_LER: int64 (L, E, R), the rank that computes expert e for the tokens of rank r. fits_LTK: False where an
     assignment goes to no expert; with overflow "shared" the token's own rank computes it, once per assignment.
     """
     layers, tokens, _ = ids_LTK.shape
-    experts, ranks = holder_ER.shape
-    rank_LTK = holder_ER[ids_LTK, home_T[None, :, None]]
+    _, experts, ranks = holder_LER.shape
+    layer_L11 = np.arange(layers)[:, None, None]
+    rank_LTK = holder_LER[layer_L11, ids_LTK, home_T[None, :, None]]
     at_home_TR = home_T[:, None] == np.arange(ranks)
     to_LTR = np.zeros((layers, tokens, ranks), dtype=bool)
     layer_N, token_N, _ = np.nonzero(fits_LTK)
@@ -62,7 +63,7 @@ def step(
     to_LTR &= ~at_home_TR
     in_LR = to_LTR.sum(axis=1)
     out_LR = to_LTR.sum(axis=2) @ at_home_TR
-    keys_LTK = (np.arange(layers)[:, None, None] * ranks + rank_LTK) * experts + ids_LTK
+    keys_LTK = (layer_L11 * ranks + rank_LTK) * experts + ids_LTK
     rows_LRE = np.bincount(keys_LTK[fits_LTK], minlength=layers * ranks * experts).reshape(layers, ranks, experts)
     busy_LR = _work(machines, model.row_flops, rows_LRE)
     if model.overflow == "shared" and not fits_LTK.all():
