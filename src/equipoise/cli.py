@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 WIDE = 120  # columns of the sweep's tables where there is no terminal
-RecipeName = Literal["demo", "tiny", "tiny_two_experts", "base"]
+RecipeName = Literal["demo", "tiny", "tiny_two_experts", "tiny_scmoe", "base"]
 
 
 def demo(
@@ -82,11 +82,11 @@ def train(
 
     Ctrl-C writes a checkpoint and stops; `--resume` goes on from it, to the bit. Recipes: demo (4 layers of 16 experts,
     minutes), tiny (2 layers of 8, seconds), tiny_two_experts (2 layers of 2 experts on two domains: shows whether the
-    router divides them, under a minute), base (8 layers, 4 of them with 32 experts and a shared one, days on two
-    cores).
+    router divides them, under a minute), tiny_scmoe (4 layers, 2 of them with 8 experts behind a shortcut, seconds),
+    base (8 layers, 4 of them with 32 experts and a shared one, days on two cores).
 
     Args:
-        recipe: demo, tiny, tiny_two_experts or base. Not needed with --resume.
+        recipe: demo, tiny, tiny_two_experts, tiny_scmoe or base. Not needed with --resume.
         change: What to change in the recipe.
         alerts: Where alerts and repairs go, beside the run folder.
         out: Run folder. Default: runs/RECIPE.
@@ -101,7 +101,7 @@ def train(
 
     if recipe is None and not resume:
         raise ValueError(
-            "train: name a recipe (demo, tiny, tiny_two_experts, base), or go on with --resume --out FOLDER"
+            "train: name a recipe (demo, tiny, tiny_two_experts, tiny_scmoe, base), or go on with --resume --out FOLDER"
         )
     if resume and change != Overrides():
         raise ValueError(
@@ -157,7 +157,7 @@ def sweep(
 
     Args:
         grid: What to go through.
-        recipe: The run of each cell: demo, tiny, tiny_two_experts or base.
+        recipe: The run of each cell: demo, tiny, tiny_two_experts, tiny_scmoe or base.
         steps: Optimizer steps of each run. Default: the recipe's.
         corpus: embedded, wikitext-2, or the path of a .txt, .jsonl or .parquet file or of a folder of them.
         out: Folder of the sweep; each run has its own in OUT/cells, which `equipoise watch` can show.
