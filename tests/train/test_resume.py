@@ -11,6 +11,7 @@ import torch
 
 from equipoise.disk.checkpoint import latest_checkpoint, list_checkpoints, load_checkpoint
 from equipoise.monitor.store import RunStore
+from equipoise.routing import TopK
 from equipoise.train.loop import Trainer
 from equipoise.train.report import Silent
 from equipoise.train.run import open_data, train
@@ -54,6 +55,19 @@ def test_a_new_trainer_goes_on_with_the_same_bits(stop_at, bf16, make_config, hi
     buffers = dict(straight.model.named_buffers())  # those that are not saved too
     assert buffers.keys() > straight.model.state_dict().keys() & buffers.keys()
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in resumed.model.named_buffers())
+    assert history(tmp_path / "resumed") == history(tmp_path / "straight")
+
+
+def test_a_model_with_a_shortcut_goes_on_with_the_same_bits(make_config, history, tmp_path):
+    moe = {"router": TopK(k=1), "shared_experts": 1, "shortcut": "pos1"}
+    config, data = open_data(make_config(moe=moe))
+    for name, stops in (("straight", (12,)), ("resumed", (5, 12))):
+        for number, until in enumerate(stops):
+            trainer = Trainer(config, data, tmp_path / name, Silent(), resume=number > 0)
+            assert trainer.run(until=until)
+            trainer.close("finished" if until == 12 else "failed")
+    assert trainer.config.model.moe.shortcut == "pos1"
+    assert bits(tmp_path / "resumed") == bits(tmp_path / "straight")
     assert history(tmp_path / "resumed") == history(tmp_path / "straight")
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from equipoise.train.run import RunResult
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
-RecipeName = Literal["demo", "tiny", "tiny_two_experts", "base"]
+RecipeName = Literal["demo", "tiny", "tiny_two_experts", "tiny_scmoe", "base"]
 
 
 def train(
@@ -39,11 +39,12 @@ def train(
     torchrun's `--max-restarts 3` the run goes on from its newest checkpoint when a rank is lost.
 
     Recipes: demo (4 layers of 16 experts, minutes), tiny (2 layers of 8, seconds), tiny_two_experts (2 layers of 2
-    experts on two domains: shows whether the router divides them, under a minute), base (8 layers, 4 of them with 32
-    experts and a shared one, days on two cores).
+    experts on two domains: shows whether the router divides them, under a minute), tiny_scmoe (4 layers, 2 of them
+    with 8 experts behind a shortcut, seconds), base (8 layers, 4 of them with 32 experts and a shared one, days on two
+    cores).
 
     Args:
-        recipe: demo, tiny, tiny_two_experts or base. Not needed with --resume.
+        recipe: demo, tiny, tiny_two_experts, tiny_scmoe or base. Not needed with --resume.
         change: What to change in the recipe.
         alerts: Where alerts and repairs go, beside the run folder.
         parallel: How the run is spread over processes. No part of the run: name it again with --resume.
@@ -57,7 +58,7 @@ def train(
 
     if recipe is None and not resume:
         raise ValueError(
-            "train: name a recipe (demo, tiny, tiny_two_experts, base), or go on with --resume --out FOLDER"
+            "train: name a recipe (demo, tiny, tiny_two_experts, tiny_scmoe, base), or go on with --resume --out FOLDER"
         )
     if resume and change != Overrides():
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.routing import HighThenLow, QuantileBalance, SwitchLoss, TopK, ZLoss
@@ -110,6 +111,18 @@ def tiny_two_experts() -> TrainConfig:
     )
 
 
+def tiny_scmoe() -> TrainConfig:
+    """4 layers, every second one with 8 experts, shortcut-connected (pos2): one routed and one shared expert per token.
+
+    What a token computes is what it does in the same model without shortcut, with two routed experts and none shared;
+    `python -m benchmarks.scmoe` compares the two.
+    """
+    like = tiny()
+    assert like.model.moe is not None
+    moe = replace(like.model.moe, router=TopK(k=1), shared_experts=1, shortcut="pos2")
+    return replace(like, name="tiny_scmoe", model=replace(like.model, num_layers=4, moe=moe, moe_layers=(1, 3)))
+
+
 def base() -> TrainConfig:
     """8 layers, every second one with 32 fine-grained experts, top-4, and a shared expert: days on two cores.
 
@@ -154,6 +167,7 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "demo": demo,
     "tiny": tiny,
     "tiny_two_experts": tiny_two_experts,
+    "tiny_scmoe": tiny_scmoe,
     "base": base,
 }
 
