@@ -60,6 +60,7 @@ def main(folder: Path, world: int, rank: int) -> None:
     told = {name: outcome(way, world, rank, wide) for name, way in WAYS.items()}
     told["two nodes, limited"] = outcome(WAYS["two nodes"], world, rank, limited)
     (folder / f"{rank}.json").write_text(json.dumps(told))
+    dist.barrier()  # no rank takes its threads down while another still talks to them
     dist.destroy_process_group()
 
 

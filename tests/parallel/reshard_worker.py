@@ -47,6 +47,7 @@ def main(folder: Path, world: int, rank: int, shard: bool, source: str, target: 
     spread.save(folder / target, step, (groups, {"optimizer": described, "rng": {}}), optimizer)
     held = sum(parameter.nbytes for _, parameter in spread.parallel.expert_parameters.values())
     (folder / f"{target}.{rank}.json").write_text(json.dumps({"expert_bytes": held}))
+    dist.barrier()  # no rank takes its threads down while another still talks to them
     dist.destroy_process_group()
 
 

@@ -93,6 +93,7 @@ def main(folder: Path, world: int, rank: int, every: bool) -> None:
         record, note = train(spread(case, world), case)
         save_file(record, folder / f"{name}.{world}.{rank}.safetensors")
         save_file(note, folder / f"{name}.{world}.{rank}.note.safetensors")
+    dist.barrier()  # no rank takes its threads down while another still talks to them
     dist.destroy_process_group()
 
 

@@ -173,5 +173,6 @@ def started(config: ParallelConfig) -> Iterator[Ranks | None]:
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout_s))
     try:
         yield make_ranks(config, device)
+        dist.barrier()  # no rank takes its threads down while another still talks to them
     finally:
         dist.destroy_process_group()
