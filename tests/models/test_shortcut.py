@@ -313,6 +313,19 @@ def test_bf16_autocast(make_scmoe):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of PyTorch's own compiler
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.parametrize("shortcut", [None, "pos2"])
+@torch.no_grad()
+def test_compiles_without_graph_breaks(make_scmoe, shortcut):
+    model, ids = make_scmoe("pos2", moe={"shortcut": shortcut, "backend": "grouped"}).float().eval(), tokens()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    try:
+        torch.testing.assert_close(compiled(ids), model(ids), rtol=0, atol=1e-6)
+    finally:
+        torch._dynamo.reset()
+
+
 @STYLES
 @EVERYWHERE
 def test_parameters_and_names_are_those_of_the_model_without_a_shortcut(make_scmoe, place, style):

@@ -72,7 +72,8 @@ class Shortcut:
 
 def units(blocks: Iterable[Block], config: DecoderConfig) -> list[Block | Shortcut]:
     """The model's blocks in order, those that one shortcut spans put together."""
-    moe, found = config.moe, list[Block | Shortcut]()
+    moe = config.moe
+    found: list[Block | Shortcut] = []
     for block in blocks:
         if moe is None or moe.shortcut is None or not block.has_moe:
             found.append(block)
