@@ -11,7 +11,7 @@ from equipoise.models.cache import ContiguousCache
 from equipoise.models.config import SHORTCUT_WINDOW, DecoderConfig, MoEConfig, parameter_counts
 from equipoise.models.decoder import Decoder, cross_entropy_sum
 from equipoise.models.generate import generate
-from equipoise.routing import BiasBalance, SwitchLoss, TopK
+from equipoise.routing import BiasBalance, Hash, SwitchLoss, TopK
 from equipoise.types import BatchScope
 
 # (place, layers with an MoE): after dense layers, and for pos1 also in every layer
@@ -253,6 +253,19 @@ def test_padding_changes_no_real_token(make_scmoe, place, training):
     logits = model(ids, padding_mask=padding)
     torch.testing.assert_close(logits[:1, 3:], model(ids[:1, 3:]), rtol=0, atol=1e-5)
     torch.testing.assert_close(logits[1:], model(ids[1:]), rtol=0, atol=1e-5)
+
+
+@EVERYWHERE
+def test_experts_get_token_ids_and_no_padding(make_scmoe, place):
+    model, ids, seen = make_scmoe(place, moe={"router": Hash(vocab_size=V, k=1)}), tokens(), []
+    padding = torch.zeros(B, S, dtype=torch.bool)
+    padding[0, :3] = True
+    for layer in model.moe_layers.values():
+        layer.tap.register_forward_hook(lambda _, __, routed: seen.append(routed.decision))
+    model(ids, padding_mask=padding)
+    for decision, layer in zip(seen, model.moe_layers.values(), strict=True):
+        assert decision.num_tokens == B * S - 3
+        assert decision.expert_ids_N.tolist() == layer.router.table_VK[ids[~padding], 0].tolist()
 
 
 @EVERYWHERE
