@@ -17,9 +17,9 @@ from equipoise.train.recipes import recipe
 ROOT = Path(__file__).parents[2]
 
 
-def run_benchmark(out):
+def run_benchmark(out, *arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-m", "benchmarks.scmoe", "--smoke", "--json", "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.scmoe", "--smoke", "--json", "--out", str(out), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -40,8 +40,9 @@ def test_compares_every_arm_and_goes_on(tmp_path):
     kept.write_text(json.dumps(record | {"loss": record["loss"] + 1}))  # would be seen if it were run again
     other = tmp_path / "top-2-0.json"
     other.write_text(json.dumps(json.loads(other.read_text()) | {"config": "{}", "loss": 99.0}))  # is run again
-    (again,) = run_benchmark(tmp_path)["tables"]
+    (again,) = run_benchmark(tmp_path, "--arms", "ScMoE pos2")["tables"]
     losses = {row["per token"]: row["loss [nats]"] for row in again["rows"]}
+    assert list(losses) == [BASELINE, "ScMoE pos2"]
     assert losses["ScMoE pos2"] == pytest.approx(row["loss [nats]"] + 0.5)
     assert losses[BASELINE] == pytest.approx(rows[BASELINE]["loss [nats]"])
 
