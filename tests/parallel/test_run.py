@@ -134,6 +134,23 @@ def test_ranks_without_torchrun_are_told_how(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_shortcut_trains_over_ranks_and_is_not_sharded(tmp_path):
+    """The same first steps as alone, where rows travel behind attention; FSDP2 would never gather its weights."""
+    small = ("tiny_scmoe", *SMALL[1:], "--steps", "3")
+    whole, spread = tmp_path / "whole", tmp_path / "spread"
+    done = run([sys.executable, "-m", "equipoise", "train", *small, "--out", str(whole)])
+    assert done.returncode == 0, done.stderr
+    done = run(command(2, *small, "--out", str(spread)))
+    assert done.returncode == 0, done.stderr
+    with RunStore.open_readonly(whole) as one, RunStore.open_readonly(spread) as many:
+        losses = [loss for _, loss, _ in many.scalar_history("loss")]
+        assert losses == pytest.approx([loss for _, loss, _ in one.scalar_history("loss")], rel=1e-5)
+        assert len(losses) == 3
+    done = run(command(2, *small, "--parallel.shard", "--out", str(tmp_path / "sharded")))
+    assert done.returncode != 0
+    assert "parallel.shard: expected False for a model with a shortcut" in done.stderr
+
+
 def wait_for_checkpoint(out: Path, job: subprocess.Popen[str], step: int) -> None:
     """Until the run has that one, or has ended."""
     deadline = time.monotonic() + 120

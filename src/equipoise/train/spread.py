@@ -42,6 +42,11 @@ def check_ranks(config: TrainConfig, ranks: Ranks | None) -> None:
             raise ValueError(f"{name}: needs the whole model in one process, got {ranks.size}; leave it out")
     if config.interference_every:
         raise ValueError("interference_every: is measured in one process only; set it to 0 for a run over ranks")
+    if ranks.config.shard and config.model.moe is not None and config.model.moe.shortcut is not None:
+        raise ValueError(
+            "parallel.shard: expected False for a model with a shortcut, whose blocks are computed in parts: FSDP2 "
+            "gathers a block's weights when the block is called; leave out --parallel.shard"
+        )
     per_rank, micro_batches = config.batch_size // ranks.size, max(1, config.num_micro_batches // ranks.size)
     if config.batch_size % ranks.size or per_rank % micro_batches:
         raise ValueError(
