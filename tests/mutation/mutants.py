@@ -392,6 +392,7 @@ MUTANTS = (
            "        if self._waiting:\n            self._sums.add(self._waiting)\n", ""),
     Mutant("pool-per-layer", "monitor/window.py", _in("monitor/test_window.py"),
            "a layer goes on adding old flushes though it has enough",
-           "                if layer in enough:\n                    continue\n", ""),
+           "found |= total.by_layer(_with_enough(total, min_expected) - found.keys())",
+           "found |= total.by_layer(_with_enough(total, min_expected))"),
 )
 # fmt: on

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from equipoise.layer.experts import reference_experts
+from equipoise.ops import few_rows
 from equipoise.ops.activation import pre_activation_dim
 from equipoise.ops.few_rows import few_rows_experts
 from equipoise.ops.grouped_experts import grouped_experts, grouped_mm, grouped_mm_backward
@@ -39,7 +40,7 @@ def test_gradcheck_of_lean_experts(activation, keep, top_k):
 @ACTIVATIONS
 @pytest.mark.parametrize("keep", [None, DROPPED], ids=["all", "dropped"])
 @pytest.mark.parametrize("top_k", [2, None], ids=["rows_TK", "scattered"])
-@pytest.mark.parametrize("backend", [lean_experts, few_rows_experts, grouped_experts])
+@pytest.mark.parametrize("backend", [lean_experts, few_rows_experts, few_rows._one_by_one, grouped_experts])
 def test_backends_equal_the_reference_loop_on_one_plan(backend, activation, keep, top_k):
     args = tensors(activation, torch.float32, D=8, F=4)
     cotangent, results = torch.randn(4, 8), []

@@ -11,6 +11,7 @@ from equipoise.ops.few_rows import few_rows_experts
 from equipoise.ops.ragged import ragged_plan
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
 @given(
     num_tokens=st.integers(1, 20),
     num_experts=st.integers(1, 12),
@@ -18,7 +19,7 @@ from equipoise.ops.ragged import ragged_plan
     pull=st.sampled_from([0.0, 3.0]),  # of expert 0, up to nearly all tokens
     seed=st.integers(0, 2**31),
 )
-def test_equals_the_reference_loop(num_tokens, num_experts, top_k, pull, seed):
+def test_equals_the_reference_loop(one_by_one, num_tokens, num_experts, top_k, pull, seed):
     draw = torch.Generator().manual_seed(seed)
     k = min(top_k, num_experts)
     scores = torch.rand(num_tokens, num_experts, generator=draw)
@@ -30,12 +31,16 @@ def test_equals_the_reference_loop(num_tokens, num_experts, top_k, pull, seed):
         torch.randn(shape, generator=draw, dtype=torch.float64)
         for shape in ((num_tokens, 4), (num_experts, 6, 4), (num_experts, 4, 3))
     )
-    y = few_rows_experts(x, plan, up, down, "swiglu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few_rows, "_is_faster_one_by_one", lambda x: one_by_one)
+        y = few_rows_experts(x, plan, up, down, "swiglu")
     torch.testing.assert_close(y, reference_experts(x, plan, up, down, "swiglu"))
 
 
-def test_a_token_that_is_no_number_stays_alone():
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_token_that_is_no_number_stays_alone(one_by_one, monkeypatch):
     """Expert 1's row is filled up beside expert 0's three; what fills it up must not reach others."""
+    monkeypatch.setattr(few_rows, "_is_faster_one_by_one", lambda x: one_by_one)
     x = torch.randn(4, 8)
     x[0] = torch.nan
     plan = ragged_plan(torch.arange(4), torch.tensor([0, 0, 0, 1]), torch.ones(4), 2, top_k=1)

@@ -49,6 +49,8 @@ class ServeOptions:
     """Token of the dashboard, needed where --host is reachable; without it there is no dashboard there."""
     dtype: DTYPES = "auto"
     """Of the weights; auto is what the checkpoint has. Routers stay fp32."""
+    threads: int | None = None
+    """That compute; all of torch's but one if none is given: where answers wait for a core, so do all threads."""
     cache_gb: float = 1.0
     """Memory for keys and values."""
     max_running: int = 64
@@ -153,6 +155,7 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
         care = replace(care, breaker=None)
     if options.max_seconds is not None and not options.max_seconds > 0:
         raise ValueError(f"max_seconds: expected more than 0, got {options.max_seconds:g}; leave it out for no end")
+    torch.set_num_threads(compute_threads(options.threads, torch.get_num_threads()))
     loaded = load(run, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype))
     config = ServerConfig(
         name=options.name or loaded.folder.resolve().name,
@@ -167,6 +170,16 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
         bounds=Bounds(answer_seconds=options.max_seconds),
     )
     return loaded, config
+
+
+def compute_threads(asked: int | None, there: int) -> int:
+    """How many threads compute. there: as many as torch would take. Raises ValueError for none.
+
+    A product is done when the last of its threads is, so one that shares its core with the HTTP side holds up all.
+    """
+    if asked is not None and asked < 1:
+        raise ValueError(f"threads: expected at least 1, got {asked}; leave it out for all cores but one")
+    return max(1, there - 1) if asked is None else asked
 
 
 class Front:

@@ -47,17 +47,19 @@ class _Sums:
         reasons = tuple(integers[num_experts:].unbind())
         return _Sums(integers, floats, num_experts, loss_names, integers[:num_experts], reasons)
 
+    @torch.no_grad()
     def add(self, seen: Sequence[Routed]) -> None:
         """Of one forward, or of several small ones together."""
         device = self.floats.device  # layers may be spread over devices
         decisions = [routed.decision for routed in seen]
         accumulate_counts(self.counts_E, _cat([decision.expert_ids_N for decision in decisions]).to(device))
+        with_drops = [routed.plan.drops for routed in seen if routed.plan.drops]
         for reason, total in zip(_REASONS, self.reasons, strict=True):
-            for routed in seen:
-                if reason in routed.plan.drops:
-                    accumulate(total, routed.plan.drops[reason].to(device))
-        logits_TE = _cat([decision.logits_TE.detach() for decision in decisions])
-        probs_TE = _cat([decision.probs_TE.detach() for decision in decisions])
+            for drops in with_drops:
+                if reason in drops:
+                    accumulate(total, drops[reason].to(device))
+        logits_TE = _cat([decision.logits_TE for decision in decisions]).detach()
+        probs_TE = _cat([decision.probs_TE for decision in decisions]).detach()
         zero = logits_TE.new_zeros(())
         moments = [
             zero + len(probs_TE),
@@ -221,7 +223,6 @@ class Recorder:
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Routed], Routed], None]:
         backlog = self._backlogs[name]
 
-        @torch.no_grad()
         def record(module: nn.Module, args: tuple[Routed], routed: Routed) -> None:
             # The operators look for themselves, also in a compiled graph; this spares the arithmetic where it can.
             recomputed = not torch.compiler.is_compiling() and inside_backward()
@@ -279,7 +280,6 @@ class Recorder:
         for backlog in self._backlogs.values():
             backlog.forget()
 
-    @torch.no_grad()
     def _settle(self) -> None:
         for backlog in self._backlogs.values():
             backlog.settle()

@@ -143,10 +143,9 @@ def gini(counts_E: Array) -> Array:
 
 def _gini(share: Array) -> Array:
     xp = array_namespace(share)
-    share = xp.sort(share, axis=-1)
     num_experts = share.shape[-1]
-    weights = 2.0 * xp.cumulative_sum(xp.ones_like(share), axis=-1) - (num_experts + 1)
-    return xp.sum(weights * share, axis=-1) / num_experts
+    weights = xp.arange(1 - num_experts, num_experts, 2, dtype=share.dtype, device=device(share))
+    return xp.sum(weights * xp.sort(share, axis=-1, stable=False), axis=-1) / num_experts
 
 
 def max_violation_floor(num_experts: int, expected: float) -> float:
@@ -353,7 +352,8 @@ def dead_experts(counts_E: np.ndarray) -> tuple[int, ...]:
 
 def _indices(mask_LE: np.ndarray) -> list[tuple[int, ...]]:
     """Of each row, where it is set."""
-    return [tuple(np.flatnonzero(row).tolist()) if row.any() else () for row in mask_LE]
+    rows = zip(mask_LE, np.any(mask_LE, axis=-1), strict=True)
+    return [tuple(np.flatnonzero(row).tolist()) if is_set else () for row, is_set in rows]
 
 
 # ------------------------------------------------------------------------------------------------------- helpers

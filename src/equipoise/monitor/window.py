@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from equipoise.monitor.stats import RoutingSums, merge
+from equipoise.monitor.stacked import StackedSums
+from equipoise.monitor.stats import RoutingSums
 
 Sums = Mapping[str, RoutingSums]
 
@@ -21,7 +22,7 @@ class _Span:
 
     first: float
     last: float
-    sums: Sums
+    sums: StackedSums
 
 
 class TimeWindow:
@@ -38,33 +39,39 @@ class TimeWindow:
             raise ValueError(f"max_spans: expected at least 2, got {max_spans}")
         self.window_s, self.max_spans = window_s, max_spans
         self._spans: list[_Span] = []
+        self._newest: Sums = {}  # of the last span, layer by layer
         self._clock, self._now = -math.inf, 0.0  # what the clock said last, and seconds since the first flush
 
     def add(self, now: float, sums: Sums) -> None:
         """Take the sums of one flush at `now`, in seconds of any clock; forget what is older than the window."""
         passed = now - self._clock if math.isfinite(self._clock) else 0.0
         self._clock, self._now = now, self._now + max(0.0, passed)
-        self._spans.append(_Span(self._now, self._now, sums))
+        stacked, self._newest = StackedSums.of(sums), sums
+        if self._spans:
+            stacked = stacked.like(self._spans[-1].sums)
+        self._spans.append(_Span(self._now, self._now, stacked))
         self._spans = [span for span in self._spans if span.last > self._now - self.window_s]
         if len(self._spans) > self.max_spans:
             self._merge_nearest()
 
     def recent(self, min_expected: float) -> dict[str, RoutingSums]:
-        """Per layer, the newest flushes, as many as bring min_expected assignments per expert, or all there are."""
-        found: dict[str, list[RoutingSums]] = {}
-        seen: dict[str, int] = {}  # assignments
-        enough: set[str] = set()
-        for span in reversed(self._spans):
-            if enough.issuperset(span.sums):
-                continue
-            for layer, sums in span.sums.items():
-                if layer in enough:
-                    continue
-                found.setdefault(layer, []).append(sums)
-                seen[layer] = seen.get(layer, 0) + sums.num_assignments
-                if seen[layer] >= min_expected * len(sums.counts_E):
-                    enough.add(layer)
-        return {layer: parts[0] if len(parts) == 1 else merge(*parts) for layer, parts in found.items()}
+        """Per layer, the newest flushes, as many as bring min_expected assignments per expert, or all there are.
+
+        Where the newest alone is enough, it is the very object that was added.
+        """
+        if not self._spans:
+            return {}
+        *older, newest = self._spans
+        total, enough = newest.sums.copy(), _with_enough(newest.sums, min_expected)
+        found = {layer: sums for layer, sums in self._newest.items() if layer in enough or not older}
+        alike = all(span.sums.layout is newest.sums.layout for span in older)
+        for span in reversed(older):
+            if alike and len(found) == len(total.layout):
+                break
+            total = total.absorb(span.sums)
+            found |= total.by_layer(_with_enough(total, min_expected) - found.keys())
+        rest = {place.layer for place in total.layout} - found.keys()
+        return found | total.by_layer(rest)
 
     def whole(self) -> dict[str, RoutingSums]:
         """Per layer, everything in the window."""
@@ -83,8 +90,11 @@ class TimeWindow:
         pairs = range(len(self._spans) - 2)
         index = min(pairs, key=lambda i: self._spans[i + 1].last - self._spans[i].first)
         a, b = self._spans[index : index + 2]
-        sums = {
-            layer: merge(a.sums[layer], b.sums[layer]) if layer in a.sums and layer in b.sums else each
-            for layer, each in {**a.sums, **b.sums}.items()
-        }
+        sums = a.sums.copy().absorb(b.sums).like(b.sums)
         self._spans[index : index + 2] = [_Span(a.first, b.last, sums)]
+
+
+def _with_enough(sums: StackedSums, min_expected: float) -> set[str]:
+    """The layers with so many assignments per expert."""
+    enough_L = sums.assignments_L >= min_expected * sums.experts_L
+    return {place.layer for place, enough in zip(sums.layout, enough_L.tolist(), strict=True) if enough}

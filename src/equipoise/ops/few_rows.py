@@ -2,11 +2,14 @@
 
 With a handful of rows the arithmetic is nothing: what counts are operators, of which `ops.lean_experts` needs a dozen
 per expert, and how fast weights are read, which on a CPU one product of a few rows leaves to one core, and a batch of
-them to all. A batch takes weights that lie at even distances, as any two experts' do: nothing is copied.
+them to all. A batch takes weights that lie at even distances, as any two experts' do: nothing is copied. Where there is
+only one thread, products one by one are faster, and nothing is filled up.
 Plain torch, differentiated by autograd, which keeps several times what the lean backend keeps.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -35,6 +38,8 @@ def few_rows_experts(x_TD: Tensor, plan: RaggedPlan, up_eHD: Tensor, down_eDF: T
     busy_b = counts_e.nonzero()[0]
     sizes_b = counts_e[busy_b]
     num_rows, most = int(sizes_b.sum()), int(sizes_b.max(initial=0))
+    if num_rows and _is_faster_one_by_one(x_TD):
+        return _one_by_one(x_TD, plan, up_eHD, down_eDF, activation)
     if most == 0 or most > max(_CHEAP, 2 * num_rows / len(busy_b)):
         return lean_experts(x_TD, plan, up_eHD, down_eDF, activation)
     runs = _runs(busy_b.tolist())
@@ -49,9 +54,37 @@ def few_rows_experts(x_TD: Tensor, plan: RaggedPlan, up_eHD: Tensor, down_eDF: T
     y_RD = _products(a_bCF, down_eDF, runs).flatten(0, 1)
     if places_R is not None:
         y_RD = y_RD.index_select(0, places_R)
-    if num_dropped:
+    return _summed(y_RD, plan, x_TD.shape[0])
+
+
+def _is_faster_one_by_one(x_TD: Tensor) -> bool:
+    """Low precision is left out: a product is compiled anew for each number of rows."""
+    return x_TD.is_cpu and x_TD.dtype in (torch.float32, torch.float64) and torch.get_num_threads() == 1
+
+
+def _one_by_one(x_TD: Tensor, plan: RaggedPlan, up_eHD: Tensor, down_eDF: Tensor, activation: str) -> Tensor:
+    """The same with a product per busy expert; everything else is done for all rows together."""
+    sizes = plan.counts_e.tolist()
+    num_rows = sum(sizes)
+    x_RD, weights_R1 = x_TD.index_select(0, plan.token_ids_R[:num_rows]), plan.weights_R[:num_rows, None]
+    z_RH = torch.cat([x_n.mm(up) for x_n, up in _with_rows(x_RD, sizes, up_eHD)])
+    a_RF = activate(z_RH, check_activation(activation)) * weights_R1.to(x_TD.dtype)
+    y_RD = torch.cat([a_n.mm(down) for a_n, down in _with_rows(a_RF, sizes, down_eDF)])
+    return _summed(y_RD, plan, x_TD.shape[0])
+
+
+def _with_rows(rows_RI: Tensor, sizes: list[int], weight_eOI: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """(its rows, its transposed weight) of each expert that has rows."""
+    weight_eIO, busy = weight_eOI.mT, [expert for expert, size in enumerate(sizes) if size]
+    for rows, expert in zip(torch.split(rows_RI, [sizes[expert] for expert in busy]), busy, strict=True):
+        yield rows, weight_eIO[expert]
+
+
+def _summed(y_RD: Tensor, plan: RaggedPlan, num_tokens: int) -> Tensor:
+    """(T, D): each token's sum over the rows that are computed; the plan's last ones, which are not, add nothing."""
+    if num_dropped := len(plan.token_ids_R) - len(y_RD):
         y_RD = torch.cat([y_RD, y_RD.new_zeros(num_dropped, y_RD.shape[1])])
-    return sum_rows(y_RD, plan.token_ids_R, plan.rows_TK, x_TD.shape[0])
+    return sum_rows(y_RD, plan.token_ids_R, plan.rows_TK, num_tokens)
 
 
 def _filled_up(sizes_b: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
