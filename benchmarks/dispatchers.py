@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.harness import Spread
+from benchmarks.harness import spread
 from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.layer import MoE
 from equipoise.parallel import ParallelConfig, apply_expert_parallel, make_ranks
@@ -94,12 +94,6 @@ def on_ranks(world: int, sizes: tuple[Size, ...], rounds: int) -> dict[str, np.n
     return {name: np.array(values) for name, values in told.items()}
 
 
-def spread_of(values: np.ndarray) -> Spread:
-    """Median and tenths."""
-    low, median, high = np.percentile(values, (10, 50, 90))
-    return Spread(float(median), float(low), float(high))
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dispatchers", description=__doc__)
@@ -121,8 +115,8 @@ def main() -> None:
         first, *others = seconds
         for number, size in enumerate(sizes):
             ours = seconds[first][number]
-            ratios = [spread_of(ours / seconds[name][number]) for name in others]
-            rows.append((f"{world} ranks, {size.tokens} tokens", spread_of(ours).times(1e3), *ratios))
+            ratios = [spread(ours / seconds[name][number]) for name in others]
+            rows.append((f"{world} ranks, {size.tokens} tokens", spread(ours).times(1e3), *ratios))
     columns = ("ranks and tokens of each", "all_to_all [ms]", *(f"{name}: times as fast" for name in list(WAYS)[1:]))
     settings: dict[str, Any] = {"rounds": rounds, **{k: v for k, v in vars(sizes[0]).items() if k != "tokens"}}
     emit(Report(settings, (Table("One layer, forward and backward", columns, tuple(rows)),)), options)

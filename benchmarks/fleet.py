@@ -25,10 +25,10 @@ from benchmarks.fleet_ranks import Work
 from benchmarks.netns import cluster, run_ranks
 from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.parallel.links import Effort
-from equipoise.plan.fleet import Batching, Machines, ModelShape
-from equipoise.plan.result import WARM_UP
-from equipoise.plan.simulate import simulate
-from equipoise.types import Links
+from equipoise.plan.fleet.result import WARM_UP
+from equipoise.plan.fleet.scenario import Batching, Machines, ModelShape
+from equipoise.plan.fleet.simulate import simulate
+from equipoise.plan.links import Links
 
 ROOT = Path(__file__).parents[1]
 

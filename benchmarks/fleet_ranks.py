@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from equipoise.parallel.links import Effort, measure
-from equipoise.plan.cell import Cell
-from equipoise.plan.fleet import Batching, Machines, ModelShape, Scenario, Traffic
-from equipoise.plan.routes import draw
-from equipoise.plan.simulate import arrivals, wanted
+from equipoise.plan.fleet.cell import Cell
+from equipoise.plan.fleet.routes import draw
+from equipoise.plan.fleet.scenario import Batching, Demand, Machines, ModelShape, Scenario
+from equipoise.plan.fleet.simulate import arrivals, wanted
 
 REPEATS = 40  # of what is measured beside the links
 Exchange = Callable[[Tensor, list[int], list[int]], Tensor]  # rows, rows to each rank, rows from each rank
@@ -45,7 +45,7 @@ class Work:
 
     def scenario(self, qps: float, machines: Machines | None = None) -> Scenario:
         """One load, for the simulation and for the ranks."""
-        traffic = Traffic(qps=qps, seconds=self.seconds, skew=self.skew)
+        traffic = Demand(qps=qps, seconds=self.seconds, skew=self.skew)
         return Scenario(
             model=self.model, machines=machines or Machines(ranks=self.ranks), batching=self.batching, traffic=traffic
         )

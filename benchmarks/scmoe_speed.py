@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Spread
+from benchmarks.harness import Spread, spread
 from benchmarks.netns import cluster, run_ranks
 from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.layer import MoE
@@ -117,13 +117,13 @@ def worker(size: Size, rounds: int) -> dict[str, Any]:
 
 def _timed(parallel: ExpertParallel, run: Callable[[], None]) -> tuple[float, float]:
     """(seconds, of which it waited for exchanges)."""
-    for traffic in parallel.traffic.values():
-        traffic.take()
+    for meter in parallel.meters.values():
+        meter.take()
     dist.barrier()
     begun = time.perf_counter()
     run()
     took = time.perf_counter() - begun
-    return took, sum(traffic.take()[0] for traffic in parallel.traffic.values())
+    return took, sum(meter.take()[0] for meter in parallel.meters.values())
 
 
 def _train(parallel: ExpertParallel, tokens_BS: torch.Tensor) -> None:
@@ -188,16 +188,10 @@ def at_rate(rate: float | None, size: Size, rounds: int) -> AtRate:
     top_2, speedups = {}, {}
     for kind in PUBLISHED:
         slowest = {name: np.max([each["seconds"][kind][name] for each in told], axis=0) for name in NAMES}
-        top_2[kind] = spread_of(slowest["top-2"])
-        speedups[kind] = {name: spread_of(slowest["top-2"] / slowest[name]) for name in NAMES[1:]}
-    share = spread_of(np.mean([each["shares"] for each in told], axis=0))
+        top_2[kind] = spread(slowest["top-2"])
+        speedups[kind] = {name: spread(slowest["top-2"] / slowest[name]) for name in NAMES[1:]}
+    share = spread(np.mean([each["shares"] for each in told], axis=0))
     return AtRate(rate, share, top_2, speedups, results[0].wire.sent / 1e6)
-
-
-def spread_of(values: np.ndarray) -> Spread:
-    """Median and tenths."""
-    low, median, high = np.percentile(values, (10, 50, 90))
-    return Spread(float(median), float(low), float(high))
 
 
 def draw(results: list[AtRate], path: Path) -> None:

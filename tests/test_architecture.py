@@ -26,7 +26,7 @@ ALLOWED = {
     "routing": {"types", "ops"},
     "layer": {"types", "ops", "routing"},
     "models": {"types", "layer", "routing", "disk"},
-    "parallel": {"types", "ops", "layer", "disk"},
+    "parallel": {"types", "ops", "layer", "disk", "plan"},
     "monitor": {"types", "ops"},
     "disk": set(),
     "recovery": {"types", "ops", "routing", "layer", "monitor", "disk"},

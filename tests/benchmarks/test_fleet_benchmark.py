@@ -11,7 +11,7 @@ import torch
 from benchmarks.fleet_ranks import Rank
 from benchmarks.netns import unusable
 
-from equipoise.plan.fleet import ModelShape
+from equipoise.plan.fleet.scenario import ModelShape
 
 ROOT = Path(__file__).parents[2]
 

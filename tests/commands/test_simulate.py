@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from equipoise.cli import main
+from equipoise.plan.links import Cost, Links
 from equipoise.plan.placement_file import write_placements
-from equipoise.types import Cost, Links, Placement
+from equipoise.types import Placement
 
 ROOT = Path(__file__).parents[2]
 SMALL = ("--experts", 8, "--ranks", 4, "--layers", 2, "--qps", 5000, "--seconds", 0.1)

@@ -139,6 +139,21 @@ def backward(model: Decoder, parts: Sequence[Batch], numbers: Sequence[int], ste
     return total
 
 
+def losses_alone(case: Case, steps: int, parts: int) -> list[float]:
+    """Of a longer run of one process, each batch in so many parts."""
+    model = build(case)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for step in range(1, steps + 1):
+        batch = whole_batch(step, case.ignored)
+        losses.append(backward(model, split(batch, parts), range(parts), step))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        reduce_and_update(model.moe_layers.values(), step=step)
+    return losses
+
+
 def train_alone(case: Case) -> dict[str, torch.Tensor]:
     """One process and the whole model: what all others are compared with."""
     model = build(case)

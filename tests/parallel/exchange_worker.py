@@ -41,7 +41,7 @@ def outcome(way: dict, world: int, rank: int, router: TopK) -> dict:
     ranks = make_ranks(ParallelConfig(expert=world, **way))
     parallel = apply_expert_parallel(moe, ranks)
     y = moe(x)
-    sent = parallel.traffic[""].sent_bytes
+    sent = parallel.meters[""].sent_bytes
     y.square().sum().backward()
     alone, x_alone = layer(router), tokens(rank)
     expected = alone(x_alone)

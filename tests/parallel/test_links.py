@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from equipoise.parallel.links import Effort, dispatch_seconds, faster_dispatcher, fit, measure
-from equipoise.types import Cost, Links, Timing
+from equipoise.plan.links import Cost, Links, Timing
 
 ROOT = Path(__file__).parents[2]
 LINKS = Links(
@@ -73,25 +73,25 @@ def test_seconds_of_both_dispatchers_by_hand():
     # all-to-all: counts 1 ms + 24 B / 1e6 B/s; then twice 1 ms + 1.3125 * 10 * 400 B / 1e6 = 5.25 ms.
     # all-gather: 1 ms + 3 * 10 * 400 / 1e6 = 13 ms, twice.
     seconds = dispatch_seconds(LINKS, tokens=10, dim=100, bytes_per_element=4, top_k=2, ranks=4)
-    assert seconds["all-to-all"] == pytest.approx(1.024e-3 + 2 * 6.25e-3)
-    assert seconds["all-gather"] == pytest.approx(2 * 13e-3)
+    assert seconds["all_to_all"] == pytest.approx(1.024e-3 + 2 * 6.25e-3)
+    assert seconds["all_gather"] == pytest.approx(2 * 13e-3)
 
 
 def test_latency_grows_with_the_ranks():
-    four, seven = (dispatch_seconds(LINKS, 1, 1, 1, 2, ranks)["all-gather"] for ranks in (4, 7))
+    four, seven = (dispatch_seconds(LINKS, 1, 1, 1, 2, ranks)["all_gather"] for ranks in (4, 7))
     assert four == pytest.approx(2e-3, rel=1e-2)
     assert seven == pytest.approx(4e-3, rel=1e-2)
 
 
 def test_little_is_gathered_and_much_is_sent_where_it_is_needed():
     asked = {"dim": 1000, "bytes_per_element": 2, "top_k": 2, "ranks": 4}
-    assert faster_dispatcher(LINKS, tokens=1, **(asked | {"dim": 10})) == "all-gather"
-    assert faster_dispatcher(LINKS, tokens=10_000, **asked) == "all-to-all"
+    assert faster_dispatcher(LINKS, tokens=1, **(asked | {"dim": 10})) == "all_gather"
+    assert faster_dispatcher(LINKS, tokens=10_000, **asked) == "all_to_all"
 
 
 def test_who_needs_everything_gathers():
     """With so many experts per token that every rank needs each token, both send the same bytes."""
-    assert faster_dispatcher(LINKS, tokens=10_000, dim=1000, bytes_per_element=2, top_k=100, ranks=4) == "all-gather"
+    assert faster_dispatcher(LINKS, tokens=10_000, dim=1000, bytes_per_element=2, top_k=100, ranks=4) == "all_gather"
 
 
 def test_one_rank_has_nothing_to_send():

@@ -1,12 +1,13 @@
 """Real processes train as one does: losses, gradients, their norm, balancers and weights, for every router."""
 
+import json
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.parallel.cases import CASES, names_for, train_alone
+from tests.parallel.cases import CASES, losses_alone, names_for, train_alone
 from tests.parallel.conftest import run_ranks
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -41,6 +42,17 @@ def test_every_case_with_every_number_of_ranks(tmp_path):
     for world in WORLDS:
         for name in names_for(world, every=True):
             compare(name, world, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_two_hundred_steps_have_the_same_losses(world, tmp_path):
+    """Each rank has one part of the batch, eight of them in two expert groups. The loss itself is taken in fp32."""
+    run_ranks(Path(__file__).with_name("long_worker.py"), tmp_path, world, "200")
+    losses = json.loads((tmp_path / f"{world}.json").read_text())
+    expected = losses_alone(CASES["balanced, all_to_all"], 200, world)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses[-1] < losses[0]
 
 
 def compare(name: str, world: int, folder: Path) -> None:

@@ -8,20 +8,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.plan.arrivals import arrival_times, hashed_shares
-from equipoise.plan.cell import Cell
-from equipoise.plan.fleet import Batching, Design, Machines, ModelShape, Scenario, Traffic
-from equipoise.plan.routes import admit, draw, popularity, positions
-from equipoise.plan.simulate import Trace, holders, simulate
-from equipoise.plan.step import step
-from equipoise.types import Cost, Links, Placement
+from equipoise.plan.fleet.arrivals import arrival_times, hashed_shares
+from equipoise.plan.fleet.cell import Cell
+from equipoise.plan.fleet.routes import admit, draw, popularity, positions
+from equipoise.plan.fleet.scenario import Batching, Demand, Design, Machines, ModelShape, Scenario
+from equipoise.plan.fleet.simulate import Trace, holders, simulate
+from equipoise.plan.fleet.step import step
+from equipoise.plan.links import Cost, Links
+from equipoise.types import Placement
 
 FREE = Cost(0.0, math.inf)
 SMALL = Scenario(
     model=ModelShape(experts=8, top_k=2, layers=2, dim=16, hidden_dim=32, capacity=None),
     machines=Machines(ranks=4, link=Cost(1e-5, 1e9), expert=Cost(1e-5, 1e9)),
     batching=Batching(window_s=1e-3),
-    traffic=Traffic(qps=5_000, seconds=0.2, skew=0.0),
+    traffic=Demand(qps=5_000, seconds=0.2, skew=0.0),
 )
 
 
@@ -63,7 +64,7 @@ def test_a_rank_alone_is_m_d_1():
         model=ModelShape(experts=1, top_k=1, layers=1, capacity=None),
         machines=Machines(ranks=1, expert=Cost(service, math.inf)),
         batching=Batching(window_s=0.0, max_batch=1),
-        traffic=Traffic(qps=500, seconds=40),
+        traffic=Demand(qps=500, seconds=40),
     )
     result = simulate(scenario)
     assert result.wait_s == pytest.approx(service * 0.5 / (2 * 0.5), rel=0.1)
@@ -85,7 +86,7 @@ def test_without_load_latency_is_the_sum_of_its_parts():
             ranks=4, link=Cost(10e-6, 1e6), expert=Cost(20e-6, 1e8), rest_s=5e-6, step_s=3e-6, counts_first=True
         ),
         batching=Batching(window_s=1e-3),
-        traffic=Traffic(qps=1, seconds=60),
+        traffic=Demand(qps=1, seconds=60),
     )
     parts = 1e-3 + 10e-6 + (10e-6 + 96e-6) + 27.68e-6 + (96e-6 + 10e-6) + 5e-6 + 3e-6
     latency = simulate(scenario).latency
@@ -202,7 +203,7 @@ def test_positions_count_those_before():
 
 @pytest.mark.parametrize("burst", [1.0, 5.0])
 def test_the_mean_rate_is_kept(burst):
-    times = arrival_times(np.random.default_rng(0), Traffic(qps=1000, seconds=200, burst=burst))
+    times = arrival_times(np.random.default_rng(0), Demand(qps=1000, seconds=200, burst=burst))
     assert len(times) / 200 == pytest.approx(1000, rel=0.1)
     assert np.all(np.diff(times) >= 0)
     per_slot = np.bincount((times / 0.02).astype(int), minlength=10_000)  # as long as a burst
@@ -369,10 +370,10 @@ def test_measured_links_hold_for_other_numbers_of_ranks():
         (lambda: Machines(rest_s=-1.0), "rest_s: expected at least 0 seconds, got -1.0"),
         (lambda: Batching(max_batch=0), "max_batch: expected at least 1, got 0"),
         (lambda: Batching(window_s=math.nan), "window_s: expected at least 0 seconds, got nan"),
-        (lambda: Traffic(qps=0.0), "qps: expected a number above 0, got 0.0"),
-        (lambda: Traffic(skew=-1.0), "skew: expected an exponent of at least 0, got -1.0"),
-        (lambda: Traffic(drift_s=0.0), "drift_s: expected seconds above 0, or None for no drift, got 0.0"),
-        (lambda: Traffic(burst=20.0), "burst: expected 1 to 1 / burst_share .* got burst = 20.0 and burst_share = 0.1"),
+        (lambda: Demand(qps=0.0), "qps: expected a number above 0, got 0.0"),
+        (lambda: Demand(skew=-1.0), "skew: expected an exponent of at least 0, got -1.0"),
+        (lambda: Demand(drift_s=0.0), "drift_s: expected seconds above 0, or None for no drift, got 0.0"),
+        (lambda: Demand(burst=20.0), "burst: expected 1 to 1 / burst_share .* got burst = 20.0 and burst_share = 0.1"),
         (lambda: Scenario(design=Design(groups=3)), "groups: expected a divisor of 16 ranks and of 64 experts, got 3"),
         (
             lambda: Scenario(model=ModelShape(top_k=8), design=Design(groups=16)),

@@ -6,9 +6,9 @@ The simulation itself jumps from step to step; here queries arrive, wait and are
 import numpy as np
 import pytest
 
-from equipoise.plan.arrivals import arrival_times
-from equipoise.plan.cell import Cell
-from equipoise.plan.fleet import Batching, Traffic
+from equipoise.plan.fleet.arrivals import arrival_times
+from equipoise.plan.fleet.cell import Cell
+from equipoise.plan.fleet.scenario import Batching, Demand
 
 simpy = pytest.importorskip("simpy", reason="the slow twin needs SimPy: pip install 'equipoise[dev]'")
 
@@ -65,7 +65,7 @@ def by_events(times, batching):
     ids=lambda b: f"{b.window_s:g}-{b.max_batch}-{b.max_waiting}",
 )
 def test_each_query_is_served_at_the_same_time(qps, batching):
-    times = arrival_times(np.random.default_rng(1), Traffic(qps=qps, seconds=0.3, burst=4.0))
+    times = arrival_times(np.random.default_rng(1), Demand(qps=qps, seconds=0.3, burst=4.0))
     start, done, rejected = by_events(times, batching)
     cell = Cell(times, np.zeros(len(times), dtype=np.int64), batching, 1)
     while np.isfinite(at := cell.next_start()):

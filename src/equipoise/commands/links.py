@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from equipoise.parallel.links import Effort, Progress
-    from equipoise.types import Links
+    from equipoise.plan.links import Links
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 WIDE = 110  # columns of the table where there is no terminal
@@ -137,26 +137,16 @@ def verdict(found: Links, tokens: int, top_k: int) -> str:
 
 def _of_this_group(effort: Effort) -> Links:
     """Measured between the ranks that torchrun has started, this being one of them."""
-    import torch
-    import torch.distributed as dist
-
     from equipoise.parallel.links import measure
+    from equipoise.parallel.mesh import process_group
 
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    on_gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if on_gpu:
-        torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        with _progress(dist.get_rank() == 0) as progress:
-            return measure(effort, progress)
-    finally:
-        dist.destroy_process_group()
+    with process_group(), _progress(int(os.environ["RANK"]) == 0) as progress:
+        return measure(effort, progress)
 
 
 def _of_own_ranks(ranks: int, options: list[str]) -> Links:
     """The same command, run by as many processes as torchrun would start on this machine's loopback."""
-    from equipoise.types import Links
+    from equipoise.plan.links import Links
 
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "links.json"

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from equipoise.plan.fleet import Batching, Design, Machines, ModelShape, Scenario, Traffic
+from equipoise.plan.fleet.scenario import Batching, Demand, Design, Machines, ModelShape, Scenario
+from equipoise.plan.links import Cost, Links
 from equipoise.plan.placement_file import read_placements
-from equipoise.types import Cost, Links
 
 if TYPE_CHECKING:
-    from equipoise.plan.result import FleetResult
-    from equipoise.plan.simulate import Trace
+    from equipoise.plan.fleet.result import FleetResult
+    from equipoise.plan.fleet.simulate import Trace
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 WIDE = 120  # columns of the table where there is no terminal
@@ -73,7 +73,7 @@ class Files:
 
 def simulate(
     *,
-    traffic: Annotated[Traffic, tyro.conf.OmitArgPrefixes] = Traffic(),  # noqa: B008 - frozen
+    traffic: Annotated[Demand, tyro.conf.OmitArgPrefixes] = Demand(),  # noqa: B008 - frozen
     model: Annotated[ModelShape, tyro.conf.OmitArgPrefixes] = ModelShape(),  # noqa: B008 - frozen
     hardware: Annotated[Hardware, tyro.conf.OmitArgPrefixes] = Hardware(),
     batching: Annotated[Batching, tyro.conf.OmitArgPrefixes] = Batching(),  # noqa: B008 - frozen
@@ -102,7 +102,7 @@ def simulate(
     """
     from rich.console import Console
 
-    from equipoise.plan.simulate_report import designs_table, draw_designs
+    from equipoise.plan.fleet.report import designs_table, draw_designs
     from equipoise.train.sources import require
 
     if files.picture:
@@ -153,7 +153,7 @@ def _run(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from equipoise.plan.simulate import simulate as run
+    from equipoise.plan.fleet.simulate import simulate as run
     from equipoise.train.run import interruptible
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -209,7 +209,7 @@ def _trace(path: Path) -> Trace:
     import numpy as np
 
     from equipoise.monitor.recorded_files import Counts, Layout, read
-    from equipoise.plan.simulate import Trace
+    from equipoise.plan.fleet.simulate import Trace
 
     found = read(path, Layout())
     if isinstance(found, Counts):

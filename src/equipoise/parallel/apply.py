@@ -16,27 +16,25 @@ from torch import nn
 from equipoise.layer import Experts, MoE
 from equipoise.layer.dispatch import Dispatcher
 from equipoise.parallel.dispatchers import AllGatherDispatcher, AllToAllDispatcher, HierarchicalDispatcher, Link
-from equipoise.parallel.exchange import Traffic
+from equipoise.parallel.exchange import Meter
 from equipoise.parallel.mesh import Ranks
 from equipoise.parallel.payload import payloads
 from equipoise.parallel.replicas import slot_table
 from equipoise.types import Placement
-
-ALL_GATHER_UP_TO = 2  # ranks; see `choose_dispatcher`
 
 
 @dataclass(frozen=True, eq=False)
 class ExpertParallel:
     """A model whose experts are spread over ranks.
 
-    layers: its MoE layers by name. placements: of each. traffic: what each layer's exchanges cost on this rank.
+    layers: its MoE layers by name. placements: of each. meters: what each layer's exchanges cost on this rank.
     """
 
     model: nn.Module
     ranks: Ranks
     layers: Mapping[str, MoE]
     placements: Mapping[str, Placement]
-    traffic: Mapping[str, Traffic]
+    meters: Mapping[str, Meter]
 
     def slots(self, layer: str) -> tuple[int, ...]:
         """The logical experts that this rank holds of a layer, in the order of its parameters' first axis."""
@@ -54,7 +52,7 @@ class ExpertParallel:
     def placed(self, placements: Mapping[str, Placement]) -> ExpertParallel:
         """The same with other placements; the weights must have moved before."""
         for name, layer in self.layers.items():
-            link = _link(self.ranks, placements[name], self.traffic[name])
+            link = _link(self.ranks, placements[name], self.meters[name])
             layer.dispatcher = _dispatcher(self.ranks, link)
         return replace(self, placements=dict(placements))
 
@@ -75,10 +73,10 @@ def apply_expert_parallel(
     if placements is None:
         placements = {name: Placement.even(layer.num_experts, world) for name, layer in layers.items()}
     check_placements(placements, {name: layer.num_experts for name, layer in layers.items()}, world)
-    traffic = {name: Traffic(name) for name in layers}
+    meters = {name: Meter(name) for name in layers}
     for name, layer in layers.items():
         layer.experts = slice_experts(layer.experts, placements[name].slots[ranks.expert_rank])
-    return ExpertParallel(model, ranks, layers, placements, traffic).placed(placements)
+    return ExpertParallel(model, ranks, layers, placements, meters).placed(placements)
 
 
 def check_placements(placements: Mapping[str, Placement], num_experts: Mapping[str, int], world: int) -> None:
@@ -106,22 +104,14 @@ def slice_experts(experts: Experts, slots: tuple[int, ...]) -> Experts:
     return local.train(experts.training)
 
 
-def choose_dispatcher(ranks: Ranks) -> str:
-    """What "auto" means. All-to-all sends least; all-gather has fewer messages, which pays among two ranks."""
-    asked = ranks.config.dispatcher
-    if asked != "auto" or ranks.config.nodes > 1 or ranks.config.chunks > 1:
-        return "all_to_all" if asked == "auto" else asked
-    return "all_gather" if ranks.config.expert <= ALL_GATHER_UP_TO else "all_to_all"
-
-
-def _link(ranks: Ranks, placement: Placement, traffic: Traffic) -> Link:
+def _link(ranks: Ranks, placement: Placement, meter: Meter) -> Link:
     device = torch.device(ranks.mesh.device_type)
     own = ranks.expert_rank
-    return Link(own, len(placement.slots[own]), slot_table(placement, device), traffic, payloads(ranks.config.payload))
+    return Link(own, len(placement.slots[own]), slot_table(placement, device), meter, payloads(ranks.config.payload))
 
 
 def _dispatcher(ranks: Ranks, link: Link) -> Dispatcher:
-    if choose_dispatcher(ranks) == "all_gather":
+    if ranks.config.dispatcher == "all_gather":
         return AllGatherDispatcher(link, ranks.expert)
     if ranks.config.nodes > 1:
         return HierarchicalDispatcher(link, ranks.across, ranks.within)

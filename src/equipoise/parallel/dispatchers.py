@@ -17,7 +17,7 @@ from torch import Tensor
 from equipoise.layer.dispatch import Dispatched, UnderWay
 from equipoise.layer.overflow import Fitted
 from equipoise.ops.ragged import RaggedPlan, ragged_plan
-from equipoise.parallel.exchange import AllGather, ReduceScatter, Started, Traffic, start
+from equipoise.parallel.exchange import AllGather, Meter, ReduceScatter, Started, start
 from equipoise.parallel.payload import Payload
 from equipoise.parallel.replicas import SlotTable
 from equipoise.parallel.send import Arrived, Errands, Sent, Way, chunked, send
@@ -33,7 +33,7 @@ class Link:
     own_rank: int
     num_slots: int
     table: SlotTable
-    traffic: Traffic
+    meter: Meter
     payloads: tuple[Payload, Payload]
 
     def errands(self, fitted: Fitted) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -93,8 +93,8 @@ class AllToAllDispatcher:
         """Set off, all chunks."""
         errands = Errands(*self.link.errands(fitted))
         parts = [(x_TD, errands)] if self.chunks == 1 else chunked(x_TD, errands, self.chunks)
-        traffic, payloads = self.link.traffic, self.link.payloads
-        return [OneHop(send(x, part, self.group, traffic, payloads), self.link, fitted) for x, part in parts]
+        meter, payloads = self.link.meter, self.link.payloads
+        return [OneHop(send(x, part, self.group, meter, payloads), self.link, fitted) for x, part in parts]
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +110,7 @@ class TwoHops:
         link, at_node = self.dispatcher.link, self.sent.wait()
         local_N = at_node.labels_N % self.dispatcher.per_node
         errands = Errands(at_node.row_ids_N, local_N, at_node.labels_N // self.dispatcher.per_node, at_node.weights_N)
-        arrived = send(at_node.rows, errands, self.dispatcher.within, link.traffic, link.payloads).wait()
+        arrived = send(at_node.rows, errands, self.dispatcher.within, link.meter, link.payloads).wait()
         return Remote(arrived.rows, _plan(arrived, link.num_slots, self.fitted), (arrived.way, at_node.way))
 
 
@@ -130,7 +130,7 @@ class HierarchicalDispatcher:
         token_N, rank_N, slot_N, weights_N = self.link.errands(fitted)
         label_N = slot_N * self.per_node + rank_N % self.per_node
         errands = Errands(token_N, rank_N // self.per_node, label_N, weights_N)
-        return (TwoHops(send(x_TD, errands, self.across, self.link.traffic, self.link.payloads), self, fitted),)
+        return (TwoHops(send(x_TD, errands, self.across, self.link.meter, self.link.payloads), self, fitted),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +145,7 @@ class Everything:
     def combine(self, y: Tensor) -> UnderWay[Tensor]:
         """Sum over ranks, to each its own tokens."""
         link = self.dispatcher.link
-        started = start(y, ReduceScatter(self.dispatcher.group), link.traffic, link.payloads[1])
+        started = start(y, ReduceScatter(self.dispatcher.group), link.meter, link.payloads[1])
         return FirstRows(started, self.num_tokens)
 
 
@@ -178,7 +178,7 @@ class Gathering:
         """Of all that came, what is for this rank's experts."""
         link = self.dispatcher.link
         rows, weights_N = self.rows.wait(), self.weights.wait()
-        link.traffic.wait([self.told_work])
+        link.meter.wait(self.told_work)
         world = dist.get_world_size(self.dispatcher.group)
         token_N, rank_N, slot_N = self.told.long().unbind(1)
         first_N = torch.arange(world, device=rows.device).repeat_interleave(len(token_N) // world) * self.width
@@ -198,13 +198,13 @@ class AllGatherDispatcher:
     def dispatch(self, x_TD: Tensor, fitted: Fitted) -> Sequence[UnderWay[Dispatched]]:
         """Set off. Waits for the others to say how many tokens and assignments they have."""
         token_N, rank_N, slot_N, weights_N = self.link.errands(fitted)
-        traffic, gather = self.link.traffic, AllGather(self.group)
-        sizes, work = gather.forth(torch.tensor([[len(x_TD), len(token_N)]], device=x_TD.device), traffic)
-        traffic.wait([work])
+        meter, gather = self.link.meter, AllGather(self.group)
+        sizes, work = gather.forth(torch.tensor([[len(x_TD), len(token_N)]], device=x_TD.device), meter)
+        meter.wait(work)
         width, most = sizes.amax(0).tolist()
         pad = torch.nn.functional.pad
         told_N3 = pad(torch.stack((token_N, rank_N, slot_N), dim=1).int(), (0, 0, 0, most - len(token_N)), value=-1)
-        rows = start(pad(x_TD, (0, 0, 0, width - len(x_TD))), gather, traffic, self.link.payloads[0])
-        weights = start(pad(weights_N, (0, most - len(token_N))), gather, traffic)
-        told, told_work = gather.forth(told_N3, traffic)
+        rows = start(pad(x_TD, (0, 0, 0, width - len(x_TD))), gather, meter, self.link.payloads[0])
+        weights = start(pad(weights_N, (0, most - len(token_N))), gather, meter)
+        told, told_work = gather.forth(told_N3, meter)
         return (Gathering(rows, weights, told, told_work, width, len(x_TD), self, fitted),)

@@ -8,7 +8,6 @@ where the forward set off, so that what hid the one hides the other. Nothing her
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,7 +22,7 @@ class CollectiveError(RuntimeError):
     """Ranks did not meet, or one of them has gone. The message names the rank and the layer, and what to look at."""
 
 
-class Traffic:
+class Meter:
     """What one layer's exchanges cost on this rank, since it was last taken.
 
     seconds: in which this rank could do nothing but wait. sent_bytes: payload to other ranks, without itself.
@@ -39,12 +38,11 @@ class Traffic:
         self.seconds, self.sent_bytes = 0.0, 0
         return taken
 
-    def wait(self, works: Sequence[dist.Work]) -> None:
-        """Wait for all of them. Raises CollectiveError when one does not come."""
+    def wait(self, work: dist.Work) -> None:
+        """Until it has ended. Raises CollectiveError when it does not."""
         begun = time.perf_counter()
         try:
-            for work in works:
-                work.wait()
+            work.wait()
         except RuntimeError as error:
             raise CollectiveError(
                 f"rank {dist.get_rank()}, {self.name}: an exchange with the other ranks did not end ({_first(error)}). "
@@ -57,7 +55,7 @@ def sum_over(tensor: Tensor, group: dist.ProcessGroup, what: str) -> None:
     """Sum over the ranks of a group, in place. what: for the message of the CollectiveError."""
     work = dist.all_reduce(tensor, group=group, async_op=True)
     assert work is not None
-    Traffic(what).wait([work])
+    Meter(what).wait(work)
 
 
 def _first(error: BaseException) -> str:
@@ -67,11 +65,11 @@ def _first(error: BaseException) -> str:
 class Move(Protocol):
     """How rows travel between the ranks of a group. A tensor's first axis is its rows."""
 
-    def forth(self, x: Tensor, traffic: Traffic) -> tuple[Tensor, dist.Work]:
+    def forth(self, x: Tensor, meter: Meter) -> tuple[Tensor, dist.Work]:
         """(where the rows will be, what to wait for)."""
         ...
 
-    def back(self, y: Tensor, traffic: Traffic) -> tuple[Tensor, dist.Work]:
+    def back(self, y: Tensor, meter: Meter) -> tuple[Tensor, dist.Work]:
         """The way back, for gradients: of what `forth` gave, to what it took."""
         ...
 
@@ -84,25 +82,23 @@ class AllToAll:
     receive: tuple[int, ...]
     group: dist.ProcessGroup
 
-    def forth(self, x: Tensor, traffic: Traffic) -> tuple[Tensor, dist.Work]:
+    def forth(self, x: Tensor, meter: Meter) -> tuple[Tensor, dist.Work]:
         """Rows to their ranks."""
-        return self._go(x, self.send, self.receive, traffic)
+        return self._go(x, self.send, self.receive, meter)
 
-    def back(self, y: Tensor, traffic: Traffic) -> tuple[Tensor, dist.Work]:
+    def back(self, y: Tensor, meter: Meter) -> tuple[Tensor, dist.Work]:
         """Each row to where it came from."""
-        return self._go(y, self.receive, self.send, traffic)
+        return self._go(y, self.receive, self.send, meter)
 
     @property
     def home(self) -> AllToAll:
         """The move of results: the other way."""
         return AllToAll(self.receive, self.send, self.group)
 
-    def _go(
-        self, x: Tensor, send: tuple[int, ...], receive: tuple[int, ...], traffic: Traffic
-    ) -> tuple[Tensor, dist.Work]:
+    def _go(self, x: Tensor, send: tuple[int, ...], receive: tuple[int, ...], meter: Meter) -> tuple[Tensor, dist.Work]:
         out = x.new_empty(sum(receive), *x.shape[1:])
         row = x[:1].numel() * x.element_size() if len(x) else 0
-        traffic.sent_bytes += row * (len(x) - send[dist.get_rank(self.group)])
+        meter.sent_bytes += row * (len(x) - send[dist.get_rank(self.group)])
         work = dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=self.group, async_op=True)
         assert work is not None
         return out, work
@@ -114,20 +110,20 @@ class AllGather:
 
     group: dist.ProcessGroup
 
-    def forth(self, x: Tensor, traffic: Traffic) -> tuple[Tensor, dist.Work]:
+    def forth(self, x: Tensor, meter: Meter) -> tuple[Tensor, dist.Work]:
         """(world * rows, ...)."""
         world = dist.get_world_size(self.group)
         out = x.new_empty(world * len(x), *x.shape[1:])
-        traffic.sent_bytes += (world - 1) * x.numel() * x.element_size()
+        meter.sent_bytes += (world - 1) * x.numel() * x.element_size()
         work = dist.all_gather_single(out, x.contiguous(), group=self.group, async_op=True)
         assert work is not None
         return out, work
 
-    def back(self, y: Tensor, traffic: Traffic) -> tuple[Tensor, dist.Work]:
+    def back(self, y: Tensor, meter: Meter) -> tuple[Tensor, dist.Work]:
         """This rank's share of the sum over ranks."""
         world = dist.get_world_size(self.group)
         out = y.new_empty(len(y) // world, *y.shape[1:])
-        traffic.sent_bytes += (world - 1) * out.numel() * out.element_size()
+        meter.sent_bytes += (world - 1) * out.numel() * out.element_size()
         work = dist.reduce_scatter_single(out, y.contiguous(), group=self.group, async_op=True)
         assert work is not None
         return out, work
@@ -139,20 +135,20 @@ class ReduceScatter:
 
     group: dist.ProcessGroup
 
-    def forth(self, x: Tensor, traffic: Traffic) -> tuple[Tensor, dist.Work]:
+    def forth(self, x: Tensor, meter: Meter) -> tuple[Tensor, dist.Work]:
         """(rows / world, ...)."""
-        return AllGather(self.group).back(x, traffic)
+        return AllGather(self.group).back(x, meter)
 
-    def back(self, y: Tensor, traffic: Traffic) -> tuple[Tensor, dist.Work]:
+    def back(self, y: Tensor, meter: Meter) -> tuple[Tensor, dist.Work]:
         """Everyone's rows to everyone."""
-        return AllGather(self.group).forth(y, traffic)
+        return AllGather(self.group).forth(y, meter)
 
 
 class _Flight:
     """One exchange and its gradient's: what is on the way, and what has to be kept until it is there."""
 
-    def __init__(self, move: Move, traffic: Traffic, payload: Payload) -> None:
-        self.move, self.traffic, self.payload = move, traffic, payload
+    def __init__(self, move: Move, meter: Meter, payload: Payload) -> None:
+        self.move, self.meter, self.payload = move, meter, payload
         self.dtype: torch.dtype | None = None
         self._out: Tensor | None = None
         self._kept: tuple[Tensor, dist.Work] | None = None
@@ -162,7 +158,7 @@ class _Flight:
         if forward:
             self.dtype = x.dtype
         packed = (self.payload.pack if forward else self.payload.pack_gradient)(x)
-        self._out, work = (self.move.forth if forward else self.move.back)(packed, self.traffic)
+        self._out, work = (self.move.forth if forward else self.move.back)(packed, self.meter)
         self._kept = packed, work
         return self._out
 
@@ -171,7 +167,7 @@ class _Flight:
         assert self._kept is not None
         assert self._out is not None
         assert self.dtype is not None
-        self.traffic.wait([self._kept[1]])
+        self.meter.wait(self._kept[1])
         out, self._kept, self._out = self._out, None, None
         return (self.payload.unpack if forward else self.payload.unpack_gradient)(out, self.dtype)
 
@@ -215,8 +211,8 @@ class Started:
         return rows
 
 
-def start(x: Tensor, move: Move, traffic: Traffic, payload: Payload = AS_IS) -> Started:
+def start(x: Tensor, move: Move, meter: Meter, payload: Payload = AS_IS) -> Started:
     """Set off. x: rows, any floating type if a gradient goes back; the same graph on all ranks, also without rows."""
-    flight = _Flight(move, traffic, payload)
+    flight = _Flight(move, meter, payload)
     ticket: Tensor = _SetOff.apply(x, flight)  # type: ignore[no-untyped-call]  # torch's
     return Started(ticket, flight)

@@ -107,7 +107,8 @@ def clip_gradients(parallel: ExpertParallel, max_norm: float) -> float:
             everywhere += _squared(parameter.grad)
     for name, parameter in parallel.expert_parameters.values():
         if parameter.grad is not None:
-            own += _squared(parameter.grad[_first_held(parallel, name)])
+            first = _first_held(parallel, name)
+            own += _squared(parameter.grad if len(first) == len(parameter) else parameter.grad[first])
     parallel.ranks.sum(sharded)
     sum_over(own, parallel.ranks.expert, "the norm of gradients")
     norm = float((everywhere + sharded + own).sqrt())

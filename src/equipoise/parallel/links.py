@@ -10,18 +10,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from equipoise.types import Cost, Links, Timing
+from equipoise.parallel.mesh import DispatcherName
+from equipoise.plan.links import Cost, Links, Timing
 
 SIZES = tuple(1024 * 4**n for n in range(8))  # bytes per rank: 1 KiB to 16 MiB
 ROWS = (1, 4, 16, 64, 256, 1024)  # of the expert's product
-DispatcherName = Literal["all-gather", "all-to-all"]
 Progress = Callable[[str, int, int], None]  # what is measured now, how many are done, of how many
 
 
@@ -141,12 +140,12 @@ def faster_dispatcher(
 ) -> DispatcherName:
     """Which way to the experts and back takes less time by these links, for `tokens` of dim on each of `ranks`.
 
-    "all-to-all" sends a token once to each rank that it needs, with counts beforehand: R (1 - (1 - 1/R)^k) copies under
-    even routing. "all-gather" sends every token everywhere, and sums results by a reduce-scatter: more bytes, fewer and
+    "all_to_all" sends a token once to each rank that it needs, with counts beforehand: R (1 - (1 - 1/R)^k) copies under
+    even routing. "all_gather" sends every token everywhere, and sums results by a reduce-scatter: more bytes, fewer and
     simpler rounds. `dispatch_seconds` has the times. Raises ValueError for numbers below 1.
     """
     seconds = dispatch_seconds(links, tokens, dim, bytes_per_element, top_k, ranks)
-    return "all-to-all" if seconds["all-to-all"] < seconds["all-gather"] else "all-gather"
+    return "all_to_all" if seconds["all_to_all"] < seconds["all_gather"] else "all_gather"
 
 
 def dispatch_seconds(
@@ -162,7 +161,7 @@ def dispatch_seconds(
         if value < 1:
             raise ValueError(f"faster_dispatcher: expected {name} of at least 1, got {value}")
     if ranks == 1:
-        return {"all-to-all": 0.0, "all-gather": 0.0}
+        return {"all_to_all": 0.0, "all_gather": 0.0}
     more = (ranks - 1) / max(links.ranks - 1, 1)
     row = dim * bytes_per_element
     copies = (ranks - 1) * (1 - (1 - 1 / ranks) ** top_k)  # of R (1 - (1 - 1/R)^k), those to other ranks
@@ -173,8 +172,8 @@ def dispatch_seconds(
     counts = seconds(links.all_to_all, 8 * (ranks - 1))
     gathered = (ranks - 1) * tokens * row
     return {
-        "all-to-all": counts + 2 * seconds(links.all_to_all, copies * tokens * row),
-        "all-gather": seconds(links.all_gather, gathered) + seconds(links.reduce_scatter, gathered),
+        "all_to_all": counts + 2 * seconds(links.all_to_all, copies * tokens * row),
+        "all_gather": seconds(links.all_gather, gathered) + seconds(links.reduce_scatter, gathered),
     }
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from equipoise.parallel.exchange import sum_over
 from equipoise.parallel.payload import PayloadName, payloads
 
 TIMEOUT_S = 600.0
+DispatcherName = Literal["all_to_all", "all_gather"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,8 @@ class ParallelConfig:
     """Nodes that an expert group spans; more than 1 sends tokens between nodes once, and spreads them within."""
     shard: bool = False
     """Shard weights, gradients and optimizer state over data-parallel ranks (FSDP2), all but the experts'."""
-    dispatcher: Literal["auto", "all_to_all", "all_gather"] = "auto"
-    """all_to_all, all_gather, or auto for what is faster."""
+    dispatcher: DispatcherName = "all_to_all"
+    """all_to_all, or all_gather where `equipoise bench links` finds that faster."""
     chunks: int = 1
     """Of the tokens of a layer; with more than 1, some are under way while others are computed."""
     payload: PayloadName = "as_is"
@@ -57,8 +58,8 @@ class ParallelConfig:
                 raise ValueError(f"parallel.{name}: expected at least 1, got {getattr(self, name)}")
         if self.expert % self.nodes:
             raise ValueError(f"parallel.nodes: expected a divisor of parallel.expert = {self.expert}, got {self.nodes}")
-        if self.dispatcher not in ("auto", "all_to_all", "all_gather"):
-            raise ValueError(f"parallel.dispatcher: expected auto, all_to_all or all_gather, got {self.dispatcher!r}")
+        if self.dispatcher not in get_args(DispatcherName):
+            raise ValueError(f"parallel.dispatcher: expected all_to_all or all_gather, got {self.dispatcher!r}")
         if self.dispatcher == "all_gather" and self.nodes > 1:
             raise ValueError("parallel.dispatcher: all_gather knows no nodes; set parallel.nodes=1, or use all_to_all")
         if self.chunks > 1 and (self.nodes > 1 or self.dispatcher == "all_gather"):
@@ -167,12 +168,21 @@ def started(config: ParallelConfig) -> Iterator[Ranks | None]:
             )
         yield None
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=config.timeout_s))
-    try:
+    with process_group(config.timeout_s) as device:
         yield make_ranks(config, device)
+
+
+@contextmanager
+def process_group(timeout_s: float = TIMEOUT_S) -> Iterator[str]:
+    """Of all processes that torchrun has started, ended at the end; "cuda" with NCCL where each has a GPU, else "cpu"
+    with gloo.
+    """
+    on_gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
+    try:
+        yield "cuda" if on_gpu else "cpu"
         dist.barrier()  # no rank takes its threads down while another still talks to them
     finally:
         dist.destroy_process_group()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from equipoise.layer.dispatch import UnderWay
-from equipoise.parallel.exchange import AllToAll, Started, Traffic, start
+from equipoise.parallel.exchange import AllToAll, Meter, Started, start
 from equipoise.parallel.payload import Payload
 
 
@@ -66,12 +66,12 @@ class Way:
     move: AllToAll
     token_of_U: Tensor
     num_tokens: int
-    traffic: Traffic
+    meter: Meter
     payload: Payload
 
     def send_home(self, y: Tensor) -> UnderWay[Tensor]:
         """From a sum per arrived row to one per row that was sent, over all ranks."""
-        return Home(start(y, self.move.home, self.traffic, self.payload), self)
+        return Home(start(y, self.move.home, self.meter, self.payload), self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ class Sent:
     def wait(self) -> Arrived:
         """What arrived."""
         rows, weights_N = self.rows.wait(), self.weights.wait()
-        self.way.traffic.wait([self.told_work])
+        self.way.meter.wait(self.told_work)
         device = rows.device
         starts = torch.tensor(self.rows_from, device=device).cumsum(0) - torch.tensor(self.rows_from, device=device)
         first_N = starts.repeat_interleave(torch.tensor(self.errands_from, device=device))
@@ -115,7 +115,7 @@ def send(
     x_TD: Tensor,
     errands: Errands,
     group: dist.ProcessGroup,
-    traffic: Traffic,
+    meter: Meter,
     payloads: tuple[Payload, Payload],
 ) -> Sent:
     """Set off. payloads: of the rows out, and of the sums home. Waits for the others to say how much will come."""
@@ -133,15 +133,15 @@ def send(
     place_N = copy_N - (copies_W.cumsum(0) - copies_W)[target_N]
 
     amounts = torch.stack((copies_W, errands_W), dim=1)
-    coming, work = AllToAll((1,) * world, (1,) * world, group).forth(amounts, traffic)
-    traffic.wait([work])
+    coming, work = AllToAll((1,) * world, (1,) * world, group).forth(amounts, meter)
+    meter.wait(work)
     copies_out, errands_out = (tuple(column) for column in amounts.t().tolist())
     copies_in, errands_in = (tuple(column) for column in coming.t().tolist())
 
     move = AllToAll(copies_out, copies_in, group)
     errand_move = AllToAll(errands_out, errands_in, group)
-    way = Way(move, token_of_U, num_tokens, traffic, payloads[1])
-    rows = start(x_TD[token_of_U], move, traffic, payloads[0])
-    weights = start(errands.weights_N[order_N], errand_move, traffic)
-    told, told_work = errand_move.forth(torch.stack((place_N, errands.labels_N[order_N]), dim=1).int(), traffic)
+    way = Way(move, token_of_U, num_tokens, meter, payloads[1])
+    rows = start(x_TD[token_of_U], move, meter, payloads[0])
+    weights = start(errands.weights_N[order_N], errand_move, meter)
+    told, told_work = errand_move.forth(torch.stack((place_N, errands.labels_N[order_N]), dim=1).int(), meter)
     return Sent(rows, weights, told, told_work, copies_in, errands_in, way)

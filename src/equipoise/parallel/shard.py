@@ -6,6 +6,7 @@ Experts are left out: they are spread over ranks already. Gradients are summed, 
 from __future__ import annotations
 
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -17,7 +18,7 @@ def shard_dense(parallel: ExpertParallel, blocks: list[nn.Module]) -> None:
 
     blocks: the modules whose weights are gathered together for their forward, in order, such as a decoder's layers.
     """
-    mesh = parallel.ranks.mesh["data", "node", "local"]._flatten("world")
+    mesh = init_device_mesh(parallel.ranks.mesh.device_type, (parallel.ranks.size,))
     experts = {parameter for _, parameter in parallel.expert_parameters.values()}
     for module in (*blocks, parallel.model):
         fully_shard(module, mesh=mesh, ignored_params=experts)

@@ -20,8 +20,6 @@ from equipoise.disk.checkpoint import (
     latest_checkpoint,
     newest_folder,
     prune_checkpoints,
-    read_state,
-    verify,
 )
 from equipoise.faults import FaultDesk
 from equipoise.layer import reduce_and_update
@@ -31,10 +29,10 @@ from equipoise.monitor.rules import CountRule
 from equipoise.monitor.store import RunStore
 from equipoise.monitor.watch import Watch
 from equipoise.parallel import CollectiveError, Ranks
+from equipoise.train.absent import NoRepairs, NoStore
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import Batch, Loader, TokenData, eval_batches
 from equipoise.train.diagnose import DivergenceError, first_non_finite, non_finite_parameter
-from equipoise.train.elsewhere import Nowhere, Unrepaired
 from equipoise.train.evaluate import Evaluation, evaluate
 from equipoise.train.hash_tables import fit_hash_tables
 from equipoise.train.interference import interference
@@ -93,7 +91,7 @@ class Trainer:
         eval_batches(data.val, config.batch_size, config.data.seq_len)  # too little text is an error now, not later
         if config.specialisation:
             check_domains(data.val, config.batch_size, config.data.seq_len, config.eval_batches)
-        self._store: RunStore | Nowhere = _open_store(config, out, resume) if is_main else Nowhere()
+        self._store: RunStore | NoStore = _open_store(config, out, resume) if is_main else NoStore()
         if is_main:
             keep_with_run(out, config, data)
         per_flush = config.watch_every * config.batch_size * config.data.seq_len
@@ -104,7 +102,7 @@ class Trainer:
         if config.co_select:
             self.watch.co_select(config.co_select)
         self.faults = FaultDesk(out, self.model, self.show_text, self.watch.recorder) if config.accept_faults else None
-        self.repairs: Repairs | Unrepaired = Unrepaired()
+        self.repairs: Repairs | NoRepairs = NoRepairs()
         if ranks is None:
             self.repairs = Repairs(config, self.model, self.optimizer, data, out, self.watch, told)
         self.step_number = 0
@@ -289,10 +287,7 @@ class Trainer:
             self._store.truncate_after(0)
             self.repairs.forget_after(0)
             return
-        verify(path)
-        step, _ = read_state(path)
-        self.repairs.forget_after(step)  # the run takes another way from here
-        restore_run(path, self.spread, self.model, self.optimizer, self.loader, self.watch, self.repairs)
+        step = restore_run(path, self.spread, self.model, self.optimizer, self.loader, self.watch, self.repairs)
         self.step_number = step
         self._store.truncate_after(step)
         if not self.repairs.remembers(step):

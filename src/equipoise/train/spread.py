@@ -176,7 +176,7 @@ class OverRanks:
         """exposed_communication: the share of the time in which this rank waited for exchanges of tokens. sent_mb: what
         it sent in them.
         """
-        taken = [traffic.take() for traffic in self.parallel.traffic.values()]
+        taken = [meter.take() for meter in self.parallel.meters.values()]
         return {
             "exposed_communication": sum(waited for waited, _ in taken) / seconds,
             "sent_mb": sum(sent for _, sent in taken) / 1e6,

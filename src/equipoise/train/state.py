@@ -10,15 +10,15 @@ from torch import Tensor
 from equipoise.disk.checkpoint import JSON, CheckpointError
 from equipoise.models.decoder import Decoder
 from equipoise.monitor.watch import Watch
+from equipoise.train.absent import NoRepairs
 from equipoise.train.data import Loader
-from equipoise.train.elsewhere import Unrepaired
 from equipoise.train.repair import Repairs
 from equipoise.train.snapshot import pack_optimizer, rng_state
 from equipoise.train.spread import Spread
 
 
 def run_state(
-    model: Decoder, optimizer: torch.optim.Optimizer, loader: Loader, watch: Watch, repairs: Repairs | Unrepaired
+    model: Decoder, optimizer: torch.optim.Optimizer, loader: Loader, watch: Watch, repairs: Repairs | NoRepairs
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, JSON]]:
     """(tensors by group, plain state) for `save_checkpoint`."""
     optimizer_tensors, optimizer_json = pack_optimizer(optimizer)
@@ -44,7 +44,7 @@ def restore_run(
     optimizer: torch.optim.Optimizer,
     loader: Loader,
     watch: Watch,
-    repairs: Repairs | Unrepaired,
+    repairs: Repairs | NoRepairs,
 ) -> int:
     """Take everything over from a checkpoint, which is verified first; returns its step.
 
@@ -52,6 +52,7 @@ def restore_run(
     """
     try:
         step, state = spread.restore(path, model, optimizer, watch.recorder)
+        repairs.forget_after(step)  # the run takes another way from here
         loader.load_state_dict(state["loader"])
         watch.load_state_dict(state["watch"])
         repairs.load_state_dict(state["repairs"])

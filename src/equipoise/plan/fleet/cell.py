@@ -6,7 +6,7 @@ from math import inf
 
 import numpy as np
 
-from equipoise.plan.fleet import Batching
+from equipoise.plan.fleet.scenario import Batching
 
 Array = np.ndarray
 

@@ -17,7 +17,7 @@ from equipoise.types import Action, Alert, RoutingStats
 _NOTHING = {"version": STATE_VERSION, "modes": {}, "cases": {}, "trial": None, "rest": 0}
 
 
-class Nowhere:
+class NoStore:
     """A store that keeps nothing."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -51,7 +51,7 @@ class Nowhere:
         """There is nothing to close."""
 
 
-class Unrepaired:
+class NoRepairs:
     """Repairs of a run that makes none."""
 
     rate_scale = 1.0

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from equipoise.plan.fleet import Machines, ModelShape
+from equipoise.plan.fleet.scenario import Machines, ModelShape
 
 Array = np.ndarray
 

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from equipoise.plan.arrivals import arrival_times, hashed_shares
-from equipoise.plan.cell import Cell
-from equipoise.plan.fleet import Scenario
-from equipoise.plan.result import FleetResult, Tally, summarise
-from equipoise.plan.routes import admit, draw, popularity
-from equipoise.plan.step import Done, step
+from equipoise.plan.fleet.arrivals import arrival_times, hashed_shares
+from equipoise.plan.fleet.cell import Cell
+from equipoise.plan.fleet.result import FleetResult, Tally, summarise
+from equipoise.plan.fleet.routes import admit, draw, popularity
+from equipoise.plan.fleet.scenario import Scenario
+from equipoise.plan.fleet.step import Done, step
 from equipoise.types import Placement
 
 Array = np.ndarray

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from equipoise.plan.cell import Cell
-from equipoise.plan.fleet import Scenario
-from equipoise.plan.step import Done
+from equipoise.plan.fleet.cell import Cell
+from equipoise.plan.fleet.scenario import Scenario
+from equipoise.plan.fleet.step import Done
 
 Array = np.ndarray
 WARM_UP = 0.1  # share of the time whose arrivals are not in the latencies: it begins with empty queues

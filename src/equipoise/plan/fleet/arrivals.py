@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from equipoise.plan.fleet import Traffic
-from equipoise.plan.routes import zipf
+from equipoise.plan.fleet.routes import zipf
+from equipoise.plan.fleet.scenario import Demand
 
 Array = np.ndarray
 NUM_KEYS = 50_000  # different keys: a vocabulary, or sessions
 
 
-def arrival_times(rng: np.random.Generator, traffic: Traffic) -> Array:
+def arrival_times(rng: np.random.Generator, traffic: Demand) -> Array:
     """float64, ascending, in [0, seconds): a Poisson process at the mean rate; with bursts its rate alternates.
 
     In and out of bursts times are exponential (a Markov-modulated Poisson process); the mean stays qps.

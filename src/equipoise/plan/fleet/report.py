@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from equipoise.plan.result import FleetResult
+from equipoise.plan.fleet.result import FleetResult
 
 if TYPE_CHECKING:
     from rich.table import Table

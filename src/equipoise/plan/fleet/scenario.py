@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from math import ceil, inf
 from typing import Any, Literal
 
-from equipoise.types import Cost, Links, Placement
+from equipoise.plan.links import Cost, Links
+from equipoise.types import Placement
 
 Overflow = Literal["shared", "next_choice", "drop"]
 
@@ -120,7 +121,7 @@ class Batching:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Traffic:
+class Demand:
     """Queries, and which experts they want. Of popularity, 0 is even and 1 is Zipf's law."""
 
     qps: float = 100_000.0
@@ -186,7 +187,7 @@ class Scenario:
     model: ModelShape = field(default_factory=ModelShape)
     machines: Machines = field(default_factory=Machines)
     batching: Batching = field(default_factory=Batching)
-    traffic: Traffic = field(default_factory=Traffic)
+    traffic: Demand = field(default_factory=Demand)
     design: Design = field(default_factory=Design)
 
     def __post_init__(self) -> None:
