@@ -25,7 +25,7 @@ ALLOWED = {
     "ops": {"types"},
     "routing": {"types", "ops"},
     "layer": {"types", "ops", "routing"},
-    "models": {"types", "layer", "routing", "disk"},
+    "models": {"types", "ops", "layer", "routing", "disk"},
     "parallel": {"types", "ops", "layer", "disk", "plan"},
     "monitor": {"types", "ops"},
     "disk": set(),

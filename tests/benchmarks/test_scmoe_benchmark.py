@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from benchmarks.scmoe import ARMS, BASELINE, MARGIN, Outcome, flops_per_token, quality_row, verdict
 
-from equipoise.models.config import parameter_counts
+from equipoise.models.parameters import parameter_counts
 from equipoise.train.recipes import recipe
 
 ROOT = Path(__file__).parents[2]

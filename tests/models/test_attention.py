@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from equipoise.models.attend import attention_mask, token_positions
-from equipoise.models.attention import Attention, rotary_tables, rotate
+from equipoise.models.attention import Attention
 from equipoise.models.cache import ContiguousCache
+from equipoise.models.rope import rotary_tables, rotate
 
 CPU = torch.device("cpu")
 

@@ -43,11 +43,11 @@ class ConcatenatingCache:
         positions = token_positions(num_new, self.length, padding_BK, device)
         return positions, attention_mask(num_new, self.length, padding_BK, device)
 
-    def attend(self, layer, q_BHSD, k_BHSD, v_BHSD, mask):
+    def attend(self, layer, q_BHSD, k_BHSD, v_BHSD, mask, sight):
         new = (k_BHSD, v_BHSD)
         old = self.stored[layer]
         self.stored[layer] = tuple(torch.cat(pair, 2) for pair in zip(old, new, strict=True)) if old else new
-        return attend(q_BHSD, *self.stored[layer], mask)
+        return attend(q_BHSD, *self.stored[layer], mask, sight)
 
     def advance(self, num_tokens):
         self.length += num_tokens

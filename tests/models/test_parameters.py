@@ -3,8 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from equipoise.models.config import DecoderConfig, MoEConfig, parameter_counts
+from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.models.decoder import Decoder
+from equipoise.models.parameters import parameter_counts
 from equipoise.routing import Switch, TopK
 
 MIXTRAL_8X7B = DecoderConfig(

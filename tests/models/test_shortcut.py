@@ -8,9 +8,10 @@ from torch.nn import functional as F  # noqa: N812
 
 from equipoise.layer import Capacity
 from equipoise.models.cache import ContiguousCache
-from equipoise.models.config import SHORTCUT_WINDOW, DecoderConfig, MoEConfig, parameter_counts
+from equipoise.models.config import SHORTCUT_WINDOW, DecoderConfig, MoEConfig
 from equipoise.models.decoder import Decoder, cross_entropy_sum
 from equipoise.models.generate import generate
+from equipoise.models.parameters import parameter_counts
 from equipoise.routing import BiasBalance, Hash, SwitchLoss, TopK
 from equipoise.types import BatchScope
 

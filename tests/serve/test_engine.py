@@ -15,7 +15,7 @@ from tests.serve.small import (
     tiny_model,
 )
 
-from equipoise.models.config import MoEConfig
+from equipoise.models.config import Latent, MoEConfig
 from equipoise.models.tokenizer import Tokenizer
 from equipoise.routing import Hash, Threshold, TopK
 from equipoise.serve.engine import Engine, Occupancy, OverloadedError, blocks_that_fit
@@ -47,6 +47,8 @@ MODELS = {
     "hash": {"router": Hash(vocab_size=257, k=2)},
     "shared expert": {"shared_experts": 1, "moe_layers": (1,)},
     "shortcut": {"moe": SHORTCUT, "num_layers": 4, "moe_layers": (1, 3)},
+    "windows, sinks, biases": {"window": 5, "window_layers": (0,), "sinks": True, "attention_bias": "qkvo"},
+    "latent": {"latent": Latent(kv_rank=12, nope_dim=8, rope_dim=4, value_dim=8), "num_kv_heads": None},
     "dense": {"moe": None},
     "mixed": {"moe": MoEConfig(num_experts=8, hidden_dim=16, first_layers=1, first_router=Hash(vocab_size=257, k=1))},
 }

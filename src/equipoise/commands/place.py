@@ -243,12 +243,13 @@ def _slot_bytes(path: Path) -> int | None:
     """Bytes of an expert in the run's precision on disk, float32; None for what is no run of ours."""
     if not (path / "config.json").is_file():
         return None
+    from equipoise.ops.activation import is_gated
     from equipoise.train.loop import load_config
 
     config = load_config(path).model
     if config.moe is None:
         return None
-    return 4 * (3 if config.activation == "swiglu" else 2) * config.dim * config.moe.hidden_dim
+    return 4 * (3 if is_gated(config.expert_activation) else 2) * config.dim * config.moe.hidden_dim
 
 
 # ------------------------------------------------------------------------------------------------------ the answer

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from equipoise.layer.probed_experts import ExpertProbe, probed_experts
 from equipoise.ops import reference
-from equipoise.ops.activation import check_activation, pre_activation_dim
+from equipoise.ops.activation import check_activation, is_gated, pre_activation_dim
 from equipoise.ops.few_rows import few_rows, few_rows_experts
 from equipoise.ops.grouped_experts import grouped_experts, grouped_mm_supports
 from equipoise.ops.lean_experts import lean_experts
@@ -75,36 +75,53 @@ def _keeps_gradients_or_graph() -> bool:
 class Experts(nn.Module):
     """E feed-forward networks, stacked. Computes each row's weighted sum over its experts.
 
+    bias: both projections have one, up_bias (e, H) and down_bias (e, D); such experts are computed one by one.
     probes: observers of single experts; with any, experts are computed one by one, for these observers to time.
     """
 
     probes: tuple[ExpertProbe, ...] = ()
 
     def __init__(
-        self, num_experts: int, dim: int, hidden_dim: int, activation: str = "swiglu", backend: BackendName = "auto"
+        self,
+        num_experts: int,
+        dim: int,
+        hidden_dim: int,
+        activation: str = "swiglu",
+        backend: BackendName = "auto",
+        bias: bool = False,
     ) -> None:
         super().__init__()
         if backend != "auto" and backend not in BACKENDS:
             raise ValueError(f"backend: expected auto, {', '.join(BACKENDS)}, got {backend!r}")
         self.activation = check_activation(activation)
         self.backend: BackendName = backend
-        up_proj = nn.Parameter(torch.empty(num_experts, pre_activation_dim(hidden_dim, self.activation), dim))
-        if self.activation == "swiglu":
+        inner = pre_activation_dim(hidden_dim, self.activation)
+        up_proj = nn.Parameter(torch.empty(num_experts, inner, dim))
+        if is_gated(self.activation):
             self.gate_up_proj = up_proj
         else:
             self.up_proj = up_proj
         self.down_proj = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.up_bias = nn.Parameter(torch.empty(num_experts, inner)) if bias else None
+        self.down_bias = nn.Parameter(torch.empty(num_experts, dim)) if bias else None
         self.init_weights(0.02, 0.02)
 
     @property
     def up(self) -> nn.Parameter:
         """(e, H, D): the inner projection, gated or not."""
-        return self.gate_up_proj if self.activation == "swiglu" else self.up_proj
+        return self.gate_up_proj if is_gated(self.activation) else self.up_proj
+
+    @property
+    def biases(self) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """(e, H) and (e, D), or None."""
+        return None if self.up_bias is None or self.down_bias is None else (self.up_bias, self.down_bias)
 
     def init_weights(self, std: float, output_std: float) -> None:
         """Normal values: std for the inner projection, output_std for the one that writes into the residual."""
         nn.init.normal_(self.up, std=std)
         nn.init.normal_(self.down_proj, std=output_std)
+        for bias in self.biases or ():
+            nn.init.zeros_(bias)
 
     def forward(self, x: Tensor, plan: RaggedPlan) -> Tensor:
         """(T, D) in x's dtype. Under autocast the products run in its dtype: the operators below don't see autocast."""
@@ -114,8 +131,9 @@ class Experts(nn.Module):
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # the meta device has none
             compute_dtype = torch.get_autocast_dtype(device)
         x, up_c, down_c = x.to(compute_dtype), up.to(compute_dtype), down.to(compute_dtype)
-        if self.probes:
-            return probed_experts(x, plan, up_c, down_c, self.activation, self.probes).to(out_dtype)
+        if self.probes or self.biases:
+            biases = self.biases and (self.biases[0].to(compute_dtype), self.biases[1].to(compute_dtype))
+            return probed_experts(x, plan, up_c, down_c, self.activation, self.probes, biases).to(out_dtype)
         name, _ = backend_for(self.backend, x, up_c, down_c, len(plan.token_ids_R))
         return BACKENDS[name](x, plan, up_c, down_c, self.activation).to(out_dtype)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from equipoise.ops.activation import activate, check_activation, pre_activation_dim
+from equipoise.ops.activation import activate, check_activation, is_gated, pre_activation_dim
 
 
 class FeedForward(nn.Module):
@@ -17,7 +17,7 @@ class FeedForward(nn.Module):
         super().__init__()
         self.activation = check_activation(activation)
         up_proj = nn.Linear(dim, pre_activation_dim(hidden_dim, self.activation), bias=False)
-        if self.activation == "swiglu":
+        if is_gated(self.activation):
             self.gate_up_proj = up_proj
         else:
             self.up_proj = up_proj
@@ -30,7 +30,7 @@ class FeedForward(nn.Module):
 
     @property
     def _up(self) -> nn.Linear:
-        return self.gate_up_proj if self.activation == "swiglu" else self.up_proj
+        return self.gate_up_proj if is_gated(self.activation) else self.up_proj
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output, same shape as x."""

@@ -71,7 +71,7 @@ class MoE(nn.Module):
     capacity: a limit per expert, or None for dropless.
     shared_experts: experts that every token uses besides; one block of hidden size shared_experts * F.
     shared_gate: weight the shared block with sigmoid(w x), as Qwen2-MoE does.
-    activation: "swiglu" or "gelu". backend: see `Experts`.
+    activation: "swiglu", "gelu" or "clamped_swiglu". expert_bias, backend: see `Experts`.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class MoE(nn.Module):
         shared_experts: int = 0,
         shared_gate: bool = False,
         activation: str = "swiglu",
+        expert_bias: bool = False,
         backend: BackendName = "auto",
     ) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ class MoE(nn.Module):
         )
         self.admission: Admission = Capped(capacity) if capacity else Dropless()
         self.dispatcher: Dispatcher = LocalDispatcher()
-        self.experts = Experts(num_experts, dim, hidden_dim, activation, backend)
+        self.experts = Experts(num_experts, dim, hidden_dim, activation, backend, expert_bias)
         self.shared = FeedForward(dim, shared_experts * hidden_dim, activation) if shared_experts else None
         self.shared_gate = nn.Linear(dim, 1, bias=False) if shared_gate else None
         self.tap = Tap()

@@ -5,6 +5,8 @@ No weights, no cache. torch's scaled_dot_product_attention chooses the kernel.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812 - the name that torch's own documentation uses
@@ -37,13 +39,56 @@ def attention_mask(num_queries: int, num_past: int, padding_BK: Tensor | None, d
     return visible & (~padding_BK[:, None, None, :] | (key_K == query_S1))
 
 
-def attend(q_BHSD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None) -> Tensor:
+@dataclass(frozen=True, eq=False)
+class Sight:
+    """What a layer's queries see, beside what the mask says.
+
+    window: of the keys the last so many, the query's own included; None is all. sinks_H: a learned logit per query
+    head that takes part in the softmax and brings nothing (gpt-oss); None is none.
+    """
+
+    window: int | None = None
+    sinks_H: Tensor | None = None
+
+
+WHOLE = Sight()
+
+
+def attend(q_BHSD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, sight: Sight = WHOLE) -> Tensor:
     """What the S queries see in the K keys and values: (B, H, S, D). Several query heads may share a key/value head.
 
-    mask: as `attention_mask` makes it; None is causal over equal lengths, or one query that sees every key.
+    mask: as `attention_mask` makes it; None is causal over equal lengths, or one query that sees every key. With a
+    window the queries are the last of the keys.
     """
-    is_causal = mask is None and q_BHSD.shape[2] > 1
+    S, K = q_BHSD.shape[2], k_BHKD.shape[2]
+    if sight.window is not None and sight.window < K:
+        mask = _in_window(sight.window, S, K, mask, q_BHSD.device)
+    if sight.sinks_H is not None:
+        return attend_with_sinks(q_BHSD, k_BHKD, v_BHKD, mask, sight.sinks_H[None, :, None, None])
     shares_heads = q_BHSD.shape[1] != k_BHKD.shape[1]
     return F.scaled_dot_product_attention(
-        q_BHSD, k_BHKD, v_BHKD, attn_mask=mask, is_causal=is_causal, enable_gqa=shares_heads
+        q_BHSD, k_BHKD, v_BHKD, attn_mask=mask, is_causal=mask is None and S > 1, enable_gqa=shares_heads
     )
+
+
+def attend_with_sinks(q_BHSD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, sinks: Tensor) -> Tensor:
+    """As `attend`, with a logit more in each softmax. sinks: broadcastable to (B, H, S, 1).
+
+    A key of zeros whose mask is the sink, and a value of zeros: the product itself need not know.
+    """
+    (B, H, S, _), K = q_BHSD.shape, k_BHKD.shape[2]
+    seen = torch.zeros(1, 1, S, K, dtype=q_BHSD.dtype, device=q_BHSD.device)
+    if mask is None and S > 1:
+        mask = torch.ones(S, K, dtype=torch.bool, device=q_BHSD.device).tril()
+    if mask is not None:
+        seen = seen.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else seen + mask
+    bias = torch.cat((seen.expand(B, H, S, K), sinks.to(q_BHSD.dtype).expand(B, H, S, 1)), dim=-1)
+    k, v = (F.pad(each, (0, 0, 0, 1)) for each in (k_BHKD, v_BHKD))
+    return F.scaled_dot_product_attention(q_BHSD, k, v, attn_mask=bias, enable_gqa=k_BHKD.shape[1] != H)
+
+
+def _in_window(window: int, S: int, K: int, mask: Tensor | None, device: torch.device) -> Tensor:
+    query_S1 = torch.arange(K - S, K, device=device)[:, None]
+    key_K = torch.arange(K, device=device)
+    near = ((key_K <= query_S1) & (key_K > query_S1 - window))[None, None]
+    return near if mask is None else mask & near

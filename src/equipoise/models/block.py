@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from equipoise.layer import FeedForward, MoE
-from equipoise.models.attention import Attention, Rotary
+from equipoise.models.attention import Attention
 from equipoise.models.cache import KVCache
 from equipoise.models.config import DecoderConfig, MoEConfig
+from equipoise.models.latent_attention import LatentAttention
+from equipoise.models.rope import Rotary
 from equipoise.types import BatchScope
 
 
@@ -41,7 +43,7 @@ class Block(nn.Module):
         super().__init__()
         moe = config.moe if layer in config.moe_layer_ids else None
         self.input_layernorm = norm_of(config)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config, layer) if config.latent is None else LatentAttention(config, layer)
         self.post_attention_layernorm = norm_of(config)
         self.mlp = (
             FeedForward(config.dim, config.hidden_dim, config.activation)
@@ -93,6 +95,7 @@ def _moe(config: DecoderConfig, moe: MoEConfig, number: int) -> MoE:
         capacity=moe.capacity,
         shared_experts=moe.shared_experts,
         shared_gate=moe.shared_gate,
-        activation=config.activation,
+        activation=config.expert_activation,
+        expert_bias=moe.expert_bias,
         backend=moe.backend,
     )

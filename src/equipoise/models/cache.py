@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from equipoise.models.attend import attend, attention_mask, token_positions
+from equipoise.models.attend import WHOLE, Sight, attend, attention_mask, token_positions
 from equipoise.models.config import DecoderConfig
 
 
@@ -25,7 +25,9 @@ class KVCache(Protocol):
         """Positions of the new tokens, int64 (B or 1, S), and the mask that `attend` will be given."""
         ...
 
-    def attend(self, layer: int, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, layer: int, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, sight: Sight
+    ) -> Tensor:
         """Keep the S new keys and values of one layer; what the new queries see in all of theirs, (B, H, S, D)."""
         ...
 
@@ -48,7 +50,8 @@ class ContiguousCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (config.num_layers, batch_size, config.kv_heads, max_len, config.head_size)
+        heads, width = config.cache_shape
+        shape = (config.num_layers, batch_size, heads, max_len, width)
         self._keys_LBHSD = torch.zeros(shape, dtype=dtype, device=device)
         self._values_LBHSD = torch.zeros(shape, dtype=dtype, device=device)
         self._length = 0
@@ -72,10 +75,12 @@ class ContiguousCache:
         positions_BS = token_positions(num_new, self._length, padding_BK, device)
         return positions_BS, attention_mask(num_new, self._length, padding_BK, device)
 
-    def attend(self, layer: int, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, layer: int, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, sight: Sight = WHOLE
+    ) -> Tensor:
         """Keep the new keys and values, and attend to all so far."""
         k_BHKD, v_BHKD = self.update(layer, k_BHSD, v_BHSD)
-        return attend(q_BHSD, k_BHKD, v_BHKD, mask)
+        return attend(q_BHSD, k_BHKD, v_BHKD, mask, sight)
 
     def update(self, layer: int, k_BHSD: Tensor, v_BHSD: Tensor) -> tuple[Tensor, Tensor]:
         """Write the new keys and values of one layer into the next slots; return views of all so far.

@@ -1,4 +1,4 @@
-"""The decoder's configuration: what can be chosen, whether it fits together, how many parameters it makes, JSON.
+"""The decoder's configuration: what can be chosen, whether it fits together, JSON.
 
 Nothing here makes a tensor with data. Strategy objects (router, balancers, capacity) are kept as they are and written
 to JSON with their type's name.
@@ -10,16 +10,16 @@ import json
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
-import torch
-
 from equipoise.layer import Capacity
 from equipoise.layer.experts import BackendName
+from equipoise.models.rope import SCALINGS, RopeScaling
+from equipoise.ops.activation import Activation
 from equipoise.routing import BALANCERS, COEFFICIENTS, LOSSES, ROUTERS, TopK
 from equipoise.routing.balancers import BalancerConfig
 from equipoise.routing.losses import BalanceLoss
 from equipoise.routing.router import RouterConfig
 
-# What a configuration file may name besides the two classes below.
+# What a configuration file may name besides the classes below and the scalings of positions.
 STRATEGIES: tuple[type[Any], ...] = (*ROUTERS, *LOSSES, *BALANCERS, *COEFFICIENTS, Capacity)
 
 ShortcutName = Literal["pos1", "pos2", "pos3"]
@@ -38,6 +38,8 @@ class MoEConfig:
     shortcut: the routed experts read an earlier stream than the shared experts (ScMoE, docs/scmoe.md). "pos1": the
     input of the MoE's block. "pos2", "pos3": the post-attention stream, or the input, of the block before it, which
     must be dense. They read it as the sub-block at that place does, through its norm: there are no parameters more.
+    activation: of the experts and shared experts; None is the model's. expert_bias: both projections of the routed
+    experts have one (gpt-oss).
     shortcut_slot: how many sub-blocks after that place the experts are computed; None is half of those that there
     are before the shared experts' end (`SHORTCUT_WINDOW`). It changes when, never what.
     """
@@ -49,6 +51,8 @@ class MoEConfig:
     capacity: Capacity | None = None
     shared_experts: int = 0
     shared_gate: bool = False
+    activation: Activation | None = None
+    expert_bias: bool = False
     backend: BackendName = "auto"
     checkpoint_experts: bool = False
     first_layers: int = 0
@@ -79,13 +83,42 @@ class MoEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Latent:
+    """Attention over a latent (MLA, arXiv 2405.04434 section 2.1).
+
+    kv_rank: width of the latent that keys and values come from. q_rank: of the queries' own; None is without.
+    nope_dim, rope_dim: a head's key, the part without and with rotary positions. value_dim: a head's value.
+    """
+
+    kv_rank: int
+    q_rank: int | None = None
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("kv_rank", "nope_dim", "rope_dim", "value_dim"):
+            _require_positive(self, name)
+        if self.rope_dim % 2 or (self.q_rank is not None and self.q_rank < 1):
+            raise ValueError(
+                f"latent: expected an even rope_dim and a positive q_rank or None, got {self.rope_dim} and "
+                f"{self.q_rank}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
     """A causal decoder.
 
     num_kv_heads: key/value heads, shared by groups of query heads; None = num_heads. head_dim: None = dim/num_heads.
     hidden_dim: of the dense feed-forward layers. style: "modern" is RMSNorm, rotary positions and SwiGLU; "gpt2" is
     LayerNorm, learned positions and GELU. moe_layers: the layers with an MoE, ascending; None = every layer.
-    qk_norm: RMS-norm each query and key head before the rotation.
+    qk_norm: RMS-norm queries and keys before the rotation: each head (True, Qwen3), or all heads as one ("whole",
+    OLMoE). attention_bias: of the projections to queries, keys and values, and of that of the output. sinks: a learned
+    logit per head that takes part in each softmax (gpt-oss). window: in `window_layers` (None: all) a token sees the
+    last so many, itself included. latent: attention over a latent, in place of num_kv_heads and head_dim.
+    rope_scaling: how positions are stretched to a longer context.
     """
 
     vocab_size: int
@@ -103,7 +136,13 @@ class DecoderConfig:
     moe: MoEConfig | None = None
     moe_layers: tuple[int, ...] | None = None
     init_std: float = 0.02
-    qk_norm: bool = False
+    qk_norm: bool | Literal["whole"] = False
+    attention_bias: Literal["none", "qkv", "qkvo"] = "none"
+    sinks: bool = False
+    window: int | None = None
+    window_layers: tuple[int, ...] | None = None
+    latent: Latent | None = None
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "hidden_dim", "max_seq_len"):
@@ -111,6 +150,7 @@ class DecoderConfig:
         if self.style not in ("modern", "gpt2"):
             raise ValueError(f"style: expected 'modern' or 'gpt2', got {self.style!r}. Choose one of the two.")
         _check_heads(self)
+        _check_attention(self)
         _check_moe_layers(self)
         _check_routers(self)
 
@@ -125,6 +165,22 @@ class DecoderConfig:
         return self.dim // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
+    def rope_dim(self) -> int:
+        """Width of what is rotated in a head."""
+        return self.head_size if self.latent is None else self.latent.rope_dim
+
+    @property
+    def cache_shape(self) -> tuple[int, int]:
+        """(heads, width) of what a cache keeps per token, once for keys and once for values."""
+        if self.latent is not None:
+            return 1, self.latent.kv_rank + self.latent.rope_dim
+        return self.kv_heads, self.head_size
+
+    def window_of(self, layer: int) -> int | None:
+        """How many tokens that layer's attention sees; None is all."""
+        return self.window if self.window_layers is None or layer in self.window_layers else None
+
+    @property
     def moe_layer_ids(self) -> tuple[int, ...]:
         """The layers with an MoE, ascending; empty for a dense model."""
         if self.moe is None:
@@ -137,9 +193,14 @@ class DecoderConfig:
         return self.moe.first_router if self.moe.first_router and number < self.moe.first_layers else self.moe.router
 
     @property
-    def activation(self) -> Literal["swiglu", "gelu"]:
-        """Of the feed-forward layers and experts."""
+    def activation(self) -> Activation:
+        """Of the feed-forward layers, and of the experts that name none."""
         return "gelu" if self.style == "gpt2" else "swiglu"
+
+    @property
+    def expert_activation(self) -> Activation:
+        """Of the experts."""
+        return (self.moe.activation if self.moe else None) or self.activation
 
     def to_json(self) -> str:
         """The configuration as JSON text. Each nested object carries its type's name."""
@@ -155,71 +216,6 @@ class DecoderConfig:
                 "Pass what DecoderConfig.to_json wrote."
             )
         return config
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Parameters by part; the parts add up to `total`.
-
-    active: those that one token uses, its row of the embedding counted as the whole table; subtract `embedding` for
-    the other convention. experts: routed experts, all of them. head: 0 when tied to the embedding.
-    """
-
-    total: int
-    active: int
-    embedding: int
-    attention: int
-    dense: int
-    experts: int
-    shared: int
-    router: int
-    norm: int
-    head: int
-
-
-def parameter_counts(config: DecoderConfig) -> ParameterCounts:
-    """Count the parameters of a decoder by arithmetic alone.
-
-    With V vocabulary, D dim, L layers, h and kv heads of width d, E experts of which a token uses k:
-
-        embedding  V D (+ max_seq_len D for learned positions)
-        attention  L (2 D h d + 2 D kv d (+ 2 d for qk_norm))
-        ffn(F)     3 D F for SwiGLU, 2 D F for GELU
-        dense      ffn(hidden_dim) per layer without an MoE
-        experts    E ffn(moe.hidden_dim) per MoE layer; active: k instead of E
-        shared     ffn(shared_experts moe.hidden_dim) (+ D with a gate) per MoE layer
-        router     E D per MoE layer for a linear router; others say themselves
-        norm       (2 L + 1) D, twice that for LayerNorm, which has a bias
-        head       0 if tied, else V D
-    """
-    D, L, head = config.dim, config.num_layers, config.head_size
-    num_moe = len(config.moe_layer_ids)
-    matrices = 3 if config.activation == "swiglu" else 2
-    experts = shared = router = active_experts = 0
-    if config.moe is not None:
-        per_expert = matrices * D * config.moe.hidden_dim
-        experts = num_moe * config.moe.num_experts * per_expert
-        routers = [config.moe_router(number) for number in range(num_moe)]
-        active_experts = sum(each.k for each in routers) * per_expert
-        shared = num_moe * (config.moe.shared_experts * per_expert + (D if config.moe.shared_gate else 0))
-        router = sum(_router_parameters(each, D, config.moe.num_experts) for each in routers)
-    parts = {
-        "embedding": (config.vocab_size + (config.max_seq_len if config.style == "gpt2" else 0)) * D,
-        "attention": L * (2 * D * head * (config.num_heads + config.kv_heads) + (2 * head if config.qk_norm else 0)),
-        "dense": (L - num_moe) * matrices * D * config.hidden_dim,
-        "experts": experts,
-        "shared": shared,
-        "router": router,
-        "norm": (2 * L + 1) * D * (2 if config.style == "gpt2" else 1),
-        "head": 0 if config.tie_embeddings else config.vocab_size * D,
-    }
-    total = sum(parts.values())
-    return ParameterCounts(total=total, active=total - experts + active_experts, **parts)
-
-
-def _router_parameters(router: RouterConfig, dim: int, num_experts: int) -> int:
-    with torch.device("meta"):  # shapes only
-        return sum(parameter.numel() for parameter in router.build(dim, num_experts).parameters())
 
 
 # ---------------------------------------------------------------------------------------------- validation
@@ -263,6 +259,8 @@ def _check_shortcut(moe: MoEConfig) -> None:
 
 
 def _check_heads(config: DecoderConfig) -> None:
+    if config.latent is not None:
+        return
     if config.head_dim is None and config.dim % config.num_heads:
         raise ValueError(
             f"num_heads: expected a divisor of dim={config.dim}, got {config.num_heads}. "
@@ -277,6 +275,25 @@ def _check_heads(config: DecoderConfig) -> None:
         raise ValueError(
             f"head_dim: expected a positive even number, got {config.head_size}. "
             "Rotary positions turn pairs: change dim, num_heads or head_dim, or use style='gpt2'."
+        )
+
+
+def _check_attention(config: DecoderConfig) -> None:
+    if config.qk_norm not in (False, True, "whole") or config.attention_bias not in ("none", "qkv", "qkvo"):
+        raise ValueError(
+            f"qk_norm: expected False, True or 'whole', got {config.qk_norm!r}; attention_bias: expected 'none', 'qkv' "
+            f"or 'qkvo', got {config.attention_bias!r}."
+        )
+    if config.window is not None and config.window < 1:
+        raise ValueError(f"window: expected at least 1 token, or None for all, got {config.window}.")
+    if config.window_layers is not None and config.window is None:
+        raise ValueError(f"window_layers: expected None without a window, got {config.window_layers}. Set window too.")
+    if config.style == "gpt2" and (config.latent or config.rope_scaling):
+        raise ValueError("latent, rope_scaling: expected None with style='gpt2', which has no rotary positions.")
+    if config.latent and (config.num_kv_heads or config.head_dim or config.qk_norm or config.sinks or config.window):
+        raise ValueError(
+            "latent: expected neither num_kv_heads, head_dim, qk_norm, sinks nor window with it, got at least one. The "
+            "latent says how wide heads are, and all share its keys; leave them out."
         )
 
 
@@ -358,7 +375,7 @@ def _decode(data: Any) -> Any:
 
 def _known_type(name: object) -> type[Any]:
     """The class of a type tag. The table is the whole list of what a configuration file may name."""
-    known = {cls.__name__: cls for cls in (DecoderConfig, MoEConfig, *STRATEGIES)}
+    known = {cls.__name__: cls for cls in (DecoderConfig, MoEConfig, Latent, *SCALINGS, *STRATEGIES)}
     if not isinstance(name, str) or name not in known:
         raise ValueError(
             f"config: unknown type {name!r}, expected one of {sorted(known)}. "

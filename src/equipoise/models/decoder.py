@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from equipoise.layer import MoE
 from equipoise.models.attend import attention_mask, token_positions
-from equipoise.models.attention import rotary_tables
 from equipoise.models.block import BatchView, Block, norm_of
 from equipoise.models.cache import KVCache
-from equipoise.models.config import DecoderConfig, parameter_counts
+from equipoise.models.config import DecoderConfig
+from equipoise.models.parameters import parameter_counts
+from equipoise.models.rope import rotary_tables
 from equipoise.models.shortcut import units
 from equipoise.types import BatchScope
 
@@ -99,7 +100,7 @@ class Decoder(nn.Module):
             positions_BS, mask = cache.place(length, padding_BK, device)
         rotary = None
         if self.config.style == "modern":
-            rotary = rotary_tables(positions_BS, self.config.head_size, self.config.rope_theta)
+            rotary = rotary_tables(positions_BS, self.config.rope_dim, self.config.rope_theta, self.config.rope_scaling)
         padding_BS = None if padding_BK is None else padding_BK[:, padding_BK.shape[1] - length :]
         return BatchView(tokens_BS, positions_BS, rotary, mask, padding_BS, cache)
 

@@ -99,12 +99,18 @@ def experts(
     up_EHD: Tensor,
     down_EDF: Tensor,
     activation: Activation = "swiglu",
+    biases: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """y_TD = sum over assignments of weight * down(activation(up(x))), one assignment at a time, in the given dtype."""
+    """y_TD = sum over assignments of weight * down(activation(up(x))), one assignment at a time, in the given dtype.
+
+    biases: (E, H) of up and (E, D) of down.
+    """
+    up_EH, down_ED = biases or (up_EHD.new_zeros(up_EHD.shape[:2]), down_EDF.new_zeros(down_EDF.shape[:2]))
     outputs = [x_TD.new_zeros(x_TD.shape[1]) for _ in range(x_TD.shape[0])]
-    touched = 0.0 * (x_TD.sum() + up_EHD.sum() + down_EDF.sum() + weights_N.sum())  # zero gradients, not None
+    inputs = (x_TD, up_EHD, down_EDF, weights_N, up_EH, down_ED)
+    touched = 0.0 * torch.stack([each.sum() for each in inputs]).sum()  # zero gradients, not None
     for n in range(len(token_ids_N)):
         t, e = int(token_ids_N[n]), int(expert_ids_N[n])
-        a = activate(up_EHD[e] @ x_TD[t], activation)
-        outputs[t] = outputs[t] + weights_N[n].to(x_TD.dtype) * (down_EDF[e] @ a)
+        a = activate(up_EHD[e] @ x_TD[t] + up_EH[e], activation)
+        outputs[t] = outputs[t] + weights_N[n].to(x_TD.dtype) * (down_EDF[e] @ a + down_ED[e])
     return (torch.stack(outputs) if outputs else x_TD.new_zeros(x_TD.shape)) + touched

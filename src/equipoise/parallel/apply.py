@@ -96,7 +96,8 @@ def slice_experts(experts: Experts, slots: tuple[int, ...]) -> Experts:
     """The same module with the experts of these slots alone; the others' memory is free when the old one is."""
     index = torch.tensor(slots, dtype=torch.int64, device=experts.down_proj.device)
     with torch.device("meta"):
-        local = Experts(len(slots), experts.down_proj.shape[1], experts.down_proj.shape[2], experts.activation)
+        _, D, F = experts.down_proj.shape
+        local = Experts(len(slots), D, F, experts.activation, bias=experts.biases is not None)
     local.backend = experts.backend
     for name, parameter in experts.named_parameters():
         sliced = nn.Parameter(parameter.detach()[index].clone(), requires_grad=parameter.requires_grad)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from equipoise.layer import FeedForward, MoE
 from equipoise.layer.mode import Mode
-from equipoise.ops.activation import activate
+from equipoise.ops.activation import activate, is_gated
 from equipoise.ops.ragged import RaggedPlan
 
 MAX_FITTED = 4096  # inner units: 128 MB in fp64, seconds to solve
@@ -71,12 +71,13 @@ def distilled(
 def build_dense_paths(
     layers: Mapping[str, MoE], counts: Mapping[str, np.ndarray], run: Callable[[], object] | None = None
 ) -> dict[str, FeedForward]:
-    """A dense path for each layer that has no shared experts to stand in. counts: the load of each layer.
+    """A dense path for each layer that has no shared experts to stand in. counts: the load of each layer. Experts with
+    biases get none: a block of ours has none to put them in.
 
     run: distil on this traffic; None merges. A stand-in of more than MAX_FITTED inner units is merged all the same: a
     fit takes memory by the square of them, and time by the cube.
     """
-    bare = {name: layer for name, layer in layers.items() if layer.shared is None}
+    bare = {name: layer for name, layer in layers.items() if layer.shared is None and layer.experts.biases is None}
     fitted = {name: each for name, each in bare.items() if run is not None and _num_units(each) <= MAX_FITTED}
     paths = {name: merged(layer, counts[name]) for name, layer in bare.items() if name not in fitted}
     return paths | distilled(fitted, counts, run) if run is not None and fitted else paths
@@ -162,7 +163,7 @@ def _chosen_units(layer: MoE, counts_E: np.ndarray) -> Tensor:
     units = _units(_shares(layer, counts_E), layer.k * F, F)
     experts, rows = (torch.tensor(part, device=up_eHD.device) for part in units)
     gates = [up_eHD[experts, rows]]
-    return torch.cat([*gates, up_eHD[experts, rows + F]] if layer.experts.activation == "swiglu" else gates)
+    return torch.cat([*gates, up_eHD[experts, rows + F]] if is_gated(layer.experts.activation) else gates)
 
 
 def _moments(
@@ -205,14 +206,14 @@ def _empty(layer: MoE, hidden_dim: int) -> FeedForward:
 def _built(layer: MoE, up_gHD: Tensor, down_DH: Tensor) -> FeedForward:
     """From k slots of (H, D), each with its gates first, to one block, which has all gates first."""
     groups, H, D = up_gHD.shape
-    halves = 2 if layer.experts.activation == "swiglu" else 1
+    halves = 2 if is_gated(layer.experts.activation) else 1
     up_HD = up_gHD.view(groups, halves, H // halves, D).transpose(0, 1).reshape(-1, D)
     return _from_parts(layer, up_HD, down_DH)
 
 
 def _from_parts(layer: MoE, up_HD: Tensor, down_DH: Tensor) -> FeedForward:
     path = _empty(layer, down_DH.shape[1])
-    up = path.gate_up_proj if layer.experts.activation == "swiglu" else path.up_proj
+    up = path.gate_up_proj if is_gated(layer.experts.activation) else path.up_proj
     up.weight.copy_(up_HD)
     path.down_proj.weight.copy_(down_DH)
     return path

@@ -136,13 +136,10 @@ def apply_reseed(patient: Patient, finding: Finding) -> Change:
     generator = torch.Generator().manual_seed(patient.seed)
     names = {id(tensor): name for name, tensor in patient.model.named_parameters()}
     new: dict[str, Tensor] = {}
-    for parameter, noise in (
-        (layer.experts.up, EXPERT_NOISE),
-        (layer.experts.down_proj, EXPERT_NOISE),
-        (layer.router.weight, ROUTER_NOISE),
-    ):
-        if parameter is None:
-            continue
+    parameters: list[tuple[Tensor, float]] = [(each, EXPERT_NOISE) for each in layer.experts.parameters()]
+    if layer.router.weight is not None:
+        parameters.append((layer.router.weight, ROUTER_NOISE))
+    for parameter, noise in parameters:
         values, source = parameter.detach().clone(), parameter.detach()[hot]
         for expert in dead:
             drawn = torch.randn(source.shape, generator=generator).to(source)
@@ -157,7 +154,7 @@ def apply_reseed(patient: Patient, finding: Finding) -> Change:
 
 def _hot_and_dead(patient: Patient, layer: MoE, finding: Finding) -> tuple[int, list[int]]:
     finite_E = torch.ones(layer.num_experts, dtype=torch.bool)
-    for tensor in (layer.experts.up, layer.experts.down_proj):
+    for tensor in layer.experts.parameters():
         finite_E &= torch.isfinite(tensor.detach()).flatten(1).all(1).cpu()
     dead = (~finite_E).nonzero()[:, 0].tolist()
     stats = patient.health.stats.get(finding.layer) if patient.health else None

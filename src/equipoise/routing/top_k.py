@@ -49,6 +49,7 @@ class TopK:
     bias_on: what a balancer's bias is added to for the selection: "logits" or "scores". None is "logits" for softmax
         without groups, else "scores". Softmax scores of all but a few experts crowd near zero, below any step of a
         bias, and a saturated router's more so; among logits a bias keeps each token's order of the other experts.
+    linear_bias: a learned bias on the logits (gpt-oss); no balancer's.
     init_std: standard deviation of the weight's initial values; None takes the model's. init: "normal", "truncated" at
         two standard deviations, or "orthogonal" rows of length 1, whatever init_std.
     """
@@ -67,6 +68,7 @@ class TopK:
     bias_on: Literal["logits", "scores"] | None = None
     init_std: float | None = None
     init: Init = "normal"
+    linear_bias: bool = False
 
     def __post_init__(self) -> None:
         check_k("TopK", self.k)
@@ -171,7 +173,7 @@ def limit_to_groups(scores_TE: Tensor, num_groups: int, top_groups: int, group_s
 
 
 class TopKRouter(Router):
-    """The linear router of `TopK`. Its only parameter is weight (E, D), in the model's dtype; its maths is fp32."""
+    """The linear router of `TopK`: weight (E, D), perhaps linear_bias (E,), in the model's dtype; its maths is fp32."""
 
     weight: Tensor
 
@@ -180,12 +182,15 @@ class TopKRouter(Router):
         config.check(num_experts)
         self.config = config
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
+        self.linear_bias = nn.Parameter(torch.zeros(num_experts)) if config.linear_bias else None
         self.temperature_in_force: float | None = None  # a repair's, in place of the config's in every mode
         self.init_weights(0.02)
 
     def init_weights(self, std: float) -> None:
         """Draw the weight; std is the model's, used where the config names none."""
         init_linear(self.weight, std if self.config.init_std is None else self.config.init_std, self.config.init)
+        if self.linear_bias is not None:
+            nn.init.zeros_(self.linear_bias)
 
     def forward(self, x_TD: Tensor, bias_E: Tensor | None = None, token_ids_T: Tensor | None = None) -> RoutingDecision:
         """Decide. bias_E (E,) fp32 is added for the selection only; token_ids_T is not used."""
@@ -194,6 +199,8 @@ class TopKRouter(Router):
             dtype = torch.promote_types(x_TD.dtype, torch.float32)  # in bf16 a jitter of 1 % is two or three steps
             x_TD = x_TD * torch.empty_like(x_TD, dtype=dtype).uniform_(1 - config.jitter, 1 + config.jitter)
         logits_TE = router_linear(x_TD, self.weight)
+        if self.linear_bias is not None:
+            logits_TE = logits_TE + self.linear_bias
         scores_TE = scores_of(logits_TE, config.score)
         selection_TE = logits_TE if config.bias_is_on_logits else scores_TE
         preferences = self._preferences(logits_TE, scores_TE, self._ranking(logits_TE, selection_TE, bias_E))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from equipoise.models.attend import attend, attention_mask
+from equipoise.models.attend import WHOLE, Sight, attend, attend_with_sinks, attention_mask
 from equipoise.models.config import DecoderConfig
 
 _CACHED_BYTES = 2**22  # keys and values of one layer; measured for 8 heads of 64
@@ -31,7 +31,7 @@ class PagedKV:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (config.num_layers, num_blocks * block_size, 2, config.kv_heads, config.head_size)
+        shape = (config.num_layers, num_blocks * block_size, 2, *config.cache_shape)
         self.both_LS2HD = torch.zeros(shape, dtype=dtype, device=device)
         self.block_size = block_size
 
@@ -53,7 +53,8 @@ class PagedKV:
     @staticmethod
     def bytes_per_block(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
         """Memory of one block in all layers."""
-        return 2 * config.num_layers * block_size * config.kv_heads * config.head_size * dtype.itemsize
+        heads, width = config.cache_shape
+        return 2 * config.num_layers * block_size * heads * width * dtype.itemsize
 
     def clear(self, slots: Sequence[int]) -> None:
         """Put zeros."""
@@ -89,12 +90,21 @@ class _Chunk:
 @dataclass(frozen=True, eq=False)
 class _Decoding:
     """B sequences of similar length with one new token each. rows_B: in the row; None where they are all of it, in
-    order. blocks_N: M of each, one sequence after the other. mask_B11K: 0 for what is theirs, else -inf."""
+    order. blocks_N: M of each, one sequence after the other. mask_B11K: 0 for what is theirs, else -inf. ends_B: how
+    many of the keys are theirs."""
 
     num_sequences: int
     rows_B: Tensor | None
     blocks_N: Tensor
     mask_B11K: Tensor
+    ends_B: Tensor
+
+    def mask_in(self, window: int | None) -> Tensor:
+        """The mask with only the last `window` of theirs."""
+        if window is None or window >= self.mask_B11K.shape[-1]:
+            return self.mask_B11K
+        too_early_BK = torch.arange(self.mask_B11K.shape[-1], device=self.ends_B.device) < self.ends_B[:, None] - window
+        return self.mask_B11K.masked_fill(too_early_BK[:, None, None], -torch.inf)
 
 
 class Ragged:
@@ -133,32 +143,39 @@ class Ragged:
             )
         return self._positions_1T, None
 
-    def attend(self, layer: int, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(
+        self, layer: int, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, sight: Sight = WHOLE
+    ) -> Tensor:
         """Keep the new keys and values, then let each span see what is its own."""
         both_S2HD = self._kv.both_LS2HD[layer]
         both_S2HD.index_copy_(0, self._slots_T, torch.cat((k_BHSD, v_BHSD)).permute(2, 0, 1, 3))
         if len(self._decoding) == 1 and self._decoding[0].rows_B is None:
-            return self._decode(self._decoding[0], q_BHSD[0], both_S2HD)[None]
+            return self._decode(self._decoding[0], q_BHSD[0], both_S2HD, sight)[None]
         out_BHSD = torch.empty_like(q_BHSD)
         for chunk in self._chunks:
             if chunk.blocks_M is None:
                 k, v = k_BHSD[:, :, chunk.rows], v_BHSD[:, :, chunk.rows]
             else:
                 k, v = (each[:, :, : chunk.end] for each in self._read(both_S2HD, chunk.blocks_M, 1))
-            out_BHSD[:, :, chunk.rows] = attend(q_BHSD[:, :, chunk.rows], k, v, chunk.mask)
+            out_BHSD[:, :, chunk.rows] = attend(q_BHSD[:, :, chunk.rows], k, v, chunk.mask, sight)
         for group in self._decoding:
-            out_BHSD[0, :, group.rows_B] = self._decode(group, q_BHSD[0, :, group.rows_B], both_S2HD)
+            out_BHSD[0, :, group.rows_B] = self._decode(group, q_BHSD[0, :, group.rows_B], both_S2HD, sight)
         return out_BHSD
 
     def advance(self, num_tokens: int) -> None:
         """Nothing to do: the spans were decided before."""
 
-    def _decode(self, group: _Decoding, q_HBD: Tensor, both_S2HD: Tensor) -> Tensor:
+    def _decode(self, group: _Decoding, q_HBD: Tensor, both_S2HD: Tensor, sight: Sight) -> Tensor:
         """(query heads, B, D). The query heads of a key/value head are its queries: no copy of keys for each."""
         B, (num_heads, _, D), kv_heads = group.num_sequences, q_HBD.shape, both_S2HD.shape[2]
         k, v = self._read(both_S2HD, group.blocks_N, B)
         q = q_HBD.transpose(0, 1).reshape(B, kv_heads, num_heads // kv_heads, D)
-        return attend(q, k, v, group.mask_B11K).reshape(B, num_heads, D).transpose(0, 1)
+        mask = group.mask_in(sight.window)
+        if sight.sinks_H is None:
+            y = attend(q, k, v, mask)
+        else:
+            y = attend_with_sinks(q, k, v, mask, sight.sinks_H.view(1, kv_heads, -1, 1))
+        return y.reshape(B, num_heads, D).transpose(0, 1)
 
     def _read(self, both_S2HD: Tensor, blocks_N: Tensor, B: int) -> tuple[Tensor, Tensor]:
         """Copy blocks of B sequences together: keys and values, (B, H, K, D) each."""
@@ -184,7 +201,7 @@ class Ragged:
         mask_BK = torch.zeros(hidden_BK.shape, dtype=dtype, device=device).masked_fill_(hidden_BK, -torch.inf)
         rows = [row for row, _ in group]
         rows_B = None if rows == list(range(num_rows)) else torch.tensor(rows, device=device)
-        return _Decoding(len(rows), rows_B, torch.tensor(blocks, device=device), mask_BK[:, None, None])
+        return _Decoding(len(rows), rows_B, torch.tensor(blocks, device=device), mask_BK[:, None, None], ends_B)
 
 
 def _num_blocks(span: Span, block_size: int) -> int:

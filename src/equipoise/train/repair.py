@@ -185,8 +185,7 @@ class Repairs:
 def broken(model: Decoder) -> Finding:
     """Where the model is not finite: the first expert or router of a layer, or the model as a whole."""
     for name, layer in model.moe_layers.items():
-        experts = (layer.experts.up, layer.experts.down_proj)
-        finite_E = torch.stack([torch.isfinite(weight).flatten(1).all(1) for weight in experts]).all(0)
+        finite_E = torch.stack([torch.isfinite(each).flatten(1).all(1) for each in layer.experts.parameters()]).all(0)
         if not bool(finite_E.all()):
             expert = int((~finite_E).nonzero()[0, 0])
             message = f"{name}: weights of expert {expert} are not finite"
