@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -61,6 +62,28 @@ def write_rows(path: Path, parts: Mapping[str, tuple[Tensor, Sequence[int] | Non
             row_bytes = torch.Size(header[name]["shape"][1:]).numel() * plain.element_size()
             for source, target, count in _runs(rows):
                 _write(handle, plain[source : source + count], first + target * row_bytes)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Callable[[str, Tensor, int], None]]:
+    """put(name, tensor, first): its numbers, contiguous, from element `first` of that tensor of the file on.
+
+    Raises ValueError for a tensor of another dtype or with more numbers than there is room for.
+    """
+    header, start = _header(path)
+    handle = os.open(path, os.O_WRONLY)
+
+    def put(name: str, tensor: Tensor, first: int) -> None:
+        begin, end = header[name]["data_offsets"]
+        offset = int(begin) + first * tensor.element_size()
+        if str(header[name]["dtype"]) != DTYPES.get(tensor.dtype) or offset + tensor.nbytes > int(end):
+            raise ValueError(f"tensor {name}: {tensor.dtype} {tuple(tensor.shape)} from {first} on does not fit there")
+        _write(handle, tensor.detach().cpu().contiguous(), start + offset)
+
+    try:
+        yield put
     finally:
         os.close(handle)
 

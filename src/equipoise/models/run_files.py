@@ -19,7 +19,7 @@ from equipoise.disk.atomic import atomic_write
 from equipoise.disk.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from equipoise.models.config import DecoderConfig
 from equipoise.models.decoder import Decoder
-from equipoise.models.tokenizer import Tokenizer
+from equipoise.models.tokenizers import AnyTokenizer, load_tokenizer
 
 CONFIG, HELD_OUT, CHECKPOINTS = "config.json", "held_out.safetensors", "checkpoints"
 _TOKENS = "tokens"
@@ -34,7 +34,7 @@ class Loaded:
     """
 
     model: Decoder
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     held_out_BS: Tensor | None
     folder: Path
     checkpoint: Path
@@ -63,7 +63,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
     model.to_empty(device=device)
     _fill(model, tensors["model"], checkpoint)
     cast(model, dtype or tensors["model"]["embed_tokens.weight"].dtype)
-    return Loaded(model.eval(), Tokenizer.load(folder), read_held_out(folder), folder, checkpoint)
+    return Loaded(model.eval(), load_tokenizer(folder), read_held_out(folder), folder, checkpoint)
 
 
 def read_config(folder: Path) -> DecoderConfig:

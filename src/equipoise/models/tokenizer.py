@@ -63,6 +63,11 @@ class Tokenizer:
         """uint16 where all ids fit, else uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
+    @property
+    def tokens(self) -> list[bytes]:
+        """The byte strings in the order of their ids; the end of a document is not among them."""
+        return sorted(self._ranks, key=self._ranks.__getitem__)
+
     @cached_property
     def fingerprint(self) -> str:
         """Hex sha256 over the ids of all byte strings, and the pattern. The name is not in it."""
@@ -118,5 +123,4 @@ class Tokenizer:
             raise TokenizerError(f"token id {wrong[0]} is not in [0, {self.vocab_size}) of tokenizer '{self.name}'.")
 
     def _tokens(self) -> list[str]:
-        by_rank = sorted(self._ranks, key=self._ranks.__getitem__)
-        return [base64.b64encode(token).decode() for token in by_rank]
+        return [base64.b64encode(token).decode() for token in self.tokens]

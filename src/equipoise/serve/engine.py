@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from equipoise.models.decoder import Decoder
-from equipoise.models.tokenizer import Tokenizer
+from equipoise.models.tokenizers import AnyTokenizer
 from equipoise.serve.blocks import BlockPool
 from equipoise.serve.paged_cache import PagedKV
 from equipoise.serve.request import FinishReason, Output, Request, RequestError
@@ -75,7 +75,7 @@ class Engine:
     def __init__(
         self,
         model: Decoder,
-        tokenizer: Tokenizer,
+        tokenizer: AnyTokenizer,
         *,
         limits: Limits = Limits(),  # noqa: B008 - frozen
         num_blocks: int = 1024,
@@ -237,7 +237,7 @@ class Engine:
         )
 
 
-def num_ids(model: Decoder, tokenizer: Tokenizer) -> int:
+def num_ids(model: Decoder, tokenizer: AnyTokenizer) -> int:
     """Tokens that can be asked for and given: a model's vocabulary may be filled up beyond its tokenizer's."""
     return min(model.config.vocab_size, tokenizer.vocab_size)
 

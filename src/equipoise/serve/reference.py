@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from equipoise.models.decoder import Decoder
-from equipoise.models.tokenizer import Tokenizer
+from equipoise.models.tokenizers import AnyTokenizer
 from equipoise.serve.engine import check, num_ids
 from equipoise.serve.request import FinishReason, Logprob, Output, Request, RequestError
 from equipoise.serve.sampling import Row, choose, logprobs_of
@@ -19,7 +19,7 @@ from equipoise.types import RoutingDecision
 
 
 @torch.inference_mode()
-def answer(model: Decoder, tokenizer: Tokenizer, request: Request) -> Output:
+def answer(model: Decoder, tokenizer: AnyTokenizer, request: Request) -> Output:
     """The whole answer as one piece."""
     model.eval()
     trace = ExpertTrace(model.moe_layers)
@@ -29,7 +29,7 @@ def answer(model: Decoder, tokenizer: Tokenizer, request: Request) -> Output:
         trace.detach()
 
 
-def _answer(model: Decoder, tokenizer: Tokenizer, request: Request, trace: ExpertTrace) -> Output:
+def _answer(model: Decoder, tokenizer: AnyTokenizer, request: Request, trace: ExpertTrace) -> Output:
     tokens, made = list(request.prompt), list[int]()
     stream, text = TextStream(request.stop), ""
     logprobs: list[Logprob] = []
@@ -80,7 +80,7 @@ def _experts(decisions: list[RoutingDecision], num_tokens: int) -> np.ndarray:
 class SlowEngine:
     """`engine.Backend` without batches: a step is one whole answer."""
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: Decoder, tokenizer: AnyTokenizer) -> None:
         self.model, self.tokenizer = model, tokenizer
         self._waiting: dict[str, Request] = {}
 

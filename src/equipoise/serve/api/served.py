@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from equipoise.models.tokenizer import Tokenizer
+from equipoise.models.tokenizers import AnyTokenizer
 from equipoise.serve.api.template import BUILT_IN, ChatTemplate
 from equipoise.serve.loop import EngineLoop
 
@@ -96,7 +96,7 @@ class Served:
 
     name: str
     loop: EngineLoop
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     max_tokens: int
     created: int
     layers: tuple[str, ...] = ()

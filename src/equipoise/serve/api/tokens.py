@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import re
 
-from equipoise.models.tokenizer import EOT, Tokenizer
+from equipoise.models.tokenizer import EOT
+from equipoise.models.tokenizers import AnyTokenizer
 from equipoise.serve.api.errors import invalid
 from equipoise.serve.request import Logprob
 
@@ -14,7 +15,7 @@ MAX_BLANKS = 100_000  # in a row; at a million tiktoken's regular expression ove
 _LEAST = -9999.0  # what clients read for "as good as impossible"; JSON has no infinity
 
 
-def encode(tokenizer: Tokenizer, field: str, text: str) -> list[int]:
+def encode(tokenizer: AnyTokenizer, field: str, text: str) -> list[int]:
     """Its tokens. Raises ApiError for a text that would bring the tokenizer down."""
     if len(text) > MAX_BLANKS:
         longest = max((len(run) for run in re.findall(r"\s+", text)), default=0)
@@ -24,7 +25,7 @@ def encode(tokenizer: Tokenizer, field: str, text: str) -> list[int]:
     return ids
 
 
-def name_of(tokenizer: Tokenizer, id: int) -> str:
+def name_of(tokenizer: AnyTokenizer, id: int) -> str:
     """Its text; "bytes:\\xe2\\x80" for one that is no whole text, so that different tokens have different names."""
     if id == tokenizer.eot_id:
         return EOT
@@ -35,7 +36,7 @@ def name_of(tokenizer: Tokenizer, id: int) -> str:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
-def bytes_of(tokenizer: Tokenizer, id: int) -> list[int] | None:
+def bytes_of(tokenizer: AnyTokenizer, id: int) -> list[int] | None:
     """Its bytes; None for the end of a document, which has none."""
     return None if id == tokenizer.eot_id else list(tokenizer.bytes_of(id))
 
@@ -54,7 +55,7 @@ def alternatives(logprob: Logprob) -> list[tuple[int, float]]:
 class Offsets:
     """Counts the characters of a text, token by token."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: AnyTokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at = 0
