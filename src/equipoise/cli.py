@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from equipoise.commands import metrics, watching
+from equipoise.commands.convert import convert, upcycle
 from equipoise.commands.inject import inject
 from equipoise.commands.links import links
 from equipoise.commands.place import place
@@ -149,6 +150,8 @@ def bench(
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "train": train,
+    "convert": convert,
+    "upcycle": upcycle,
     "watch": watching.watch,
     "triage": watching.triage,
     "diagnose": watching.diagnose,

@@ -75,7 +75,7 @@ MODELS = {
     "gpt_oss": (
         "gpt_oss",
         {
-            "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5,
+            "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5, "intermediate_size": 64,
             "rope_parameters": _YARN | {"truncate": False},
         },
     ),

@@ -13,7 +13,7 @@ import transformers
 from tests.convert.families import MODELS, saved
 
 from equipoise.convert import FAMILIES, export_checkpoint, import_checkpoint
-from equipoise.convert.families import essence
+from equipoise.convert.essence import essence
 from equipoise.disk.checkpoint import load_checkpoint
 from equipoise.models.cache import ContiguousCache
 from equipoise.models.decoder import Decoder

