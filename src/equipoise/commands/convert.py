@@ -146,13 +146,14 @@ def upcycle(
 
 
 def keep_held_out(out: Path) -> None:
-    """Give a converted model text to be judged by, of the embedded corpus; none where there is no tokenizer."""
+    """Give a converted model prose to be judged by, Python's own help; none where there is no tokenizer."""
+    from pydoc_data.topics import topics
+
     import torch
 
     from equipoise.models.run_files import read_config, write_held_out
     from equipoise.models.tokenizer import TokenizerError
     from equipoise.models.tokenizers import load_tokenizer
-    from equipoise.train.corpus import embedded
 
     try:
         tokenizer = load_tokenizer(out)
@@ -161,8 +162,8 @@ def keep_held_out(out: Path) -> None:
     rows, length = HELD_OUT
     length = min(length, read_config(out).max_seq_len)
     ids: list[int] = []
-    for document in embedded(("prose",)).documents:
-        ids += tokenizer.encode(document.text).tolist()
+    for text in topics.values():
+        ids += tokenizer.encode(text).tolist()
         if len(ids) >= rows * length:
             break
     whole = len(ids) // length

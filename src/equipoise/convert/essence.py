@@ -1,4 +1,4 @@
-"""What of a configuration a forward pass depends on, in one spelling: two models with the same are the same function."""
+"""What of a configuration a forward pass depends on, in one spelling: models with the same compute the same."""
 
 from __future__ import annotations
 

@@ -120,6 +120,11 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 def open_folder(path: Path) -> Folder:
     """Look over a folder. Raises ConversionError for no configuration, pickles, damaged or contradicting files."""
     config = read_json(path / "config.json")
+    if "model" in config and "model_type" not in config:
+        raise ConversionError(
+            f"{path}: expected a checkpoint of another family, got a run folder, which needs no conversion; to take it "
+            "out, convert it with --to hf"
+        )
     files = sorted(path.glob("*.safetensors"))
     if not files:
         pickles = sorted(each.name for pattern in _PICKLES for each in path.glob(pattern))
