@@ -118,11 +118,12 @@ def test_diverted_puts_the_mode_back_also_after_an_error():
     assert layer.mode == before
 
 
-def test_a_stand_in_too_large_to_fit_is_merged(monkeypatch):
+@pytest.mark.parametrize(("name", "most"), [("MAX_FITTED", K * F - 1), ("MAX_FITTED_TOGETHER", (K * F) ** 2 - 1)])
+def test_a_stand_in_too_large_to_fit_is_merged(monkeypatch, name, most):
     """The square of its units is what a fit keeps in memory."""
     layer, x = build(), traffic()
     counts = {"a": np.arange(1, E + 1)}
-    monkeypatch.setattr("equipoise.recovery.dense_path.MAX_FITTED", K * F - 1)
+    monkeypatch.setattr(f"equipoise.recovery.dense_path.{name}", most)
     path = build_dense_paths({"a": layer}, counts, lambda: layer(x))["a"]
     assert torch.equal(path(x), merged(layer, counts["a"])(x))
 

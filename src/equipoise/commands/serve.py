@@ -106,6 +106,7 @@ def serve(
     """
     from equipoise.serve.server import Server
 
+    print(f"reading {run}", file=sys.stderr)  # of a large model it takes a while
     loaded, config = _prepare(run, options)
     if options.ray is not None:
         from equipoise.commands.serve_ray import Fleet, serve_replicas
@@ -113,6 +114,7 @@ def serve(
         del loaded  # it can be served: that was the question
         fleet = Fleet(options.ray, options.host, options.port, options.drain_s)
         return serve_replicas(run, options.dtype, config, fleet)
+    print("measuring its health on held-out text, making stand-ins for its experts", file=sys.stderr)
     server = Server(loaded, config, os.environ)
     return Front(server, options).run()
 

@@ -19,6 +19,7 @@ from equipoise.ops.activation import activate, is_gated
 from equipoise.ops.ragged import RaggedPlan
 
 MAX_FITTED = 4096  # inner units: 128 MB in fp64, seconds to solve
+MAX_FITTED_TOGETHER = 2**25  # the sum of their squares over layers: 256 MB in fp64; and time
 NAME = "dense"  # in names of tensors: "layers.1.mlp.dense.down_proj.weight"
 
 
@@ -74,11 +75,13 @@ def build_dense_paths(
     """A dense path for each layer that has no shared experts to stand in. counts: the load of each layer. Experts with
     biases get none: a block of ours has none to put them in.
 
-    run: distil on this traffic; None merges. A stand-in of more than MAX_FITTED inner units is merged all the same: a
-    fit takes memory by the square of them, and time by the cube.
+    run: distil on this traffic; None merges. Stand-ins of more than MAX_FITTED inner units, or MAX_FITTED_TOGETHER in
+    all layers, are merged all the same: a fit takes memory by the square of them, and time by the cube.
     """
     bare = {name: layer for name, layer in layers.items() if layer.shared is None and layer.experts.biases is None}
     fitted = {name: each for name, each in bare.items() if run is not None and _num_units(each) <= MAX_FITTED}
+    if sum(_num_units(each) ** 2 for each in fitted.values()) > MAX_FITTED_TOGETHER:
+        fitted = {}
     paths = {name: merged(layer, counts[name]) for name, layer in bare.items() if name not in fitted}
     return paths | distilled(fitted, counts, run) if run is not None and fitted else paths
 
