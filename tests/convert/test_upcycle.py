@@ -8,7 +8,7 @@ import torch
 
 from equipoise.convert.fields import ConversionError
 from equipoise.convert.read import write_config
-from equipoise.convert.upcycle import Upcycling, upcycle_run, upcycled_experts, upcycled_router
+from equipoise.convert.upcycle import Upcycling, block_centers, upcycle_run, upcycled_experts, upcycled_router
 from equipoise.disk.checkpoint import load_checkpoint, save_checkpoint
 from equipoise.models.config import DecoderConfig
 from equipoise.models.decoder import Decoder, cross_entropy_sum
@@ -177,3 +177,23 @@ def test_refuses_what_is_sparse_already(tmp_path):
     with pytest.raises(ConversionError, match="expected a dense model"):
         upcycle_run(tmp_path / "sparse", tmp_path / "again", Upcycling())
     assert json.loads((tmp_path / "sparse" / "config.json").read_text())["model"]["moe"]["num_experts"] == 8
+
+
+def test_routers_do_not_follow_what_all_tokens_share(tmp_path):
+    dense = dense_run(tmp_path / "dense")
+    with torch.no_grad():  # a common part twice as long as what differs
+        dense.embed_tokens.weight += 3 * dense.embed_tokens.weight.std() * torch.randn(32)
+    save_checkpoint(tmp_path / "dense" / "checkpoints", 1, {"model": dense.state_dict()}, {})
+    tokens = torch.randint(0, 64, (8, 60))
+    centers = block_centers(dense, tokens)
+    assert sorted(centers) == [0, 1, 2]
+
+    def busiest(name, **options):
+        upcycle_run(tmp_path / "dense", tmp_path / name, Upcycling(), **options)
+        ids = chosen(sparse_of(tmp_path / name), torch.randint(0, 64, (8, 60)))
+        return float(ids.flatten().bincount(minlength=8).max() / len(ids))
+
+    plain, centered = busiest("plain"), busiest("centered", centers=centers)
+    assert centered < 0.6 < plain
+    rows = sparse_of(tmp_path / "centered").layers[0].mlp.router.weight
+    assert (rows @ centers[0]).abs().max() < 1e-5

@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from equipoise.convert.read import Progress
-    from equipoise.models.run_files import Loaded
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 FamilyName = Literal["llama", "mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss"]
-CHECKED = 256  # tokens on which both models are compared
 HELD_OUT = (8, 129)  # sequences and their tokens that a converted model keeps, for a server's canary
+COMPARED = 2  # of these, on which both models are compared
 
 
 def convert(
@@ -117,57 +116,71 @@ def upcycle(
             dense = Path(scratch) / "dense"
             with _progress(json_, "reading") as progress:
                 import_checkpoint(path, dense, progress=progress)
+        tokens_BS = held_out_tokens(dense)
+        centers, logits_BSV = _measured(dense, tokens_BS)
         with _progress(json_, "copying") as progress:
-            config = upcycle_run(dense, out, options, progress=progress)
+            config = upcycle_run(dense, out, options, centers=centers, progress=progress)
         keep_held_out(out)
-        difference = _difference(dense, out)
+        difference = None if logits_BSV is None else _difference(out, tokens_BS, logits_BSV)
     counts = parameter_counts(config)
     assert config.moe is not None
     result = {
         "out": str(out),
         "num_experts": config.moe.num_experts,
+        "top_k": options.top_k,
         "total": counts.total,
         "active": counts.active,
         "largest_logit_difference": difference,
         "keeps_the_function": options.keeps_the_function,
     }
-    if json_:
-        print(json.dumps(result))
-    else:
-        compared = "the two could not be compared: there is no tokenizer"
-        if difference is not None:
-            compared = f"largest difference of a logit from the dense model, {CHECKED} tokens of text: {difference:.2g}"
-        print(
-            f"{counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active, {config.moe.num_experts} "
-            f"experts per layer, top-{options.top_k}\n{compared}\nnow  equipoise serve {out}\n     equipoise train "
-            f"finetune --from {out}"
-        )
+    print(json.dumps(result) if json_ else _told(result))
     return 0
 
 
+def _told(result: dict[str, Any]) -> str:
+    difference, out = result["largest_logit_difference"], result["out"]
+    compared = "the two could not be compared: there is no tokenizer"
+    if difference is not None:
+        compared = f"largest difference of a logit from the dense model: {difference:.2g}, over {COMPARED} texts"
+    return (
+        f"{result['total'] / 1e6:,.1f} M parameters, {result['active'] / 1e6:,.1f} M active, {result['num_experts']} "
+        f"experts per layer, top-{result['top_k']}\n{compared}\nnow  equipoise serve {out}\n     "
+        f"equipoise train finetune --from {out}"
+    )
+
+
 def keep_held_out(out: Path) -> None:
-    """Give a converted model prose to be judged by, Python's own help; none where there is no tokenizer."""
+    """Give a converted model text to be judged by; none where there is no tokenizer."""
+    from equipoise.models.run_files import write_held_out
+
+    tokens_BS = held_out_tokens(out)
+    if tokens_BS is not None:
+        write_held_out(out, tokens_BS)
+
+
+def held_out_tokens(folder: Path) -> Tensor | None:
+    """Prose in the model's own tokens, Python's help: int64 (B, S + 1). None where there is no tokenizer."""
     from pydoc_data.topics import topics
 
     import torch
 
-    from equipoise.models.run_files import read_config, write_held_out
+    from equipoise.models.run_files import read_config
     from equipoise.models.tokenizer import TokenizerError
     from equipoise.models.tokenizers import load_tokenizer
 
     try:
-        tokenizer = load_tokenizer(out)
+        tokenizer = load_tokenizer(folder)
     except TokenizerError:
-        return
+        return None
     rows, length = HELD_OUT
-    length = min(length, read_config(out).max_seq_len)
+    length = min(length, read_config(folder).max_seq_len)
     ids: list[int] = []
     for text in topics.values():
         ids += tokenizer.encode(text).tolist()
         if len(ids) >= rows * length:
             break
     whole = len(ids) // length
-    write_held_out(out, torch.tensor(ids[: min(rows, whole) * length]).view(-1, length))
+    return torch.tensor(ids[: min(rows, whole) * length]).view(-1, length)
 
 
 def _is_run(path: Path) -> bool:
@@ -176,24 +189,29 @@ def _is_run(path: Path) -> bool:
     return path.is_dir() and "model" in read_json(path / "config.json")
 
 
-def _difference(dense: Path, sparse: Path) -> float | None:
-    """The largest of a logit on held-out text; None where there is none."""
+def _measured(dense: Path, tokens_BS: Tensor | None) -> tuple[dict[int, Tensor] | None, Tensor | None]:
+    """(what each block reads in the mean, logits of the first sequences) of the dense model; None without text."""
     import torch
 
-    from equipoise.models.run_files import load, read_held_out
+    from equipoise.convert.upcycle import block_centers
+    from equipoise.models.run_files import load
 
-    held_out = read_held_out(sparse)
-    if held_out is None:
-        return None
-    tokens_BS = held_out.flatten()[:CHECKED].view(2, -1)
+    if tokens_BS is None:
+        return None, None
+    model = load(dense).model
+    with torch.inference_mode():
+        return block_centers(model, tokens_BS), model(tokens_BS[:COMPARED]).float()
 
-    def logits(loaded: Loaded) -> Tensor:
-        with torch.inference_mode():
-            found: Tensor = loaded.model(tokens_BS).float()
-        return found
 
-    expected = logits(load(dense))
-    return float((logits(load(sparse)) - expected).abs().max())
+def _difference(sparse: Path, tokens_BS: Tensor | None, expected_BSV: Tensor) -> float:
+    """The largest of a logit."""
+    import torch
+
+    from equipoise.models.run_files import load
+
+    assert tokens_BS is not None
+    with torch.inference_mode():
+        return float((load(sparse).model(tokens_BS[:COMPARED]).float() - expected_BSV).abs().max())
 
 
 @contextmanager

@@ -6,7 +6,7 @@ begin alike, so that a token's experts hold one copy of each shard (virtual grou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,9 @@ from equipoise.convert.fields import ConversionError
 from equipoise.convert.read import Progress, new_folder, state_shapes, write_config
 from equipoise.disk.checkpoint import draft, group_file, latest_checkpoint, publish
 from equipoise.disk.rows import lay_out, read_rows, shapes, writing
+from equipoise.models.block import Block
 from equipoise.models.config import DecoderConfig, MoEConfig
+from equipoise.models.decoder import Decoder
 from equipoise.models.run_files import CHECKPOINTS, read_config
 from equipoise.models.tokenizer import TokenizerError
 from equipoise.models.tokenizers import load_tokenizer
@@ -124,10 +126,38 @@ def upcycled_experts(
     return up, down
 
 
-def upcycled_router(dim: int, options: Upcycling, generator: torch.Generator) -> Tensor:
-    """(E G, D) fp32: rows for the E copies, the same for every shard."""
+def upcycled_router(dim: int, options: Upcycling, generator: torch.Generator, center_D: Tensor | None = None) -> Tensor:
+    """(E G, D) fp32: rows for the E copies, the same for every shard.
+
+    center_D: the mean of what the router reads. Rows are made orthogonal to it: a trained model's tokens have much in
+    common, and the expert whose row happens to point that way would take most of them.
+    """
     rows_ED = options.router_std * torch.randn(options.experts, dim, generator=generator)
+    if center_D is not None:
+        unit_D = torch.nn.functional.normalize(center_D.float(), dim=0)
+        rows_ED = rows_ED - torch.outer(rows_ED @ unit_D, unit_D)
     return rows_ED.repeat(options.granularity, 1)
+
+
+@torch.no_grad()
+def block_centers(model: Decoder, tokens_BS: Tensor) -> dict[int, Tensor]:
+    """(D,) by layer: the mean over tokens of what each feed-forward block of a dense model reads."""
+    found: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Callable[[torch.nn.Module, tuple[Tensor], Tensor], None]:
+        def hook(module: torch.nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            found[layer] = args[0].float().flatten(0, -2).mean(0)
+
+        return hook
+
+    blocks = [module for module in model.layers if isinstance(module, Block)]
+    handles = [block.mlp.register_forward_hook(keep(layer)) for layer, block in enumerate(blocks)]
+    try:
+        model(tokens_BS)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def _redraw(up: Tensor, down: Tensor, share: float, halves: int, generator: torch.Generator) -> None:
@@ -142,10 +172,16 @@ def _redraw(up: Tensor, down: Tensor, share: float, halves: int, generator: torc
 
 
 def upcycle_run(
-    source: Path, out: Path, options: Upcycling, *, progress: Progress = lambda done, total: None
+    source: Path,
+    out: Path,
+    options: Upcycling,
+    *,
+    centers: Mapping[int, Tensor] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> DecoderConfig:
     """The newest checkpoint of a dense run folder becomes an MoE's, layer by layer, in a new run folder.
 
+    centers: `block_centers` on text of the kind that it will see; None draws routers without.
     Raises ConversionError, with nothing written, for a model that can't be made sparse so.
     """
     dense = read_config(source)
@@ -172,6 +208,8 @@ def upcycle_run(
                 if name in described:
                     report(name, read_rows(path, name, None).to(described[name][0]))
             for layer in config.moe_layer_ids:
+                router = upcycled_router(config.dim, options, generator, (centers or {}).get(layer))
+                report(f"layers.{layer}.mlp.router.weight", router)
                 _make_sparse(path, f"layers.{layer}.mlp", config, options, generator, report)
         publish(folder, checkpoints, 0, {"source": source.name, "upcycled": options.experts * options.granularity})
         write_config(temporary, config)
@@ -205,4 +243,3 @@ def _make_sparse(
     experts = upcycled_experts(up, down, options, generator, 2 if inner == "gate_up_proj" else 1)
     put(f"{prefix}.experts.{inner}", experts[0])
     put(f"{prefix}.experts.down_proj", experts[1])
-    put(f"{prefix}.router.weight", upcycled_router(config.dim, options, generator))
