@@ -168,7 +168,7 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
         care=care,
         detail=options.detail,
         keys=keys,
-        template=read_template(loaded.folder),
+        template=read_template(loaded.folder, loaded.tokenizer.controls),
         bounds=Bounds(answer_seconds=options.max_seconds),
     )
     return loaded, config

@@ -95,8 +95,11 @@ class Gguf:
         published.save(str(folder / HUB_FILE))
         end = vocabulary.get("eos_token_id")
         if end is not None:
-            (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": int(end)}))
-            (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": names[int(end)]}))
+            begin = int(vocabulary.get("bos_token_id", end))
+            ids = {"eos_token_id": int(end), "bos_token_id": begin}
+            (folder / "generation_config.json").write_text(json.dumps(ids))
+            tokens = {"eos_token": names[int(end)], "bos_token": names[begin]}
+            (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
         if "chat_template" in vocabulary:
             (folder / "chat_template.jinja").write_text(vocabulary["chat_template"])
         return True

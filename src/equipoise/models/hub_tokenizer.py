@@ -29,10 +29,11 @@ _MOST = 64 * 2**20  # bytes of the file
 
 @final
 class HubTokenizer:
-    """Text to ids and back. eot_id ends a document: the checkpoint's end-of-sequence token."""
+    """Text to ids and back. eot_id ends a document, bos_id begins one: the checkpoint's tokens for sequences."""
 
-    def __init__(self, path: Path, published: Published, eot_id: int) -> None:
+    def __init__(self, path: Path, published: Published, eot_id: int, bos_id: int | None = None) -> None:
         self.name, self.eot_id, self._path, self._published = path.parent.name, eot_id, path, published
+        self.bos_id = eot_id if bos_id is None else bos_id
         self._published.encode_special_tokens = True  # as letters
         added = published.get_added_tokens_decoder()
         self._special = {id for id, token in added.items() if token.special}
@@ -43,6 +44,11 @@ class HubTokenizer:
     def vocab_size(self) -> int:
         """One more than the highest id."""
         return max(self._published.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def controls(self) -> dict[str, int]:
+        """Ids of tokens that no text encodes to, by what they are called."""
+        return {self._added[id]: id for id in self._special}
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -99,26 +105,28 @@ class HubTokenizer:
             published = Published.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise TokenizerError(f"{path} is damaged ({error}). Restore it from the checkpoint.") from error
-        return cls(path, published, _end(folder, published))
+        begin = _named(folder, published, "bos")
+        end = _named(folder, published, "eos")
+        if end is None:
+            end = next((id for each in _ENDS if (id := published.token_to_id(each)) is not None), None)
+        if end is None:
+            raise TokenizerError(
+                f"{folder}: expected an end-of-sequence token in generation_config.json (eos_token_id) or "
+                "tokenizer_config.json (eos_token), found none that the tokenizer has; add one"
+            )
+        return cls(path, published, end, begin)
 
 
-def _end(folder: Path, published: Published) -> int:
-    """The id that ends a sequence: of generation_config.json, or the token that tokenizer_config.json names."""
-    ids = _field(folder / "generation_config.json", "eos_token_id")
+def _named(folder: Path, published: Published, kind: str) -> int | None:
+    """The id for "eos" or "bos": by generation_config.json, or of the token that tokenizer_config.json names."""
+    ids = _field(folder / "generation_config.json", f"{kind}_token_id")
     if isinstance(ids, list) and ids:
         ids = ids[0]
-    token = _field(folder / "tokenizer_config.json", "eos_token")
+    token = _field(folder / "tokenizer_config.json", f"{kind}_token")
     if isinstance(token, dict):
         token = token.get("content")
     found = ids if isinstance(ids, int) else published.token_to_id(token) if isinstance(token, str) else None
-    if found is None:
-        found = next((id for each in _ENDS if (id := published.token_to_id(each)) is not None), None)
-    if found is None or published.id_to_token(found) is None:
-        raise TokenizerError(
-            f"{folder}: expected an end-of-sequence token in generation_config.json (eos_token_id) or "
-            f"tokenizer_config.json (eos_token), got {ids!r} and {token!r}; add one"
-        )
-    return found
+    return None if found is None or published.id_to_token(found) is None else found
 
 
 _ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>")

@@ -59,6 +59,16 @@ class Tokenizer:
         return len(self._ranks)
 
     @property
+    def bos_id(self) -> int:
+        """The id that begins a document: the same."""
+        return self.eot_id
+
+    @property
+    def controls(self) -> dict[str, int]:
+        """Ids of tokens that no text encodes to, by what they are called."""
+        return {EOT: self.eot_id}
+
+    @property
     def dtype(self) -> np.dtype[Any]:
         """uint16 where all ids fit, else uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)

@@ -13,8 +13,8 @@ from equipoise.serve.api.plan import Caller, Plan, Prompts, Wanted, check_model,
 from equipoise.serve.api.read import read
 from equipoise.serve.api.served import Served
 from equipoise.serve.api.tally import Usage
-from equipoise.serve.api.template import TemplateRefusedError
-from equipoise.serve.api.tokens import bytes_of, encode, finite, name_of
+from equipoise.serve.api.template import Control, TemplateRefusedError
+from equipoise.serve.api.tokens import bytes_of, encode, finite, id_of, name_of
 from equipoise.serve.request import Logprob, Output
 
 
@@ -105,12 +105,15 @@ def plan_chat(served: Served, caller: Caller, raw: bytes) -> tuple[Plan, Form]:
     if not messages:
         raise invalid("messages", "expected at least one, got an empty list")
     try:
-        first, *others = served.template.render(messages)
+        pieces = served.template.render(messages)
     except TemplateRefusedError as error:
         raise invalid("messages", str(error)) from error
-    tokens = encode(served.tokenizer, "messages", first)
-    for part in others:
-        tokens += [served.tokenizer.eot_id, *encode(served.tokenizer, "messages", part)]
+    tokens: list[int] = []
+    for piece in pieces:
+        if isinstance(piece, Control):
+            tokens.append(id_of(served.tokenizer, piece))
+        else:
+            tokens += encode(served.tokenizer, "messages", piece)
     wanted = Wanted(
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         default_tokens=None,

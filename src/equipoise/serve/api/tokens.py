@@ -8,6 +8,7 @@ import re
 from equipoise.models.tokenizer import EOT
 from equipoise.models.tokenizers import AnyTokenizer
 from equipoise.serve.api.errors import invalid
+from equipoise.serve.api.template import BEGIN, END, Control
 from equipoise.serve.request import Logprob
 
 MAX_BLANKS = 100_000  # in a row; at a million tiktoken's regular expression overflows its stack
@@ -23,6 +24,15 @@ def encode(tokenizer: AnyTokenizer, field: str, text: str) -> list[int]:
             raise invalid(field, f"expected at most {MAX_BLANKS} white-space characters in a row, got {longest}")
     ids: list[int] = tokenizer.encode(text).tolist()
     return ids
+
+
+def id_of(tokenizer: AnyTokenizer, control: Control) -> int:
+    """Of a control token; the end of a document where the tokenizer has no beginning of its own."""
+    if control == END:
+        return tokenizer.eot_id
+    if control == BEGIN:
+        return tokenizer.bos_id
+    return tokenizer.controls[control.text]
 
 
 def name_of(tokenizer: AnyTokenizer, id: int) -> str:
