@@ -8,8 +8,10 @@ from tests.small.models import EXPERTS, LAYERS, PER_EXPERT, logits, said
 
 from equipoise.disk.checkpoint import CheckpointError
 from equipoise.layer import Experts
-from equipoise.models.run_files import load
+from equipoise.models.run_files import cast, load
 from equipoise.small import SmallConfig, bytes_of, expert_bytes, load_small, quantize_experts
+from equipoise.small.experts import Resident, StoredExperts, packing, sizes_of
+from equipoise.small.quantise import format_of, put_in
 
 NAMES = {"int8": (8, 64), "int4-32": (4, 32)}
 ONE = 4 * PER_EXPERT
@@ -30,13 +32,32 @@ def small(run):
             each.offload.close()
 
 
+def quantised(model, name, dtype):
+    """Of the weights as they were trained, for activations of another type: nothing is rounded twice."""
+    new = {}
+    for layer_name, layer in model.moe_layers.items():
+        sizes, format = sizes_of(layer), format_of(name, dtype)
+        new[layer_name] = StoredExperts(
+            sizes, format, Resident(sizes, format, packing(format, layer.experts.weights_of))
+        )
+    put_in(model.moe_layers, new)
+    cast(model, dtype)
+    return model
+
+
+def test_in_fp32_it_is_what_quantize_experts_does(small, run):
+    for name, (bits, group) in NAMES.items():
+        twin = load(run).model
+        quantize_experts(twin, bits, group)
+        assert torch.equal(logits(small(SmallConfig(name)).loaded.model), logits(twin))
+
+
 @pytest.mark.parametrize("memory", [None, 2 * ONE], ids=["resident", "offloaded"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 def test_the_same_as_made_small_afterwards(small, run, name, memory, dtype):
     loaded = small(SmallConfig(name, memory), dtype=dtype).loaded
-    twin = load(run, dtype=dtype).model
-    quantize_experts(twin, *NAMES[name])
+    twin = quantised(load(run).model, name, dtype or torch.float32)
     assert torch.equal(logits(loaded.model), logits(twin))
     assert said(loaded.model) == said(twin)
     assert expert_bytes(loaded.model) == (expert_bytes(twin) if memory is None else 0)

@@ -83,6 +83,7 @@ class RowFile:
     def _read(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
         with torch.inference_mode(False):  # it outlives the forward that asked for it
             tensor = torch.empty(shape, dtype=dtype)
+        self._now()  # it is open
         view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
         while len(view):
             count = os.preadv(self._handle, [view], offset)

@@ -181,7 +181,7 @@ class Int4:
 
     def quantised(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         """(int32 (O, I) in 0..15, scales and zeros (I / group, O, 2) in `dtype`)."""
-        weight_OGg = _finite(self.name, weight_OI).unflatten(1, (-1, self.group))
+        weight_OGg = _finite(self.name, weight_OI).view(weight_OI.shape[0], -1, self.group)
         low_OG, high_OG = weight_OGg.amin(2), weight_OGg.amax(2)
         scale_OG = ((high_OG - low_OG) / 15).to(self.dtype)
         scale_OG = torch.where(scale_OG > 0, scale_OG, torch.ones_like(scale_OG))  # all equal: the zero has it all
@@ -193,7 +193,7 @@ class Int4:
     def dequantised(self, values_OI: Tensor, scales_and_zeros: Tensor) -> Tensor:
         """(O, I) fp32 of what `quantised` gave: (q - 8) * scale + zero, without the kernel."""
         scale_OG, zero_OG = scales_and_zeros.float().transpose(0, 1).unbind(-1)
-        steps_OGg = values_OI.unflatten(1, (-1, self.group)) - 8
+        steps_OGg = values_OI.view(values_OI.shape[0], -1, self.group) - 8
         return (steps_OGg * scale_OG[..., None] + zero_OG[..., None]).flatten(1)
 
     def unpack(self, parts: Parts) -> Tensor:
@@ -226,4 +226,4 @@ def _finite(name: str, weight_OI: Tensor) -> Tensor:
         raise ValueError(f"{name}: expected weights on the CPU, got {weight_OI.device}; its kernels are for processors")
     if not bool(torch.isfinite(weight_OI).all()):
         raise ValueError(f"{name}: a weight is not finite and has no nearest step; load a checkpoint that is whole")
-    return weight_OI.detach().float()
+    return weight_OI.detach().float().contiguous()

@@ -46,6 +46,10 @@ class ReadAhead:
                     return
                 (keys, keep), self._asked = self._asked, None
             for key in keys:
-                if self._asked is not None or self._closed:
-                    break  # the model is a layer further
+                if self._is_outdated():
+                    break
                 self._cache.prefetch(key, keep)
+
+    def _is_outdated(self) -> bool:
+        """Whether the model is a layer further, or nobody needs anything any more."""
+        return self._asked is not None or self._closed
