@@ -17,12 +17,16 @@ MEMORY = 16 * 2**20  # of these, for experts
 PROGRAM = """
 import json, resource, sys
 import torch
+from equipoise.models.config import DecoderConfig, MoEConfig
+from equipoise.models.decoder import Decoder
 from equipoise.models.generate import generate
 from equipoise.models.run_files import load
 from equipoise.small import SmallConfig, load_small
 
 torch.set_num_threads(1)
-torch.ones(8, 8) @ torch.ones(8, 8)
+moe = MoEConfig(num_experts=2, hidden_dim=16)
+tiny = Decoder(DecoderConfig(vocab_size=300, dim=16, num_layers=1, num_heads=1, hidden_dim=16, max_seq_len=32, moe=moe))
+generate(tiny, torch.zeros(1, 4, dtype=torch.int64), 4)  # what is imported and made with the first forward is there
 run, how, limit, memory = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 if limit:
     data = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData")) * 1024
@@ -50,8 +54,8 @@ from equipoise.models.tokenizer import Tokenizer
 from equipoise.routing import TopK
 
 torch.manual_seed(0)
-moe = MoEConfig(num_experts=16, hidden_dim=512, router=TopK(k=2))
-config = DecoderConfig(vocab_size=300, dim=512, num_layers=4, num_heads=4, hidden_dim=64, max_seq_len=64, moe=moe)
+moe = MoEConfig(num_experts=16, hidden_dim=1024, router=TopK(k=2))
+config = DecoderConfig(vocab_size=300, dim=256, num_layers=4, num_heads=4, hidden_dim=64, max_seq_len=64, moe=moe)
 folder = Path(sys.argv[1])
 folder.mkdir()
 (folder / "config.json").write_text(json.dumps({"name": "x", "model": json.loads(config.to_json())}))
@@ -72,7 +76,7 @@ def python(program, *arguments):
 def test_four_times_the_limit(tmp_path):
     run = tmp_path / "run"
     num_bytes = int(python(MAKE, run).stdout)
-    assert num_bytes == 4 * LIMIT == 4 * 16 * 3 * 512 * 512 * 4
+    assert num_bytes == 4 * LIMIT == 4 * 16 * 3 * 256 * 1024 * 4
     free = python(PROGRAM, run, "resident", 0, 0)
     expected = json.loads(free.stdout)[0]
     limited = python(PROGRAM, run, "resident", LIMIT, 0)

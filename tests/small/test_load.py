@@ -37,9 +37,8 @@ def quantised(model, name, dtype):
     new = {}
     for layer_name, layer in model.moe_layers.items():
         sizes, format = sizes_of(layer), format_of(name, dtype)
-        new[layer_name] = StoredExperts(
-            sizes, format, Resident(sizes, format, packing(format, layer.experts.weights_of))
-        )
+        source = Resident(sizes, format, packing(format, layer.experts.weights_of))
+        new[layer_name] = StoredExperts(sizes, format, source)
     put_in(model.moe_layers, new)
     cast(model, dtype)
     return model

@@ -1,14 +1,16 @@
 """What follows what, counted: by hand, on a rule that can be learnt, within bounded memory."""
 
 import numpy as np
+import torch
 
 from equipoise.small.predict import HISTORY, Choices, Transitions
 
 
 def choices(*experts_of_tokens):
     """One tuple of experts per token."""
-    token_N = np.repeat(np.arange(len(experts_of_tokens)), [len(each) for each in experts_of_tokens])
-    return Choices(len(experts_of_tokens), token_N, np.array([e for each in experts_of_tokens for e in each]))
+    token_N = torch.tensor([token for token, each in enumerate(experts_of_tokens) for _ in each])
+    expert_N = torch.tensor([int(expert) for each in experts_of_tokens for expert in each])
+    return Choices(len(experts_of_tokens), token_N, expert_N)
 
 
 def test_by_hand():

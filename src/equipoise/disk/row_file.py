@@ -68,21 +68,26 @@ class RowFile:
             os.close(self._handle)
             self._handle = -1
 
-    def row(self, name: str, index: int) -> Tensor:
-        """One row, in memory of its own. Raises RowFileError as above, and IndexError for a row that is not there."""
+    def row(self, name: str, index: int, out: Tensor | None = None) -> Tensor:
+        """One row, in `out`, or in memory of its own. out: contiguous, of its shape and type.
+
+        Raises RowFileError as above, and IndexError for a row that is not there.
+        """
         entry = self.entries[name]
         if not 0 <= index < entry.shape[0]:
             raise IndexError(f"{self.path}: {name} has rows 0 to {entry.shape[0] - 1}, asked for {index}")
-        return self._read(entry.dtype, entry.shape[1:], entry.start + index * entry.row_bytes)
+        return self._read(entry.dtype, entry.shape[1:], entry.start + index * entry.row_bytes, out)
 
     def whole(self, name: str) -> Tensor:
         """All of a tensor, in memory of its own."""
         entry = self.entries[name]
         return self._read(entry.dtype, entry.shape, entry.start)
 
-    def _read(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> Tensor:
+    def _read(self, dtype: torch.dtype, shape: tuple[int, ...], offset: int, out: Tensor | None = None) -> Tensor:
         with torch.inference_mode(False):  # it outlives the forward that asked for it
-            tensor = torch.empty(shape, dtype=dtype)
+            tensor = torch.empty(shape, dtype=dtype) if out is None else out
+        if (tensor.shape, tensor.dtype, tensor.is_contiguous()) != (torch.Size(shape), dtype, True):
+            raise ValueError(f"out: expected contiguous {dtype} of {shape}, got {tensor.dtype} of {[*tensor.shape]}")
         self._now()  # it is open
         view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
         while len(view):

@@ -87,8 +87,8 @@ class Full:
         return (weight_OI.detach().to(self.dtype).contiguous(),)
 
     def unpack(self, parts: Parts) -> Tensor:
-        """fp32."""
-        return parts[0].float()
+        """A copy, in fp32: the part may be overwritten."""
+        return parts[0].to(torch.float32, copy=True)
 
     def product(self, x_nI: Tensor, parts: Parts) -> Tensor:
         """An ordinary one."""

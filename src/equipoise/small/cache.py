@@ -73,6 +73,7 @@ class ExpertCache(Generic[T]):
     size_of: bytes of a key. budget: bytes that everything held and everything being read may have together.
     policy: who has to go: "lru", who was not used for the longest time; "lfu", who was used least often since the
     start, and of these the longest unused. Whoever is held stays.
+    recycle: gets what has to go, which nobody uses any more; it must not wait, nor use the cache.
     Raises ValueError for a budget without room for the largest of `keys`.
     """
 
@@ -83,11 +84,13 @@ class ExpertCache(Generic[T]):
         keys: Iterable[Key],
         budget: int,
         policy: Policy = "lru",
+        recycle: Callable[[T], None] = lambda value: None,
     ) -> None:
         if policy not in ("lru", "lfu"):
             raise ValueError(f"policy: expected lru or lfu, got {policy!r}")
         check_memory(budget, max((size_of(key) for key in keys), default=0))
         self._read, self._size_of, self.budget, self.policy = read, size_of, budget, policy
+        self._recycle = recycle
         self._entries: dict[Key, _Entry[T]] = {}
         self._uses: dict[Key, int] = {}
         self._tick = 0
@@ -174,6 +177,7 @@ class ExpertCache(Generic[T]):
             return False
         for key in sorted(free, key=self._worth):
             entry = self._entries.pop(key)
+            self._recycle(entry.value[0])
             self._count(evicted=1, wasted=entry.ahead, bytes_held=-entry.size)
             missing -= entry.size
             if missing <= 0:

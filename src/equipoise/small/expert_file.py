@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from equipoise.disk.atomic import atomic_path
 from equipoise.disk.row_file import RowFile, RowFileError
@@ -33,6 +34,7 @@ class ExpertFile:
     def __init__(self, path: Path, format: WeightFormat, places: Sequence[Place]) -> None:
         self.path, self.format, self.places = path, format, tuple(places)
         self._file = RowFile(path)
+        self._spare: list[Packed] = []  # appending and popping are atomic
         try:
             for place in places:
                 self._check(place)
@@ -54,9 +56,27 @@ class ExpertFile:
 
     def read(self, key: Key) -> Packed:
         """One expert, in memory of its own. Raises RowFileError where the file is not any more what it was."""
-        layer, expert = key
-        parts = tuple(self._file.row(name, expert) for name in self.places[layer].names)
+        (layer, expert), into = key, self._take_spare(key[0])
+        parts = tuple(
+            self._file.row(name, expert, out) for name, out in zip(self.places[layer].names, into, strict=True)
+        )
         return parts[: len(parts) // 2], parts[len(parts) // 2 :]
+
+    def recycle(self, expert: Packed) -> None:
+        """What nobody uses any more: the next expert is read into it.
+
+        Given back to the allocator, blocks of this size end up in pieces, and a process has twice as much as it uses.
+        """
+        self._spare.append(expert)
+
+    def _take_spare(self, layer: int) -> Sequence[Tensor | None]:
+        """The parts of an expert of the same sizes, if there is one; of others, memory is freed."""
+        wanted = [(shape, dtype) for dtype, shape in self.places[layer].sizes.described(self.format).values()]
+        while self._spare:
+            up, down = self._spare.pop()
+            if [(tuple(part.shape), part.dtype) for part in (*up, *down)] == wanted:
+                return (*up, *down)
+        return [None] * len(wanted)
 
     def _check(self, place: Place) -> None:
         for name, (dtype, shape) in zip(place.names, place.sizes.described(self.format).values(), strict=True):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
+import torch
 from torch import Tensor, nn
 
 from equipoise.layer import Experts
@@ -33,7 +33,7 @@ class Offload:
 
     def __init__(self, file: ExpertFile, memory: int, policy: Policy = "lru", prefetch: bool = True) -> None:
         self.file = file
-        self.cache = ExpertCache[Packed](file.read, file.size_of, file.keys(), memory, policy)
+        self.cache = ExpertCache[Packed](file.read, file.size_of, file.keys(), memory, policy, file.recycle)
         self._ahead = ReadAhead(self.cache) if prefetch else None
         num_experts = max(place.sizes.num_experts for place in file.places)
         self._transitions = Transitions(len(file.places), num_experts)
@@ -68,18 +68,20 @@ class Offload:
         keys = [(layer, expert) for expert in busy]
         if self._ahead is not None:
             following = (layer + 1) % len(self.file.places)
-            coming = [(following, expert) for expert in self._learn(layer, following, _choices(plan, num_tokens, busy))]
+            coming = [
+                (following, expert) for expert in self._learn(layer, following, _choices(plan, num_tokens), len(busy))
+            ]
             self._ahead.ask(coming, {*keys, *coming})
         return [expert for _, expert in self.cache.in_memory_first(keys)]
 
-    def _learn(self, layer: int, following: int, now: Choices) -> list[int]:
-        """Experts that the following layer will want, after a look at what this layer's tokens did."""
+    def _learn(self, layer: int, following: int, now: Choices, number: int) -> list[int]:
+        """At most `number` experts that the following layer will want, after a look at what this one's tokens did."""
         before: tuple[int, Choices] | None = getattr(self._before, "choices", None)
         self._before.choices = layer, now
         with self._lock:
             if before is not None and (before[0] + 1) % len(self.file.places) == layer:
                 self._transitions.observe(layer, before[1], now)
-            return self._transitions.predict(following, now, len(set(now.expert_N.tolist())))
+            return self._transitions.predict(following, now, number)
 
 
 class OffloadedLayer:
@@ -162,7 +164,6 @@ def _packed_of(experts: Experts | StoredExperts, format: WeightFormat) -> Packed
     return experts.source.take if isinstance(experts, StoredExperts) else packing(format, experts.weights_of)
 
 
-def _choices(plan: RaggedPlan, num_tokens: int, busy: Sequence[int]) -> Choices:
-    counts_b = plan.counts_e[list(busy)].numpy()
-    expert_N = np.repeat(np.asarray(busy, dtype=np.int64), counts_b)
-    return Choices(num_tokens, plan.token_ids_R[: len(expert_N)].numpy(), expert_N)
+def _choices(plan: RaggedPlan, num_tokens: int) -> Choices:
+    expert_N = torch.repeat_interleave(plan.counts_e)
+    return Choices(num_tokens, plan.token_ids_R[: len(expert_N)], expert_N)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ class ReadAhead:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
                 self._thread.start()
+                atexit.register(self.close)  # a thread that is cut off in the middle of a read aborts the process
             self._changed.notify_all()
 
     def close(self) -> None:
@@ -37,6 +39,7 @@ class ReadAhead:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join()
+            atexit.unregister(self.close)
 
     def _run(self) -> None:
         while True:
