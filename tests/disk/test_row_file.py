@@ -148,3 +148,12 @@ def test_a_path_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(DiskError, match="could not write"), atomic_path(path):
         pass  # nobody wrote anything
     assert path.read_bytes() == b"whole"
+
+
+def test_into_memory_that_is_there(path):
+    file, out = RowFile(path), torch.empty(3, 4)
+    assert file.row("a", 4, out) is out
+    assert torch.equal(out, TENSORS["a"][4])
+    with pytest.raises(ValueError, match=r"out: expected contiguous torch.float32 of \(3, 4\), got .* of \[4, 3\]"):
+        file.row("a", 4, out.t())
+    file.close()

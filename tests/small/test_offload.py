@@ -194,3 +194,31 @@ def test_a_larger_prompt_than_fits_is_computed_piece_by_piece(offloaded):
     with torch.inference_mode():
         assert torch.equal(small(tokens(4, 40)), lean()(tokens(4, 40)))
     assert offload.counts().most_bytes == ONE
+
+
+def test_memory_is_used_again(offloaded, monkeypatch):
+    """However many experts come and go, they lie in the same few blocks, where one was read after another."""
+    small, offload = offloaded(3 * ONE)
+    blocks, read = set(), offload.cache._read
+
+    def noted(key):
+        (up,), (down,) = read(key)
+        blocks.update((up.data_ptr(), down.data_ptr()))
+        return (up,), (down,)
+
+    monkeypatch.setattr(offload.cache, "_read", noted)
+    assert torch.equal(logits(small), logits(lean()))
+    said(small)
+    assert offload.counts().evicted > 30
+    assert len(blocks) == 2 * 3
+
+
+def test_weights_that_were_looked_at_are_nobody_elses(offloaded):
+    small, offload = offloaded(ONE)
+    experts = small.moe_layers["layers.0.mlp"].experts
+    first = experts.weights_of(0)
+    kept = [each.clone() for each in first]
+    for expert in range(1, EXPERTS):
+        experts.weights_of(expert)
+    assert all(torch.equal(one, other) for one, other in zip(first, kept, strict=True))
+    assert offload.counts().evicted == EXPERTS - 1
