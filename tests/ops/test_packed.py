@@ -7,7 +7,7 @@ from equipoise.ops.packed import GROUPS, Full, Int4, Int8, num_bytes
 
 O, I = 48, 128  # noqa: E741
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-FORMATS = [Int8(), *(Int4(group) for group in GROUPS)]
+FORMATS = [Int8(torch.float32), *(Int4(group, torch.float32) for group in GROUPS)]
 ALL = pytest.mark.parametrize("format", FORMATS, ids=[each.name for each in FORMATS])
 
 
@@ -69,16 +69,17 @@ def test_int4_by_hand():
     """A group from -1 to 2: steps of 0.2, zero at -1 + 8 * 0.2 = 0.6. 0.29 is 1.29 above the lowest: 6.45 steps, 6."""
     weight = torch.zeros(16, 32)
     weight[0, :3] = torch.tensor([-1.0, 2.0, 0.29])
-    values, scales_and_zeros = Int4(32).quantised(weight)
+    format = Int4(32, torch.float32)
+    values, scales_and_zeros = format.quantised(weight)
     torch.testing.assert_close(scales_and_zeros[0, 0], torch.tensor([0.2, 0.6]))
     assert values[0, :4].tolist() == [0, 15, 6, 5]  # 0.0 is 5 steps above -1
-    torch.testing.assert_close(Int4(32).dequantised(values, scales_and_zeros)[0, 2], torch.tensor(0.2))
+    torch.testing.assert_close(format.dequantised(values, scales_and_zeros)[0, 2], torch.tensor(0.2))
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_kernels_order_hides_the_same_values(group):
     weight = torch.randn(O, I)
-    format = Int4(group)
+    format = Int4(group, torch.float32)
     torch.testing.assert_close(
         format.unpack(format.pack(weight)), format.dequantised(*format.quantised(weight)), rtol=0, atol=1e-6
     )
@@ -87,15 +88,17 @@ def test_the_kernels_order_hides_the_same_values(group):
 @ALL
 @DTYPES
 @pytest.mark.parametrize("rows", [0, 1, 2, 5, 33, 100])
-def test_products_are_those_of_the_unpacked_weight(format, dtype, rows):
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16], ids=["x fp32", "x bf16"])
+def test_products_are_those_of_the_unpacked_weight(format, dtype, rows, of_x):
     format = in_dtype(format, dtype)
-    parts, x = format.pack(torch.randn(O, I)), torch.randn(rows, I).to(dtype)
+    parts, x = format.pack(torch.randn(O, I)), torch.randn(rows, I).to(of_x)
     y = format.product(x, parts)
-    assert y.dtype == dtype
+    assert y.dtype == of_x
     assert y.shape == (rows, O)
     expected = x.double() @ format.unpack(parts).double().t()
     largest = expected.abs().max() if rows else 1.0
-    assert ((y.double() - expected).abs() <= largest * (2**-7 if dtype == torch.bfloat16 else 1e-5)).all()
+    exact = dtype == of_x == torch.float32
+    assert ((y.double() - expected).abs() <= largest * (1e-5 if exact else 2**-7)).all()
 
 
 @ALL
@@ -144,7 +147,9 @@ def test_what_has_no_nearest_step(format):
 
 
 def test_types_groups_and_devices_that_are_none():
-    with pytest.raises(ValueError, match=r"int8: expected activations in float32 or bfloat16, got torch.float64"):
+    with pytest.raises(
+        ValueError, match=r"int8: expected products in float32 or bfloat16, got torch.float64; take bfloat16"
+    ):
         Int8(torch.float64)
     with pytest.raises(ValueError, match=r"int4: expected groups of 32, 64, 128 weights, got 48"):
         Int4(48)

@@ -38,7 +38,7 @@ def quantised(model, name, dtype):
     for layer_name, layer in model.moe_layers.items():
         sizes, format = sizes_of(layer), format_of(name, dtype)
         source = Resident(sizes, format, packing(format, layer.experts.weights_of))
-        new[layer_name] = StoredExperts(sizes, format, source)
+        new[layer_name] = StoredExperts(sizes, format, source, dtype)
     put_in(model.moe_layers, new)
     cast(model, dtype)
     return model
@@ -116,7 +116,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_made(run):
 
 
 def test_what_can_not_be_is_said_before_anything_is_made(run):
-    least = PER_EXPERT + 4 * 128
+    least = PER_EXPERT + 2 * 128
     with pytest.raises(ValueError, match=rf"at least one expert, {least:,} bytes, got {least - 1:,}"):
         load_small(run, SmallConfig("int8", least - 1))
     with pytest.raises(ValueError, match=r"int4-128: .*take groups of (32|64)"):

@@ -2,8 +2,9 @@
 
 int8: one scale per output channel, w = q * scale, q in -127..127. int4: a scale and a zero per `group` of weights of
 an output channel, w = (q - 8) * scale + zero, q in 0..15. The products are torch's CPU kernels, `_weight_int8pack_mm`
-and `_weight_int4pack_mm_for_cpu`, which read the few bits and multiply in the activations' type. The slow twins are
-`unpack` and `dequantised`. For inference: no gradients.
+and `_weight_int4pack_mm_for_cpu`, which read the few bits. They are made for activations in bfloat16: in float32 they
+take 10 to 40 times as long as a plain product, so that type is there for comparisons. The slow twins are `unpack` and
+`dequantised`. For inference: no gradients.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ Described: TypeAlias = tuple[torch.dtype, tuple[int, ...]]
 GROUPS = (32, 64, 128)  # that the int4 kernel takes
 _CHANNELS = 16  # int4: the kernel packs so many output channels together
 _STEP = 16  # int8: in bfloat16 the kernel reads so many inputs at a time, also past the end of a row
+_MANY = 32  # rows: from here on unpacking the weight takes less time than it saves
 _TYPES = (torch.float32, torch.bfloat16)
 
 
 class WeightFormat(Protocol):
-    """How weights are kept. dtype: of the activations, and of scales. part_names: of what `pack` makes of a weight."""
+    """How weights are kept. dtype: of products, and of scales. part_names: of what `pack` makes of a weight."""
 
     @property
     def name(self) -> str:
@@ -34,7 +36,7 @@ class WeightFormat(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations that `product` takes."""
+        """That products are computed in."""
         ...
 
     @property
@@ -60,7 +62,7 @@ class WeightFormat(Protocol):
         ...
 
     def product(self, x_nI: Tensor, parts: Parts) -> Tensor:
-        """(n, O): x times the transposed weight, in `dtype`."""
+        """(n, O) in x's type: x times the transposed weight, computed in `dtype`."""
         ...
 
 
@@ -92,18 +94,21 @@ class Full:
 
     def product(self, x_nI: Tensor, parts: Parts) -> Tensor:
         """An ordinary one."""
-        return x_nI.mm(parts[0].t())
+        return x_nI.to(self.dtype).mm(parts[0].t()).to(x_nI.dtype)
 
 
 @dataclass(frozen=True)
 class Int8:
-    """One byte per weight, and a scale per output channel. The error of a weight is at most half its scale."""
+    """One byte per weight, and a scale per output channel. The error of a weight is at most half its scale.
 
-    dtype: torch.dtype = torch.float32
+    Many rows are multiplied with a weight that is unpacked for them: the kernel reads it anew for every few.
+    """
+
+    dtype: torch.dtype = torch.bfloat16
 
     name = "int8"
     part_names = ("values", "scales")
-    rounds_rows = False
+    rounds_rows = True
 
     def __post_init__(self) -> None:
         _check_type(self.name, self.dtype)
@@ -132,9 +137,11 @@ class Int8:
         return values_OI.float() * scale_O.float()[:, None]
 
     def product(self, x_nI: Tensor, parts: Parts) -> Tensor:
-        """By torch's kernel."""
-        y_nO: Tensor = torch._weight_int8pack_mm(x_nI, *parts)
-        return y_nO
+        """By torch's kernel, or with the weight unpacked in `dtype`."""
+        x_n, (values_OI, scale_O) = x_nI.to(self.dtype), parts
+        if x_n.shape[0] >= _MANY:
+            return x_n.mm((values_OI * scale_O[:, None]).t()).to(x_nI.dtype)
+        return torch._weight_int8pack_mm(x_n, values_OI, scale_O).to(x_nI.dtype)
 
 
 @dataclass(frozen=True)
@@ -146,7 +153,7 @@ class Int4:
     """
 
     group: int = 64
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.bfloat16
 
     part_names = ("values", "scales_and_zeros")
     rounds_rows = False
@@ -205,9 +212,8 @@ class Int4:
 
     def product(self, x_nI: Tensor, parts: Parts) -> Tensor:
         """By torch's kernel."""
-        values, scales_and_zeros = parts
-        y_nO: Tensor = torch._weight_int4pack_mm_for_cpu(x_nI, values, self.group, scales_and_zeros)
-        return y_nO
+        y_nO = torch._weight_int4pack_mm_for_cpu(x_nI.to(self.dtype), parts[0], self.group, parts[1])
+        return y_nO.to(x_nI.dtype)
 
 
 def num_bytes(described: Sequence[Described]) -> int:
@@ -217,7 +223,7 @@ def num_bytes(described: Sequence[Described]) -> int:
 
 def _check_type(name: str, dtype: torch.dtype) -> None:
     if dtype not in _TYPES:
-        raise ValueError(f"{name}: expected activations in float32 or bfloat16, got {dtype}; cast the model first")
+        raise ValueError(f"{name}: expected products in float32 or bfloat16, got {dtype}; take bfloat16")
 
 
 def _finite(name: str, weight_OI: Tensor) -> Tensor:

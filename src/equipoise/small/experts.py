@@ -148,23 +148,23 @@ class Resident(nn.Module):
 class StoredExperts(nn.Module):
     """E feed-forward networks in a source. Each row's weighted sum over its experts, as `layer.Experts` computes it.
 
-    probes: see `layer.Experts`. Outputs are those of the lean backend with the weights that the format unpacks to; in
-    the format "full" they have the same bits.
+    dtype: of the model around them; all but the products is computed in it. probes: see `layer.Experts`. Outputs are
+    those of the lean backend with the weights that the format unpacks to; in the format "full" with the same bits.
     """
 
     probes: tuple[ExpertProbe, ...] = ()
 
-    def __init__(self, sizes: Sizes, format: WeightFormat, source: Source) -> None:
+    def __init__(self, sizes: Sizes, format: WeightFormat, source: Source, dtype: torch.dtype) -> None:
         super().__init__()
         self.sizes, self.format, self.source = sizes, format, source
         self.num_experts, self.dim, self.hidden_dim = sizes.num_experts, sizes.dim, sizes.hidden_dim
-        self.activation, self.dtype, self.device = sizes.activation, format.dtype, torch.device("cpu")
+        self.activation, self.dtype, self.device = sizes.activation, dtype, torch.device("cpu")
 
     def forward(self, x: Tensor, plan: RaggedPlan) -> Tensor:
-        """(T, D) in x's dtype; products are computed in the format's. Raises RuntimeError where it would be trained."""
+        """(T, D) in x's dtype. Raises RuntimeError where it would be trained."""
         self._check_use(x)
         x_TD, start = x.to(self.dtype), 0
-        rounded = self.dtype if self.format.rounds_rows else torch.float32
+        rounded = self.format.dtype if self.format.rounds_rows else torch.float32
         rows = {expert: (own, tiled) for expert, own, tiled in segments(plan.counts_e, len(plan.token_ids_R), rounded)}
         y_RD = x_TD.new_empty(len(plan.token_ids_R), x_TD.shape[1])
         for expert in self.source.order(plan, x_TD.shape[0], list(rows)):
@@ -213,7 +213,7 @@ class StoredExperts(nn.Module):
         """Sizes, and how they are kept."""
         return (
             f"num_experts={self.num_experts}, dim={self.dim}, hidden_dim={self.hidden_dim}, "
-            f"activation={self.activation}, format={self.format.name} in {self.dtype}"
+            f"activation={self.activation}, format={self.format.name} in {self.format.dtype}"
         )
 
     def _check_use(self, x: Tensor) -> None:

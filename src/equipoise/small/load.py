@@ -93,7 +93,7 @@ def load_small(path: str | Path, config: SmallConfig, *, dtype: torch.dtype | No
     cast(model, dtype or kept)
     plain = ExpertFile(group_file(checkpoint, MODEL), Full(kept), _plain_places(sizes))
     try:
-        new, offload = _experts(plain, format, sizes, config)
+        new, offload = _experts(plain, format, sizes, config, dtype or kept)
     except BaseException:
         plain.close()
         raise
@@ -102,12 +102,15 @@ def load_small(path: str | Path, config: SmallConfig, *, dtype: torch.dtype | No
 
 
 def _experts(
-    plain: ExpertFile, format: WeightFormat, sizes: Mapping[str, Sizes], config: SmallConfig
+    plain: ExpertFile, format: WeightFormat, sizes: Mapping[str, Sizes], config: SmallConfig, dtype: torch.dtype
 ) -> tuple[dict[str, StoredExperts], Offload | None]:
     """The modules, and what they are read from; plain is closed unless that is it."""
     packed = _packed(plain, format, sizes)
     if config.memory is None:
-        new = {name: StoredExperts(each, format, Resident(each, format, packed[name])) for name, each in sizes.items()}
+        new = {
+            name: StoredExperts(each, format, Resident(each, format, packed[name]), dtype)
+            for name, each in sizes.items()
+        }
         plain.close()
         return new, None
     file = plain
@@ -116,7 +119,7 @@ def _experts(
         plain.close()
         file = ExpertFile(path, format, made_places(sizes, format))
     offload = Offload(file, config.memory, config.policy, config.prefetch)
-    return stored(offload, sizes), offload
+    return stored(offload, sizes, dtype), offload
 
 
 def _others(checkpoint: Path, sizes: Mapping[str, Sizes]) -> dict[str, Tensor]:

@@ -133,16 +133,16 @@ def offload_experts(
     packed = {name: (sizes[name], _packed_of(experts_of(layer), format)) for name, layer in layers.items()}
     make(path, format, packed, marks_of(format, "a model in memory"))
     offload = Offload(ExpertFile(path, format, made_places(sizes, format)), memory, policy, prefetch)
-    put_in(layers, stored(offload, layers))
+    put_in(layers, stored(offload, layers, experts_of(next(iter(layers.values()))).dtype))
     model.requires_grad_(False).eval()
     return offload
 
 
-def stored(offload: Offload, names: Iterable[str]) -> dict[str, StoredExperts]:
-    """The experts modules for the layers of the offload's file. names: of the layers, in its order."""
+def stored(offload: Offload, names: Iterable[str], dtype: torch.dtype) -> dict[str, StoredExperts]:
+    """The experts modules for the layers of the offload's file. names: of them, in its order. dtype: the model's."""
     file = offload.file
     return {
-        name: StoredExperts(place.sizes, file.format, OffloadedLayer(layer, offload))
+        name: StoredExperts(place.sizes, file.format, OffloadedLayer(layer, offload), dtype)
         for layer, (name, place) in enumerate(zip(names, file.places, strict=True))
     }
 

@@ -16,13 +16,13 @@ _GROUP = 64  # of "int4"
 
 
 def format_of(name: str, dtype: torch.dtype) -> WeightFormat:
-    """What the name means for activations of that type. Raises ValueError for an unknown one, or a type it can't be."""
+    """What the name means in a model of that type. Raises ValueError for an unknown one."""
     if name == "full":
         return Full(dtype)
     if name == "int8":
-        return Int8(dtype)
+        return Int8()
     if name in NAMES:
-        return Int4(int(name.partition("-")[2] or _GROUP), dtype)
+        return Int4(int(name.partition("-")[2] or _GROUP))
     raise ValueError(f"experts: expected one of {', '.join(NAMES)}, got {name!r}")
 
 
@@ -34,11 +34,14 @@ def layers_of(model: nn.Module) -> dict[str, MoE]:
     return found
 
 
-def quantize_experts(model: nn.Module, bits: int = 8, group: int = 64) -> Mapping[str, int]:
+def quantize_experts(
+    model: nn.Module, bits: int = 8, group: int = 64, *, products: torch.dtype = torch.bfloat16
+) -> Mapping[str, int]:
     """Replace the experts of every MoE layer by quantised ones; returns bytes of experts, {"before": n, "after": n}.
 
-    bits: 8, one scale per output channel; or 4, a scale and a zero per `group` (32, 64 or 128) weights. Activations
-    keep the experts' type, float32 or bfloat16. Routers, shared experts, attention and embeddings are not touched.
+    bits: 8, one scale per output channel; or 4, a scale and a zero per `group` (32, 64 or 128) weights. products: the
+    type that they are computed in; float32 is many times slower. All else in the model keeps its type, and routers,
+    shared experts, attention and embeddings are not touched.
     The model is for inference from then on: it is put into eval, and no parameter asks for a gradient.
     Raises ValueError, and changes nothing, for sizes or types that the format can't take, weights that are not finite,
     and experts that are quantised already.
@@ -55,8 +58,9 @@ def quantize_experts(model: nn.Module, bits: int = 8, group: int = 64) -> Mappin
         if isinstance(experts, StoredExperts):
             raise ValueError(f"{name}: its experts are kept in {experts.format.name} already; load the model anew")
         try:
-            format = Int8(experts.dtype) if bits == 8 else Int4(group, experts.dtype)
-            new[name] = StoredExperts(sizes, format, Resident(sizes, format, packing(format, experts.weights_of)))
+            format = Int8(products) if bits == 8 else Int4(group, products)
+            source = Resident(sizes, format, packing(format, experts.weights_of))
+            new[name] = StoredExperts(sizes, format, source, experts.dtype)
         except ValueError as error:
             raise ValueError(f"{name}: {error}; nothing was changed") from error
     put_in(layers, new)

@@ -81,7 +81,9 @@ def test_offloaded_ones_are_answered_alike_and_refuse_a_reload(server, run):
     served, resident = server(FILED), server(INT8)
     assert answer(served) == answer(resident)
     before = state(served)
-    with pytest.raises(ReloadRefusedError, match=r"nothing was changed: experts: they are read from .*-int8-float32\."):
+    with pytest.raises(
+        ReloadRefusedError, match=r"nothing was changed: experts: they are read from .*-int8-bfloat16\."
+    ):
         served.operator.reload(OLD, most_worse=10.0)
     with pytest.raises(ValueError, match="start again with the other checkpoint, or with all experts in memory"):
         reload_weights(served.loaded.model, run / CHECKPOINTS)(OLD)
