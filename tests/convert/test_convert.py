@@ -17,7 +17,7 @@ from equipoise.convert.essence import essence
 from equipoise.disk.checkpoint import load_checkpoint
 from equipoise.models.cache import ContiguousCache
 from equipoise.models.decoder import Decoder
-from equipoise.models.run_files import CHECKPOINTS, _fill, read_config
+from equipoise.models.run_files import CHECKPOINTS, fill, read_config
 
 TOLERANCE = {"rtol": 2e-4, "atol": 2e-4}  # of logits of size 10: products in another order
 
@@ -25,7 +25,7 @@ TOLERANCE = {"rtol": 2e-4, "atol": 2e-4}  # of logits of size 10: products in an
 def load_ours(folder: Path) -> Decoder:
     """Of a folder without a tokenizer."""
     model = Decoder(read_config(folder)).eval()
-    _fill(model, load_checkpoint(folder / CHECKPOINTS / "step-000000").tensors["model"], folder)
+    fill(model, load_checkpoint(folder / CHECKPOINTS / "step-000000").tensors["model"], folder)
     return model
 
 

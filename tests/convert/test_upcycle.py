@@ -12,7 +12,7 @@ from equipoise.convert.upcycle import Upcycling, block_centers, upcycle_run, upc
 from equipoise.disk.checkpoint import load_checkpoint, save_checkpoint
 from equipoise.models.config import DecoderConfig
 from equipoise.models.decoder import Decoder, cross_entropy_sum
-from equipoise.models.run_files import _fill, read_config
+from equipoise.models.run_files import fill, read_config
 from equipoise.models.tokenizer import Tokenizer
 from equipoise.train.tokenizer import train_bpe
 
@@ -32,7 +32,7 @@ def dense_run(folder, config=DENSE):
 
 def sparse_of(folder):
     model = Decoder(read_config(folder)).eval()
-    _fill(model, load_checkpoint(folder / "checkpoints" / "step-000000").tensors["model"], folder)
+    fill(model, load_checkpoint(folder / "checkpoints" / "step-000000").tensors["model"], folder)
     return model
 
 

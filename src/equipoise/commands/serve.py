@@ -24,9 +24,11 @@ from equipoise.recovery.policy import PolicyName
 
 if TYPE_CHECKING:
     from equipoise.serve.server import Server, ServerConfig
+    from equipoise.small import SmallConfig
 
 API_PATHS = ("/v1", "/tokenize", "/detokenize", "/health", "/openapi.json", "/equipoise/")
 DTYPES = Literal["auto", "float32", "bfloat16"]
+Experts = Literal["full", "int8", "int4", "int4-32", "int4-64", "int4-128"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,16 @@ class ServeOptions:
     """Token of the dashboard, needed where --host is reachable; without it there is no dashboard there."""
     dtype: DTYPES = "auto"
     """Of the weights; auto is what the checkpoint has. Routers stay fp32."""
+    experts: Experts = "full"
+    """Weights of the experts: full as they were trained, int8 a quarter of float32 or half of bfloat16, int4 about
+    half of that, with a scale per 32, 64 (int4) or 128 weights: smaller groups are larger in all and more exact."""
+    expert_memory: str | None = None
+    """Keep at most so many bytes of experts in memory, such as 64M, and read the others from the disk when tokens go to
+    them: for models larger than the memory. Answers are the same, and slower; all in memory if none is given."""
+    expert_cache: Literal["lru", "lfu"] = "lru"
+    """With --expert-memory: who makes room, the expert that was not used for the longest time, or the least used."""
+    expert_prefetch: bool = True
+    """With --expert-memory: read ahead what the next layer will probably want, in a thread."""
     threads: int | None = None
     """That compute; all of torch's but one if none is given: where answers wait for a core, so do all threads."""
     cache_gb: float = 1.0
@@ -106,6 +118,8 @@ def serve(
     """
     from equipoise.serve.server import Server
 
+    if options.ray is not None and (options.experts != "full" or options.expert_memory is not None):
+        raise ValueError("ray: replicas serve experts as they were trained; leave out --ray, or the options of experts")
     print(f"reading {run}", file=sys.stderr)  # of a large model it takes a while
     loaded, config = _prepare(run, options)
     if options.ray is not None:
@@ -124,14 +138,15 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
     import torch
 
     from equipoise.dashboard.access import is_loopback
-    from equipoise.models.run_files import load
     from equipoise.serve.api.access import read_keys
     from equipoise.serve.api.served import Bounds
     from equipoise.serve.api.template import read_template
     from equipoise.serve.care import CareConfig
     from equipoise.serve.scheduler import Limits
     from equipoise.serve.server import ServerConfig
+    from equipoise.small import load_small
 
+    small = _small(options)
     keys = read_keys(options.keys_file, os.environ)
     if not keys and not is_loopback(options.host):
         raise ValueError(
@@ -158,7 +173,7 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
     if options.max_seconds is not None and not options.max_seconds > 0:
         raise ValueError(f"max_seconds: expected more than 0, got {options.max_seconds:g}; leave it out for no end")
     torch.set_num_threads(compute_threads(options.threads, torch.get_num_threads()))
-    loaded = load(run, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype))
+    loaded = load_small(run, small, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype)).loaded
     config = ServerConfig(
         name=options.name or loaded.folder.resolve().name,
         folder=options.out or free_folder(loaded.folder / ("serving" if options.ray is None else "serving-ray")),
@@ -172,6 +187,14 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
         bounds=Bounds(answer_seconds=options.max_seconds),
     )
     return loaded, config
+
+
+def _small(options: ServeOptions) -> SmallConfig:
+    """How the experts are kept. Raises ValueError for memory that is none."""
+    from equipoise.small import SmallConfig, bytes_of
+
+    memory = None if options.expert_memory is None else bytes_of(options.expert_memory)
+    return SmallConfig(options.experts, memory, options.expert_cache, options.expert_prefetch)
 
 
 def compute_threads(asked: int | None, there: int) -> int:
@@ -276,6 +299,8 @@ class Front:
         server = self._server
         print(f"{server.config.name} at {url}v1  (weights of {server.loaded.checkpoint.name}; Ctrl-C ends it)")
         print(f"dashboard at {url}  metrics at {url}metrics")
+        for line in server.experts_kept():
+            print(line)
         if server.care is not None:
             print(f"admin at {admin}, token in {server.config.folder / 'admin_token'}")
             for note in server.care.notes:

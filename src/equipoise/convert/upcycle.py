@@ -25,6 +25,7 @@ from equipoise.models.decoder import Decoder
 from equipoise.models.run_files import CHECKPOINTS, read_config
 from equipoise.models.tokenizer import TokenizerError
 from equipoise.models.tokenizers import load_tokenizer
+from equipoise.ops.activation import is_gated
 from equipoise.routing import QuantileBalance, SwitchLoss, TopK
 
 
@@ -238,7 +239,7 @@ def _make_sparse(
     generator: torch.Generator,
     put: Callable[[str, Tensor], None],
 ) -> None:
-    inner = "gate_up_proj" if config.activation == "swiglu" else "up_proj"
+    inner = "gate_up_proj" if is_gated(config.activation) else "up_proj"
     up, down = (read_rows(path, f"{prefix}.{name}.weight", None) for name in (inner, "down_proj"))
     experts = upcycled_experts(up, down, options, generator, 2 if inner == "gate_up_proj" else 1)
     put(f"{prefix}.experts.{inner}", experts[0])

@@ -5,12 +5,13 @@ It turns a full disk into an error that says so. It does not lock: of two writer
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from equipoise.disk.files import fsync
 
 
 class DiskError(ValueError):
@@ -24,13 +25,18 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     The folder is created when missing. Raises DiskError in place of an OSError of the operating system (disk full,
     quota, no permission).
     """
+    with atomic_path(path) as temporary, temporary.open("xb") as file:
+        yield file
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """The same for whoever opens the file itself, once or more often: a name to write it under."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        fsync(temporary)
         temporary.replace(path)
     except OSError as error:
         raise DiskError(

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -29,9 +30,12 @@ DTYPES = {
 }  # the format's names
 
 
-def lay_out(path: Path, described: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
+def lay_out(
+    path: Path, described: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> None:
     """Make the file at its full size, with nothing in its tensors yet. Raises ValueError for a type it can't hold."""
-    header, end = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name, (dtype, shape) in described.items():
         if dtype not in DTYPES:
             raise ValueError(f"tensor {name}: expected one of {', '.join(DTYPES.values())}, got {dtype}; cast it first")

@@ -98,7 +98,7 @@ class _Delay:
 
     def begin(self, expert: int, num_rows: int) -> None:
         if expert == self._expert:
-            _spend(self._seconds, self._experts.down_proj.device)
+            _spend(self._seconds, self._experts.device)
 
     def end(self, expert: int) -> None:
         """Nothing is left to do."""

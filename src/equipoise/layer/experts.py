@@ -77,6 +77,8 @@ class Experts(nn.Module):
 
     bias: both projections have one, up_bias (e, H) and down_bias (e, D); such experts are computed one by one.
     probes: observers of single experts; with any, experts are computed one by one, for these observers to time.
+    What else stands in a layer's `experts` has, besides `forward`, these: probes, activation, the properties of sizes
+    and types below, and `weights_of`.
     """
 
     probes: tuple[ExpertProbe, ...] = ()
@@ -116,6 +118,35 @@ class Experts(nn.Module):
         """(e, H) and (e, D), or None."""
         return None if self.up_bias is None or self.down_bias is None else (self.up_bias, self.down_bias)
 
+    @property
+    def num_experts(self) -> int:
+        """E, or those on this rank."""
+        return self.down_proj.shape[0]
+
+    @property
+    def dim(self) -> int:
+        """D, model dim."""
+        return self.down_proj.shape[1]
+
+    @property
+    def hidden_dim(self) -> int:
+        """F, of each expert."""
+        return self.down_proj.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the experts are."""
+        return self.down_proj.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That their products are computed in, outside autocast."""
+        return self.down_proj.dtype
+
+    def weights_of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """(up (H, D), down (D, F)) of one expert, without gradient: for whoever looks at weights."""
+        return self.up.detach()[expert], self.down_proj.detach()[expert]
+
     def init_weights(self, std: float, output_std: float) -> None:
         """Normal values: std for the inner projection, output_std for the one that writes into the residual."""
         nn.init.normal_(self.up, std=std)
@@ -139,6 +170,6 @@ class Experts(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by print(module): sizes, and which backend these parameters get and why."""
-        e, D, F = self.down_proj.shape
+        e, D, F = self.num_experts, self.dim, self.hidden_dim
         name, reason = backend_for(self.backend, self.up[0], self.up, self.down_proj)
         return f"num_experts={e}, dim={D}, hidden_dim={F}, activation={self.activation}, backend={name} ({reason})"

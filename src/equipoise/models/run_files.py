@@ -22,6 +22,7 @@ from equipoise.models.decoder import Decoder
 from equipoise.models.tokenizers import AnyTokenizer, load_tokenizer
 
 CONFIG, HELD_OUT, CHECKPOINTS = "config.json", "held_out.safetensors", "checkpoints"
+MODEL = "model"  # the group of tensors in a checkpoint
 _TOKENS = "tokens"
 
 
@@ -46,6 +47,23 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
     dtype: of the weights, see `cast`; None keeps them as they are. Raises ValueError for a folder that is no run, that
     has no whole checkpoint, or whose files are damaged.
     """
+    folder, config, checkpoint = locate(path)
+    tensors = load_checkpoint(checkpoint).tensors
+    if MODEL not in tensors:
+        raise CheckpointError(f"{checkpoint}: expected a group of tensors called {MODEL}, got {sorted(tensors)}")
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.to_empty(device=device)
+    fill(model, tensors[MODEL], checkpoint)
+    cast(model, dtype or tensors[MODEL]["embed_tokens.weight"].dtype)
+    return loaded(model, folder, checkpoint)
+
+
+def locate(path: str | Path) -> tuple[Path, DecoderConfig, Path]:
+    """(run folder, configuration, checkpoint) of a run folder, its newest whole one, or of a checkpoint in one.
+
+    Raises ValueError for a folder that is no run, or has no whole checkpoint.
+    """
     path = Path(path)
     folder = path.parent.parent if path.parent.name == CHECKPOINTS else path
     config = read_config(folder)
@@ -55,14 +73,11 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None, device: torch.de
             f"{folder}: expected at least one whole checkpoint in {folder / CHECKPOINTS}, found none; let the run "
             "write one, or restore one from a copy"
         )
-    tensors = load_checkpoint(checkpoint).tensors
-    if "model" not in tensors:
-        raise CheckpointError(f"{checkpoint}: expected a group of tensors called model, got {sorted(tensors)}")
-    with torch.device("meta"):
-        model = Decoder(config)
-    model.to_empty(device=device)
-    _fill(model, tensors["model"], checkpoint)
-    cast(model, dtype or tensors["model"]["embed_tokens.weight"].dtype)
+    return folder, config, checkpoint
+
+
+def loaded(model: Decoder, folder: Path, checkpoint: Path) -> Loaded:
+    """The model with what belongs to it. Raises ValueError for damaged files."""
     return Loaded(model.eval(), load_tokenizer(folder), read_held_out(folder), folder, checkpoint)
 
 
@@ -106,7 +121,7 @@ def cast(model: Decoder, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def _fill(model: Decoder, tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
+def fill(model: Decoder, tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
     """Take over parameters and persistent buffers; what balancers gather between steps begins empty."""
     for layer in model.moe_layers.values():
         for state in layer.adaptive:

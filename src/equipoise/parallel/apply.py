@@ -69,6 +69,12 @@ def apply_expert_parallel(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
     if not layers:
         raise ValueError(f"model: expected at least one MoE layer to spread, found none in {type(model).__name__}")
+    for name, layer in layers.items():
+        if not isinstance(experts := layer.get_submodule("experts"), Experts):
+            raise ValueError(
+                f"{name}: expected experts that are in memory as they were trained, got {type(experts).__name__}; "
+                "spread the model before it is quantised or offloaded"
+            )
     world = ranks.config.expert
     if placements is None:
         placements = {name: Placement.even(layer.num_experts, world) for name, layer in layers.items()}

@@ -6,6 +6,7 @@ size of the layer, k experts. It approximates the experts' mean, not what the ro
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -31,20 +32,17 @@ def merged(layer: MoE, counts_E: np.ndarray) -> FeedForward:
     Raises ValueError for counts of another length.
     """
     share_E = _shares(layer, counts_E)
-    up_eHD, down_eDF = layer.experts.up.detach(), layer.experts.down_proj.detach()
-    finite_E = torch.isfinite(up_eHD).flatten(1).all(1) & torch.isfinite(down_eDF).flatten(1).all(1)
-    if wrong := [e for e, finite in enumerate(finite_E.tolist()) if not finite and share_E[e] > 0]:
-        raise ValueError(
-            f"merged: weights of expert {wrong[0]} are not finite; build stand-ins while experts are healthy"
-        )
-    groups = _even_groups(share_E, layer.k)
-    ups, downs = [], []  # below, nan_to_num is for experts without load: 0 times what is not finite is not 0
-    for group in groups:
-        ids = torch.tensor(group, device=up_eHD.device)
-        weights = torch.tensor(share_E[group], dtype=torch.float32, device=up_eHD.device)
+    ups, downs = [], []
+    for group in _even_groups(share_E, layer.k):
+        weights = torch.tensor(share_E[group], dtype=torch.float32)
         part = weights / weights.sum().clamp_min(1e-12)
-        ups.append(torch.einsum("e,ehd->hd", part, up_eHD[ids].float().nan_to_num()))
-        downs.append(torch.einsum("e,edf->df", weights, down_eDF[ids].float().nan_to_num()))
+        up_HD, down_DF = (torch.zeros_like(each, dtype=torch.float32) for each in layer.experts.weights_of(group[0]))
+        for expert, of_group, of_all in zip(group, part.tolist(), weights.tolist(), strict=True):
+            up, down = _finite_weights(layer, expert, needed=share_E[expert] > 0)
+            up_HD += of_group * up
+            down_DF += of_all * down
+        ups.append(up_HD)
+        downs.append(down_DF)
     return _built(layer, torch.stack(ups), torch.cat(downs, dim=1))
 
 
@@ -104,7 +102,7 @@ def dense_from_state(layers: Mapping[str, MoE], state: Mapping[str, Tensor]) -> 
         if not weights:
             continue
         down_DH = weights.get("down_proj.weight")
-        if down_DH is None or down_DH.shape[0] != layer.experts.down_proj.shape[1]:
+        if down_DH is None or down_DH.shape[0] != layer.experts.dim:
             raise ValueError(f"{prefix}: expected weights of a dense path of this layer, got {sorted(weights)}")
         path = _empty(layer, down_DH.shape[1])
         path.load_state_dict(weights)
@@ -130,7 +128,17 @@ def diverted(layers: Mapping[str, MoE], dense: Mapping[str, FeedForward]) -> Ite
 
 def _num_units(layer: MoE) -> int:
     """Inner units of its stand-in: k experts' worth."""
-    return layer.k * layer.experts.down_proj.shape[2]
+    return layer.k * layer.experts.hidden_dim
+
+
+def _finite_weights(layer: MoE, expert: int, needed: bool) -> tuple[Tensor, Tensor]:
+    """fp32 (up, down) of an expert. Raises ValueError where one that is needed has weights that are not finite."""
+    up_HD, down_DF = layer.experts.weights_of(expert)
+    if needed and not bool(torch.isfinite(up_HD).all() and torch.isfinite(down_DF).all()):
+        raise ValueError(
+            f"merged: weights of expert {expert} are not finite; build stand-ins while experts are healthy"
+        )
+    return up_HD.float().nan_to_num(), down_DF.float().nan_to_num()  # 0 times what is not finite is not 0
 
 
 def _shares(layer: MoE, counts_E: np.ndarray) -> np.ndarray:
@@ -162,11 +170,14 @@ def _units(share_E: np.ndarray, num_units: int, per_expert: int) -> tuple[list[i
 
 def _chosen_units(layer: MoE, counts_E: np.ndarray) -> Tensor:
     """fp32 (H, D), k F inner units of the experts, gates first where there are any."""
-    F, up_eHD = layer.experts.down_proj.shape[2], layer.experts.up.detach().float()
-    units = _units(_shares(layer, counts_E), layer.k * F, F)
-    experts, rows = (torch.tensor(part, device=up_eHD.device) for part in units)
-    gates = [up_eHD[experts, rows]]
-    return torch.cat([*gates, up_eHD[experts, rows + F]] if is_gated(layer.experts.activation) else gates)
+    F = layer.experts.hidden_dim
+    counts = Counter(_units(_shares(layer, counts_E), layer.k * F, F)[0])
+    gates, ups = [], []
+    for expert, count in counts.items():  # one after the other: all together may be more than fits
+        up_HD = layer.experts.weights_of(expert)[0]
+        gates.append(up_HD[:count].float().clone())
+        ups.append(up_HD[F : F + count].float().clone())  # empty without gates
+    return torch.cat([*gates, *ups])
 
 
 def _moments(
@@ -200,10 +211,10 @@ def _moments(
 
 
 def _empty(layer: MoE, hidden_dim: int) -> FeedForward:
-    dim, like = layer.experts.down_proj.shape[1], layer.experts.down_proj
+    experts = layer.experts
     with torch.device("meta"):  # no weights are drawn: a stand-in must not move a run's random numbers
-        path = FeedForward(dim, hidden_dim, layer.experts.activation).to(dtype=like.dtype)
-    return path.to_empty(device=like.device).requires_grad_(False).eval()
+        path = FeedForward(experts.dim, hidden_dim, experts.activation).to(dtype=experts.dtype)
+    return path.to_empty(device=experts.device).requires_grad_(False).eval()
 
 
 def _built(layer: MoE, up_gHD: Tensor, down_DH: Tensor) -> FeedForward:

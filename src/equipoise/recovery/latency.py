@@ -105,12 +105,12 @@ class ExpertClock:
     def begin(self, expert: int, num_rows: int) -> None:
         """Start."""
         if not inside_backward():
-            self._watch.begin(self._experts.down_proj.device, num_rows)
+            self._watch.begin(self._experts.device, num_rows)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
     def end(self, expert: int) -> None:
         """Stop."""
-        self._watch.end(self._experts.down_proj.device, expert)
+        self._watch.end(self._experts.device, expert)
 
     def take(self) -> dict[int, list[Call]]:
         """The calls since this was last asked, by expert."""

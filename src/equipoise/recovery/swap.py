@@ -41,7 +41,7 @@ def swap(model: nn.Module, tensors: Mapping[str, Tensor], *, whole: bool = False
     or missing names, other shapes, types that do not fit, values that are not finite, and tensors without dense values;
     whatever fails later, all is put back.
     """
-    state = _state(model)
+    state, tensors = _state(model), _own_forms(model, tensors)
     if problems := _problems(state, tensors, whole):
         raise ValueError(f"swap: nothing was changed: {'; '.join(problems)}. Load weights of this very model")
     targets = {name: state[name] for name in tensors}
@@ -60,6 +60,22 @@ def swap(model: nn.Module, tensors: Mapping[str, Tensor], *, whole: bool = False
     except BaseException:
         _put_back(targets, before)
         raise
+
+
+def _own_forms(model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Weights of modules that keep them in another form, such as quantised experts, in that form and its names.
+
+    Such a module has `from_plain`, from tensors by their name in it to the same; it raises ValueError where it can't.
+    """
+    for name, module in model.named_modules():
+        if (from_plain := getattr(module, "from_plain", None)) is None:
+            continue
+        prefix = f"{name}."
+        plain = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        if plain:
+            others = {key: tensor for key, tensor in tensors.items() if not key.startswith(prefix)}
+            tensors = others | {f"{prefix}{key}": tensor for key, tensor in from_plain(plain).items()}
+    return tensors
 
 
 def _own(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -24,11 +24,14 @@ from equipoise.serve.care import Care, CareConfig, Shared
 from equipoise.serve.engine import Engine, blocks_that_fit
 from equipoise.serve.equipment import equip
 from equipoise.serve.evidence import Witness
+from equipoise.serve.expert_cache import ExpertCacheCollector
 from equipoise.serve.loop import EngineLoop
 from equipoise.serve.metrics import ServingMetrics, experts_ms
 from equipoise.serve.operator import Operator
 from equipoise.serve.record import ServerRecord
 from equipoise.serve.scheduler import Limits
+from equipoise.small import expert_bytes, offload_of
+from equipoise.small.experts import StoredExperts
 from equipoise.types import Sink
 
 if TYPE_CHECKING:
@@ -76,6 +79,9 @@ class Server:
         self.loop = EngineLoop(self.engine, running=gate.running)
         live = LiveSource(config.name)
         self.metrics.registry.register(RoutingCollector(live, detail=config.detail))
+        self.offload = offload_of(model)
+        if self.offload is not None:
+            self.metrics.registry.register(ExpertCacheCollector(self.offload.counts))
         self.care, self.operator = None, None
         if layers:
             equipment = equip(loaded, config.folder)
@@ -114,7 +120,20 @@ class Server:
             self.care.call(self.record.close)
             self.care.stop()
         self.engine.close()
+        if self.offload is not None:
+            self.offload.close()
         return finished
+
+    def experts_kept(self) -> list[str]:
+        """How the experts are kept, in a line, where it is not as usual."""
+        layer = next(iter(self.loaded.model.moe_layers.values()), None)
+        experts = None if layer is None else layer.get_submodule("experts")
+        if not isinstance(experts, StoredExperts):
+            return []
+        where = f"{expert_bytes(self.loaded.model) / 2**20:.1f} MB in memory"
+        if self.offload is not None:
+            where = f"at most {self.offload.memory / 2**20:.1f} MB in memory, the others in {self.offload.file.path}"
+        return [f"experts in {experts.format.name}: {where}"]
 
     def metrics_text(self) -> tuple[bytes, str]:
         """(for Prometheus, its content type)."""
