@@ -25,7 +25,7 @@ from equipoise.ops.ragged import RaggedPlan, sum_rows
 _TILE = 32  # rows
 
 
-def _segments(counts_e: Tensor, num_rows: int, dtype: torch.dtype) -> Iterator[tuple[int, slice, slice]]:
+def segments(counts_e: Tensor, num_rows: int, dtype: torch.dtype) -> Iterator[tuple[int, slice, slice]]:
     """(expert, its rows, the same rounded up to a whole tile) for each expert that has rows, in ascending order.
 
     A low-precision product on a CPU is compiled anew for each number of rows, which takes longer than the product
@@ -41,7 +41,7 @@ def _segments(counts_e: Tensor, num_rows: int, dtype: torch.dtype) -> Iterator[t
         start += count
 
 
-def _scales(weights_R: Tensor, rows: slice, tiled: slice, dtype: torch.dtype) -> Tensor:
+def scales(weights_R: Tensor, rows: slice, tiled: slice, dtype: torch.dtype) -> Tensor:
     """(n, 1): the weights of `rows`, and 0 for the rest of their tiles."""
     weights_n = weights_R[rows].to(dtype)
     return torch.nn.functional.pad(weights_n, (0, tiled.stop - rows.stop)).unsqueeze(1)
@@ -65,10 +65,10 @@ def lean_forward(
     z_RH = fresh((num_rows if save else 0, up_eHD.shape[1]), x_TD)
     y_RD = fresh((num_rows, x_TD.shape[1]), x_TD)
     end = 0
-    for expert, rows, tiled in _segments(counts_e, num_rows, x_TD.dtype):
+    for expert, rows, tiled in segments(counts_e, num_rows, x_TD.dtype):
         x_n = x_TD.index_select(0, token_ids_R[tiled])
         z_n = torch.mm(x_n, up_eHD[expert].t(), out=z_RH[tiled]) if save else torch.mm(x_n, up_eHD[expert].t())
-        a_n = activate(z_n, kind).mul_(_scales(weights_R, rows, tiled, x_TD.dtype))
+        a_n = activate(z_n, kind).mul_(scales(weights_R, rows, tiled, x_TD.dtype))
         torch.mm(a_n, down_eDF[expert].t(), out=y_RD[tiled])
         end = rows.stop
     y_RD[end:].zero_()  # dropped rows
@@ -110,8 +110,8 @@ def lean_backward(
     grad_weights_R = torch.zeros_like(weights_R)
     grad_up, grad_down = fresh(up_eHD.shape, up_eHD), fresh(down_eDF.shape, down_eDF)
     idle, end = set(range(up_eHD.shape[0])), 0
-    for expert, rows, tiled in _segments(counts_e, num_rows, x_TD.dtype):
-        tokens_n, z_n, scale_n1 = token_ids_R[tiled], z_RH[tiled], _scales(weights_R, rows, tiled, x_TD.dtype)
+    for expert, rows, tiled in segments(counts_e, num_rows, x_TD.dtype):
+        tokens_n, z_n, scale_n1 = token_ids_R[tiled], z_RH[tiled], scales(weights_R, rows, tiled, x_TD.dtype)
         grad_y_n = grad_TD.index_select(0, tokens_n)
         grad_a_n = torch.mm(grad_y_n, down_eDF[expert])
         a_n, saved_n = recompute(z_n, kind)
