@@ -1,20 +1,15 @@
 """The comparison of monitors: the count by hand is right, equipoise agrees with it, and what is missing is named."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from benchmarks.experts_memory import SMALL, kept
-from benchmarks.monitors import rows_of
+from benchmarks.monitors import main, rows_of
 from benchmarks.monitors_observers import Seen, brute_force, equipoise
 from benchmarks.monitors_worlds import K, always_second, dead_tail, long_run, random_world
 
 from equipoise.hf import NAME
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("family", ["Mixtral", "DeepseekV3"])
@@ -52,15 +47,16 @@ def test_what_is_wrong_is_named():
 
 
 @pytest.mark.parametrize(("module", "package"), [("moewatch", "moewatch"), ("plumb", "plumb-moe")])
-def test_a_monitor_that_is_not_installed_is_named(module, package):
+def test_a_monitor_that_is_not_installed_is_named(module, package, monkeypatch, capsys):
     """Before anything is measured."""
-    code = f"import runpy, sys; sys.modules['{module}'] = None; sys.argv = ['monitors', '--monitors', '{module}']"
-    code += "; runpy.run_module('benchmarks.monitors', run_name='__main__')"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 2
-    assert f"pip install {package}==0.1.0, or leave it out with --monitors" in done.stderr
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(sys, "argv", ["monitors", "--monitors", "equipoise", module])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert f"pip install {package}==0.1.0, or leave it out with --monitors" in printed.err
+    assert printed.out == ""
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.family)

@@ -45,26 +45,28 @@ def test_training(family, calls):
 
 @every_family
 def test_training_in_bf16(family):
-    """Against the same model in fp32: as near to it as transformers' loop in bf16 is, within a factor of two."""
+    """Against fp32 with the same numbers: as near to it as transformers' loop in bf16 is, within a factor of two."""
     exact, _ = pair(family)
     theirs, ours = pair(family, torch.bfloat16)
     exact.load_state_dict({name: tensor.float() for name, tensor in theirs.state_dict().items()})
-    with torch.no_grad():
-        mine, their, right = (experts_output(model) for model in (ours, theirs, exact))
-    assert mine.dtype == torch.bfloat16
-    assert error(mine, right) < max(2 * error(their, right), 0.005)
-    assert error(mine, their) < BF16
+    mine, their, right = (experts_alone(model) for model in (ours, theirs, exact))
+    assert all(tensor.dtype == torch.bfloat16 for tensor in mine)
+    for one, other, truth in zip(mine, their, right, strict=True):
+        assert error(one, truth) < max(2 * error(other, truth), 0.005)
+        assert error(one, other) < BF16
 
 
-def experts_output(model):
-    """Of the first experts module alone, called with what does not depend on rounding elsewhere."""
+def experts_alone(model):
+    """Output and gradients of the first experts module, called with what no rounding elsewhere can change."""
     generator = torch.Generator().manual_seed(5)
-    block = next(iter(blocks(model).values()))
-    dtype = block.experts.down_proj.dtype
-    x = torch.randn(40, 32, generator=generator).to(torch.bfloat16).to(dtype)
+    experts = next(iter(blocks(model).values())).experts
+    dtype = experts.down_proj.dtype
     ids = torch.stack([torch.randperm(E, generator=generator)[:3] for _ in range(40)])
-    weights = torch.rand(40, 3, generator=generator).to(torch.bfloat16).to(dtype)
-    return block.experts(x, ids, weights)
+    x, weights = torch.randn(40, 32, generator=generator), torch.rand(40, 3, generator=generator)
+    leaves = [leaf.to(torch.bfloat16).to(dtype).requires_grad_() for leaf in (x, weights)]
+    y = experts(leaves[0], ids, leaves[1])
+    scale = torch.linspace(-1, 1, y.numel()).view(y.shape).to(torch.bfloat16).to(dtype)
+    return [y.detach(), *torch.autograd.grad((y * scale).sum(), [*leaves, *experts.parameters()])]
 
 
 @every_family
@@ -148,11 +150,25 @@ def test_autocast(family):
 
 @pytest.mark.filterwarnings("default")  # of torch.compile itself
 @pytest.mark.parametrize("family", ["Olmoe", "GptOss"])
-def test_one_graph_under_compile(family):
+def test_compiled_experts_are_one_graph(family):
+    theirs, ours = pair(family, num_hidden_layers=1)
+    torch._dynamo.reset()
+    experts = next(iter(blocks(ours).values())).experts
+    experts.forward = torch.compile(experts.forward, fullgraph=True, backend="aot_eager")
+    for one, other in zip(experts_alone(ours), experts_alone(theirs), strict=True):
+        assert error(one, other) < FP32
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("family", ["Olmoe", "GptOss"])
+def test_a_compiled_model_is_one_graph(family, backend):
     theirs, ours = pair(family, num_hidden_layers=1)
     tokens, _ = batch()
     torch._dynamo.reset()
-    compiled = torch.compile(ours.train(), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(ours.train(), fullgraph=True, backend=backend)
     assert_same(outcome(compiled, tokens), _named(outcome(theirs.train(), tokens)), FP32)
     torch._dynamo.reset()
 
@@ -218,3 +234,26 @@ def test_trainer(tmp_path, calls):
     assert calls == {"plain lean": 4 * 2}
     assert ours == pytest.approx(theirs, rel=1e-4)
     assert ours[-1] < ours[0]
+
+
+def test_accelerate():
+    """Prepared model and optimizer, one accumulated step in bf16 by Accelerate's own autocast."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    losses = {}
+    for model in pair("Olmoe"):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        prepared, optimizer = accelerator.prepare(model.train(), torch.optim.SGD(model.parameters(), lr=0.05))
+        tokens, seen = batch()[0], []
+        for _ in range(3):
+            loss = prepared(tokens, labels=tokens).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(float(loss.detach()))
+        losses[model.config._experts_implementation] = seen
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert losses["equipoise"] == pytest.approx(losses["eager"], rel=0.02)
+    assert losses["equipoise"][-1] < losses["equipoise"][0]
