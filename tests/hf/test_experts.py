@@ -80,8 +80,8 @@ def test_they_are_found():
     """The seven families of which whole models are compared, and many more."""
     names = {name for _, name in FOUND}
     assert {"MixtralExperts", "OlmoeExperts", "Qwen2MoeExperts", "Qwen3MoeExperts", "DeepseekV3Experts"} <= names
-    assert {"GraniteMoeExperts", "GptOssExperts"} <= names
-    assert names >= CUSTOM.keys() | BY_TRANSFORMERS.keys()
+    assert {"GptOssExperts", "NemotronHExperts"} <= names
+    assert len(names) > 25  # 31 in 5.14.0, 65 in 5.23.0
 
 
 @pytest.mark.parametrize(("folder", "name"), FOUND, ids=[name for _, name in FOUND])
@@ -118,23 +118,25 @@ def call_without_gradients(experts):
 
 @pytest.mark.parametrize(("folder", "name"), [("mixtral", "MixtralExperts"), ("gpt_oss", "GptOssExperts")])
 def test_experts_on_other_ranks(folder, name):
-    """Expert parallelism of transformers gives their choices the number E and the weight 0."""
+    """transformers' expert parallelism gives their choices the number E; the same as expert 0 with the weight 0."""
     experts, ids = experts_of(folder, name), torch.tensor([[0, E], [E, 2], [E, E], [1, 4]])
-    generator = torch.Generator().manual_seed(2)
+    absent, generator = ids == E, torch.Generator().manual_seed(2)
     x, weights = torch.randn(4, D, generator=generator), torch.rand(4, K, generator=generator)
-    weights[ids == E] = 0
-    experts._is_expert_parallel = True
-    outputs = {}
-    for implementation in ("equipoise", "grouped_mm"):
+    weights[absent] = 0
+    results = {}
+    for implementation, chosen in (("equipoise", ids), ("eager", ids.where(~absent, 0))):
         leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+        experts._is_expert_parallel = implementation == "equipoise"
         experts.config._experts_implementation = implementation
-        y = experts(leaves[0], ids, leaves[1])
-        outputs[implementation] = [y, *torch.autograd.grad(y.square().sum(), [*leaves, *experts.parameters()])]
-    for mine, theirs in zip(outputs["equipoise"], outputs["grouped_mm"], strict=True):
+        y = experts(leaves[0], chosen, leaves[1])
+        results[implementation] = [y, *torch.autograd.grad(y.square().sum(), [*leaves, *experts.parameters()])]
+    assert not results["equipoise"][2][absent].any()
+    results["eager"][2][absent] = 0
+    for mine, theirs in zip(results["equipoise"], results["eager"], strict=True):
         assert error(mine.detach(), theirs.detach()) < FP32
-    assert not outputs["equipoise"][2][ids == E].any()
 
 
+@pytest.mark.skipif("MuseSparkExperts" not in dict(map(reversed, FOUND)), reason="this transformers has no such class")
 def test_falling_back_is_said():
     experts = experts_of("muse_spark", "MuseSparkExperts")
     with pytest.warns(RuntimeWarning, match="MuseSparkExperts has a norm after each expert.*transformers' grouped_mm"):
@@ -166,13 +168,12 @@ def test_explain_names_layers_and_models_without_experts():
 
 
 def test_another_module_is_refused():
-    with pytest.raises(TypeError, match=r"Linear: expected an experts module .* got one without has_gate"):
+    with pytest.raises(TypeError, match=r"Linear: expected an experts module .* got one without has_bias"):
         layout_of(torch.nn.Linear(1, 1))
 
 
-@pytest.mark.parametrize("absent", ["transformers.integrations.finegrained_fp8", "transformers.integrations.moe"])
-def test_without_transformers_the_extra_is_named(absent, monkeypatch):
+def test_without_transformers_the_extra_is_named(monkeypatch):
     """None in sys.modules is how Python notes that a module can't be imported."""
-    monkeypatch.setitem(sys.modules, absent, None)
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
     with pytest.raises(ModuleNotFoundError, match=r"expected transformers 5 .* pip install 'equipoise\[hf\]'"):
         register()

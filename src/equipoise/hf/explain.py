@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from equipoise.hf.layout import FLAGS, layout_of
+from equipoise.hf.layout import MARKS, flag, layout_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ def explain(model: nn.Module) -> tuple[LayerPath, ...]:
     `experts_implementation` has no effect, and transformers does not say so.
     """
     paths = tuple(
-        _path(name, module) for name, module in model.named_modules() if all(hasattr(module, flag) for flag in FLAGS)
+        _path(name, module) for name, module in model.named_modules() if all(hasattr(module, mark) for mark in MARKS)
     )
     if not paths:
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
@@ -48,8 +48,8 @@ def _path(name: str, experts: nn.Module) -> LayerPath:
         for what, is_so in {
             "biases": experts.has_bias,
             "transposed weights": experts.is_transposed,
-            "no gate": not experts.has_gate,
-            "gate and up interleaved": not experts.is_concatenated,
+            "no gate": not flag(experts, "has_gate"),
+            "gate and up interleaved": not flag(experts, "is_concatenated"),
         }.items()
         if is_so
     ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.hf.layout import layout_of, stacked_weights
+from equipoise.hf.layout import flag, layout_of, stacked_weights
 from equipoise.ops.custom_experts import ExpertWeights, grouped_custom_experts, lean_custom_experts
 from equipoise.ops.few_rows import few_rows, few_rows_experts
 from equipoise.ops.grouped_experts import grouped_experts, grouped_mm_supports
@@ -41,7 +41,7 @@ def equipoise_experts_forward(
     if layout.plain:
         y_TD = PLAIN[name](x_TD, plan, weights.up_eHD, weights.down_eDF, "swiglu")
     else:
-        activation: Any = self._apply_gate if self.has_gate else self.act_fn
+        activation: Any = self._apply_gate if flag(self, "has_gate") else self.act_fn
         y_TD = CUSTOM[name](x_TD, plan, weights, activation)
     return y_TD.to(hidden_states.dtype)
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from equipoise.ops.custom_experts import ExpertWeights
 
-FLAGS = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "is_concatenated")
+MARKS = ("has_bias", "is_transposed")  # on every decorated module since transformers 5.0
+LATER = {"has_gate": True, "is_concatenated": True, "has_post_expert_norm": False}  # what their absence means
 PARAMETERS = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
 PARAMETRIZED = "parametrizations"  # torch's, e.g. of an adapter: the parameters behind a weight
 
@@ -30,13 +31,13 @@ class Layout:
 
 def layout_of(experts: nn.Module) -> Layout:
     """Read it from a module that transformers' decorator has prepared. Raises TypeError for another one."""
-    absent = [flag for flag in FLAGS if not hasattr(experts, flag)]
+    absent = [mark for mark in MARKS if not hasattr(experts, mark)]
     if absent:
         raise TypeError(
             f"{type(experts).__name__}: expected an experts module that transformers' use_experts_implementation has "
             f"decorated, got one without {', '.join(absent)}; transformers 5 sets them"
         )
-    if experts.has_post_expert_norm:
+    if flag(experts, "has_post_expert_norm"):
         return Layout(plain=False, missing="a norm after each expert, before the combine weight")
     known = (*PARAMETERS, PARAMETRIZED)
     unknown = [name for name, _ in experts.named_parameters() if name.split(".")[0] not in known]
@@ -45,19 +46,24 @@ def layout_of(experts: nn.Module) -> Layout:
     weights = stacked_weights(experts)
     if weights.up_eHD.ndim != 3 or not weights.up_eHD.is_floating_point():
         return Layout(plain=False, missing=f"weights of {weights.up_eHD.dtype} and {weights.up_eHD.ndim} dimensions")
-    plain = experts.has_gate and experts.is_concatenated and not (experts.has_bias or experts.is_transposed)
-    return Layout(plain=bool(plain) and _is_swiglu(experts))
+    plain = flag(experts, "has_gate") and flag(experts, "is_concatenated")
+    return Layout(plain and not experts.has_bias and not experts.is_transposed and _is_swiglu(experts))
 
 
 def stacked_weights(experts: nn.Module) -> ExpertWeights:
     """The weights as our functions take them; transposed ones as views."""
-    name = "gate_up_proj" if experts.has_gate else "up_proj"
+    name = "gate_up_proj" if flag(experts, "has_gate") else "up_proj"
     up, down = _tensor(experts, name), _tensor(experts, "down_proj")
     if experts.is_transposed:
         up, down = up.transpose(-2, -1), down.transpose(-2, -1)
     if not experts.has_bias:
         return ExpertWeights(up, down)
     return ExpertWeights(up, down, _tensor(experts, f"{name}_bias"), _tensor(experts, "down_proj_bias"))
+
+
+def flag(experts: nn.Module, name: str) -> bool:
+    """A flag of the decorator; releases from before it have modules of one kind only."""
+    return bool(getattr(experts, name, LATER[name]))
 
 
 def _tensor(experts: nn.Module, name: str) -> Tensor:

@@ -15,7 +15,6 @@ def register() -> None:
     Raises ModuleNotFoundError if transformers is missing, or has no experts interface (before 5).
     """
     try:
-        from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
         from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     except ImportError as error:
         raise ModuleNotFoundError(
@@ -23,7 +22,18 @@ def register() -> None:
             "pip install 'equipoise[hf]'"
         ) from error
     ALL_EXPERTS_FUNCTIONS.register(NAME, equipoise_experts_forward)
-    ALL_FP8_EXPERTS_FUNCTIONS.register(NAME, _refuse_fp8)
+    fp8_experts = _fp8_experts()
+    if fp8_experts is not None:
+        fp8_experts.register(NAME, _refuse_fp8)
+
+
+def _fp8_experts() -> Any:
+    """The table of FP8 experts; None in the first releases of 5, which have none, or need triton to import it."""
+    try:
+        from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
+    except ImportError:
+        return None
+    return ALL_FP8_EXPERTS_FUNCTIONS
 
 
 def _refuse_fp8(self: Any, *args: Any, **kwargs: Any) -> None:
