@@ -104,6 +104,20 @@ def test_experts_without_tokens_get_zero_gradients(family):
         assert all(not grad[idle].any() and grad[sorted(chosen)].any() for grad in stacked)
 
 
+@every_family
+def test_frozen_experts(family, calls):
+    """As under an adapter: they get no gradient, everything else gets the same."""
+    theirs, ours = pair(family)
+    for model in (theirs, ours):
+        for block in blocks(model).values():
+            block.experts.requires_grad_(False)
+    tokens, _ = batch()
+    expected, mine = outcome(theirs.train(), tokens), outcome(ours.train(), tokens)
+    assert not any(".experts." in name for name in mine[1])
+    assert_same(mine, expected, FP32)
+    assert calls == {"custom lean": 2}
+
+
 @pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
 def test_no_tokens_at_all(family):
     """Serving loops and some ranks call experts with an empty batch."""

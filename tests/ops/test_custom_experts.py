@@ -137,6 +137,33 @@ def test_experts_that_are_not_here_give_nothing_and_no_gradient(backend):
     assert not grads[1][ids == E].any()
 
 
+def test_frozen_weights_cost_neither_products_nor_memory():
+    """Each of the stored tensors alone wants a gradient, or none does: the others' products are not computed."""
+    p = problem(2 * F, biased=True, transposed=True, dtype=torch.float32)
+    expected = gradients(lean_custom_experts(p.x, plan_of(p), p.view, clamped), p)
+    busy = len(p.ids.unique())
+    for wanted in [*range(4), None]:
+        stored = [tensor.detach().requires_grad_(n == wanted) for n, tensor in enumerate(p.stored)]
+        q = Problem(p.x, p.weights, stored, ExpertWeights(stored[0].mT, stored[1].mT, *stored[2:]), p.ids)
+        y = lean_custom_experts(q.x, plan_of(q), q.view, clamped)
+        leaves = [q.x, q.weights, *([stored[wanted]] if wanted is not None else [])]
+        scale = torch.linspace(-1, 1, y.numel()).view(y.shape)
+        with Products() as products:
+            grads = torch.autograd.grad((y * scale).sum(), leaves)
+        assert_close(grads, [*expected[:2], *([expected[2 + wanted]] if wanted is not None else [])], 1e-5)
+        assert products.number == busy * (3 if wanted in (0, 1) else 2)
+
+
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts the matrix products within."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_tokens(backend):
     p = problem(2 * F, biased=True, transposed=True, dtype=torch.float32, ids=torch.zeros(0, K, dtype=torch.int64))

@@ -37,8 +37,9 @@ def equipoise_experts_forward(
     weights = _in_compute_dtype(stacked_weights(self), hidden_states.device.type)
     x_TD = hidden_states.to(weights.up_eHD.dtype)
     plan = _plan(top_k_index, top_k_weights, len(weights.up_eHD))
-    name = backend_for(layout.plain, x_TD, weights, len(plan.token_ids_R))
-    if layout.plain:
+    plain = layout.plain and not _are_frozen(weights)
+    name = backend_for(plain, x_TD, weights, len(plan.token_ids_R))
+    if plain:
         y_TD = PLAIN[name](x_TD, plan, weights.up_eHD, weights.down_eDF, "swiglu")
     else:
         activation: Any = self._apply_gate if flag(self, "has_gate") else self.act_fn
@@ -57,6 +58,12 @@ def backend_for(plain: bool, x_TD: Tensor, weights: ExpertWeights, num_rows: int
         is_decode = plain and not compiling and not torch.is_grad_enabled() and few_rows(num_rows, weights.up_eHD)
         return "few" if is_decode else "lean"
     return "lean" if grouped_mm_supports(x_TD, weights.up_eHD, weights.down_eDF) else "grouped"
+
+
+def _are_frozen(weights: ExpertWeights) -> bool:
+    """In training, but not they: the custom loop then computes no gradient for them, the plain one always does."""
+    wanted = weights.up_eHD.requires_grad or weights.down_eDF.requires_grad
+    return torch.is_grad_enabled() and not wanted and not torch.compiler.is_compiling()
 
 
 def _in_compute_dtype(weights: ExpertWeights, device: str) -> ExpertWeights:

@@ -5,12 +5,13 @@
 `lean_custom_experts` keeps what `ops.lean_experts` keeps, x, z = x W1^T + b1, weights and indices, and computes the
 activation again in backward, differentiated by autograd. The combine weight's gradient is ds = <dO W2^T, a> + <dO, b2>.
 `grouped_custom_experts` has no loop over experts, for a GPU and for `torch.compile`, and keeps everything.
+Weights that want no gradient, frozen under an adapter, cost none in the lean one: neither products nor memory.
 The activation must be a function of its argument alone: it is called once more, and nothing else gets a gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,18 +101,27 @@ class _LeanCustom(torch.autograd.Function):
         x_TD, z_RH, weights_R, token_ids_R, rows_TK, counts_e, *parameters = ctx.saved_tensors
         plan = RaggedPlan(token_ids_R, weights_R, counts_e, rows_TK)
         weights = ExpertWeights(*parameters)
-        return None, None, *_backward(grads[0].contiguous(), x_TD, z_RH, plan, weights, ctx.activation)
+        wanted = ctx.needs_input_grad[4:]
+        return None, None, *_backward(grads[0].contiguous(), x_TD, z_RH, plan, weights, ctx.activation, wanted)
 
 
 def _backward(
-    grad_TD: Tensor, x_TD: Tensor, z_RH: Tensor, plan: RaggedPlan, weights: ExpertWeights, activation: Activation
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    z_RH: Tensor,
+    plan: RaggedPlan,
+    weights: ExpertWeights,
+    activation: Activation,
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, weights_R, up, down and the two biases."""
+    """Gradients of x, weights_R, up, down and the two biases; of the last four those that are wanted."""
     grad_x_RD, grad_weights_R = fresh((len(z_RH), x_TD.shape[1]), x_TD), torch.zeros_like(plan.weights_R)
     # Laid out like what is stored, so that a transposed view's gradient need not be copied into place.
-    grad_up, grad_down = torch.zeros_like(weights.up_eHD), torch.zeros_like(weights.down_eDF)
-    grad_up_bias = None if weights.up_bias_eH is None else torch.zeros_like(weights.up_bias_eH)
-    grad_down_bias = None if weights.down_bias_eD is None else torch.zeros_like(weights.down_bias_eD)
+    parameters = (weights.up_eHD, weights.down_eDF, weights.up_bias_eH, weights.down_bias_eD)
+    grad_up, grad_down, grad_up_bias, grad_down_bias = (
+        torch.zeros_like(each) if want and each is not None else None
+        for each, want in zip(parameters, wanted, strict=True)
+    )
     end = 0
     for expert, rows, tiled in segments(plan.counts_e, len(z_RH), x_TD.dtype):
         n, tokens_n = rows.stop - rows.start, plan.token_ids_R[tiled]
@@ -122,15 +132,18 @@ def _backward(
             z_n = z_RH[tiled].detach().requires_grad_()
             a_n = activation(z_n).to(x_TD.dtype)
         torch.sum(grad_a_n[:n] * a_n.detach()[:n], 1, dtype=dtype, out=grad_weights_R[rows])
-        if weights.down_bias_eD is not None and grad_down_bias is not None:
+        if weights.down_bias_eD is not None:
             grad_weights_R[rows] += torch.mv(grad_y_n[:n], weights.down_bias_eD[expert]).to(dtype)
+        if grad_down_bias is not None:
             torch.sum(grad_y_n * scale_n1, 0, out=grad_down_bias[expert])
-        torch.mm(grad_y_n.t(), a_n.detach() * scale_n1, out=grad_down[expert])
+        if grad_down is not None:
+            torch.mm(grad_y_n.t(), a_n.detach() * scale_n1, out=grad_down[expert])
         (grad_z_n,) = torch.autograd.grad(a_n, z_n, grad_a_n * scale_n1)
         if grad_up_bias is not None:
             torch.sum(grad_z_n, 0, out=grad_up_bias[expert])
+        if grad_up is not None:
+            torch.mm(grad_z_n.t(), x_TD.index_select(0, tokens_n), out=grad_up[expert])
         torch.mm(grad_z_n, weights.up_eHD[expert], out=grad_x_RD[tiled])
-        torch.mm(grad_z_n.t(), x_TD.index_select(0, tokens_n), out=grad_up[expert])
         end = rows.stop
     grad_x_RD[end:].zero_()
     grad_x = sum_rows(grad_x_RD, plan.token_ids_R, plan.rows_TK, x_TD.shape[0])
