@@ -174,6 +174,18 @@ def test_compiled_experts_are_one_graph(family):
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("default")
+def test_where_there_is_no_kernel_for_one_graph_it_is_broken():
+    """An odd width: the custom loop runs as it is, between two graphs."""
+    theirs, ours = pair("GptOss", num_hidden_layers=1, intermediate_size=5)
+    torch._dynamo.reset()
+    experts = next(iter(blocks(ours).values())).experts
+    experts.forward = torch.compile(experts.forward, backend="aot_eager")
+    for one, other in zip(experts_alone(ours), experts_alone(theirs), strict=True):
+        assert error(one, other) < FP32
+    torch._dynamo.reset()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

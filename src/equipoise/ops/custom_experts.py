@@ -39,6 +39,7 @@ class ExpertWeights:
     down_bias_eD: Tensor | None = None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
 def lean_custom_experts(x_TD: Tensor, plan: RaggedPlan, weights: ExpertWeights, activation: Activation) -> Tensor:
     """y_TD: each token's weighted sum over its experts. x_TD has the weights' dtype; plan.weights_R is fp32 or fp64.
 
