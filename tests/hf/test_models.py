@@ -8,7 +8,9 @@ from tests.monitor.test_transformers_modes import Sentences, checkpoint
 from tests.monitor.transformers_models import FAMILIES, E, Witness, batch, blocks, build, router_of
 
 import equipoise
-from equipoise.hf.forward import equipoise_experts_forward
+from equipoise.hf import forward
+from equipoise.hf.forward import backend_for, equipoise_experts_forward
+from equipoise.ops.custom_experts import ExpertWeights
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -16,8 +18,6 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 @pytest.fixture
 def calls(monkeypatch):
     """How often our products are called, by backend: proof that it is they who compute."""
-    from equipoise.hf import forward
-
     counted = {}
 
     def counting(kind, name, function):
@@ -160,6 +160,26 @@ def test_autocast(family):
     assert all(grad.dtype == torch.float32 for grad in grads[1])
     assert error(outputs[1], outputs[0]) < BF16
     assert max(map(error, grads[1], grads[0])) < BF16
+
+
+@pytest.mark.parametrize(
+    ("plain", "width", "chosen"), [(True, 16, "grouped"), (False, 16, "grouped"), (False, 5, "lean")]
+)
+def test_off_the_cpu_one_kernel_computes_all_experts(plain, width, chosen):
+    """The rule asks for the device alone, so the meta device stands for a GPU."""
+    with torch.device("meta"):
+        weights = ExpertWeights(torch.empty(E, 2 * width, 32), torch.empty(E, 32, width))
+        assert backend_for(plain, torch.empty(10, 32), weights, 30) == chosen
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss"])
+def test_grouped_products(family, monkeypatch, calls):
+    """What a GPU gets, on the CPU."""
+    theirs, ours = pair(family)
+    monkeypatch.setattr(forward, "backend_for", lambda *args: "grouped")
+    for one, other in zip(experts_alone(ours), experts_alone(theirs), strict=True):
+        assert error(one, other) < FP32
+    assert calls == {"custom grouped" if family == "GptOss" else "plain grouped": 1}
 
 
 @pytest.mark.filterwarnings("default")  # of torch.compile itself
