@@ -37,6 +37,7 @@ ALLOWED = {
     "faults": {"types", "layer", "monitor", "disk"},
     "train": {"types", "ops", "routing"} | RINGS,
     "serve": {"types"} | RINGS,
+    "hf": {"types", "ops"},
 }
 TOP = {"__init__", "__main__", "cli", "commands", "demo"}  # may import every part; no part may import them
 NO_TORCH_AT_IMPORT = {"types", "plan"}

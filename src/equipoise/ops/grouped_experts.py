@@ -34,7 +34,7 @@ def _(x_RD: Tensor, weight_eHD: Tensor, ends_e: Tensor) -> Tensor:
 def grouped_mm_backward(grad_RH: Tensor, x_RD: Tensor, weight_eHD: Tensor, ends_e: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight."""
     if x_RD.shape[0] == 0:  # the kernel refuses the strides of an empty matrix
-        return torch.empty_like(x_RD), torch.zeros_like(weight_eHD)
+        return torch.empty_like(x_RD), weight_eHD.new_zeros(weight_eHD.shape)
     grad_x: Tensor = torch._grouped_mm(grad_RH, weight_eHD, offs=ends_e)
     grad_w: Tensor = torch._grouped_mm(grad_RH.t(), x_RD, offs=ends_e)
     return _zero_tail(grad_x, ends_e), grad_w
@@ -42,7 +42,7 @@ def grouped_mm_backward(grad_RH: Tensor, x_RD: Tensor, weight_eHD: Tensor, ends_
 
 @grouped_mm_backward.register_fake
 def _(grad_RH: Tensor, x_RD: Tensor, weight_eHD: Tensor, ends_e: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_RD), torch.empty_like(weight_eHD)
+    return torch.empty_like(x_RD), weight_eHD.new_empty(weight_eHD.shape)  # contiguous, also for a transposed view
 
 
 def _zero_tail(rows: Tensor, ends_e: Tensor) -> Tensor:
