@@ -1,5 +1,7 @@
 """Experts and routers with biases, as gpt-oss has them: the reference's numbers and gradients, through everything."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -42,6 +44,22 @@ def test_equals_the_reference_forward_and_backward(activation, tokens):
     seed = torch.randn_like(y)
     got = torch.autograd.grad(y, wanted, seed)
     for ours, theirs in zip(got, torch.autograd.grad(y_expected, wanted, seed), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_probes_see_each_expert_and_change_nothing():
+    layer = build()
+    x = torch.randn(20, 16, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *layer.parameters()]
+    plain = layer(x)
+    log = []
+    layer.experts.probes = (SimpleNamespace(begin=lambda e, n: log.append((e, n)), end=lambda e: None),)
+    timed = layer(x)
+    torch.testing.assert_close(timed, plain)
+    assert sum(rows for _, rows in log) == 40
+    seed = torch.randn_like(plain)
+    pairs = zip(torch.autograd.grad(plain, wanted, seed), torch.autograd.grad(timed, wanted, seed), strict=True)
+    for ours, theirs in pairs:
         torch.testing.assert_close(ours, theirs)
 
 

@@ -7,6 +7,7 @@ signature; "auto" takes the one that measured fastest for the device, and `backe
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from equipoise.layer.probed_experts import ExpertProbe, probed_experts
 from equipoise.ops import reference
-from equipoise.ops.activation import check_activation, is_gated, pre_activation_dim
+from equipoise.ops.activation import activate, check_activation, is_gated, pre_activation_dim
+from equipoise.ops.custom_experts import ExpertWeights, lean_custom_experts
 from equipoise.ops.few_rows import few_rows, few_rows_experts
 from equipoise.ops.grouped_experts import grouped_experts, grouped_mm_supports
 from equipoise.ops.lean_experts import lean_experts
@@ -75,7 +77,8 @@ def _keeps_gradients_or_graph() -> bool:
 class Experts(nn.Module):
     """E feed-forward networks, stacked. Computes each row's weighted sum over its experts.
 
-    bias: both projections have one, up_bias (e, H) and down_bias (e, D); such experts are computed one by one.
+    bias: both projections have one, up_bias (e, H) and down_bias (e, D); such experts have the lean loop as the only
+    backend.
     probes: observers of single experts; with any, experts are computed one by one, for these observers to time.
     What else stands in a layer's `experts` has, besides `forward`, these: probes, activation, the properties of sizes
     and types below, and `weights_of`.
@@ -162,9 +165,13 @@ class Experts(nn.Module):
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # the meta device has none
             compute_dtype = torch.get_autocast_dtype(device)
         x, up_c, down_c = x.to(compute_dtype), up.to(compute_dtype), down.to(compute_dtype)
-        if self.probes or self.biases:
-            biases = self.biases and (self.biases[0].to(compute_dtype), self.biases[1].to(compute_dtype))
+        biases = self.biases and (self.biases[0].to(compute_dtype), self.biases[1].to(compute_dtype))
+        if self.probes:
             return probed_experts(x, plan, up_c, down_c, self.activation, self.probes, biases).to(out_dtype)
+        if biases:
+            weights = ExpertWeights(up_c, down_c, *biases)
+            y_TD = lean_custom_experts(x, plan, weights, partial(activate, activation=self.activation))
+            return y_TD.to(out_dtype)
         name, _ = backend_for(self.backend, x, up_c, down_c, len(plan.token_ids_R))
         return BACKENDS[name](x, plan, up_c, down_c, self.activation).to(out_dtype)
 

@@ -1,7 +1,7 @@
-"""The experts' products one expert at a time, with observers around each to time it, and with biases where there are.
+"""The experts' products one expert at a time, with observers around each, to time single experts.
 
-The slow twin of the lean backend in its order of work; in fp32 its forward has the same bits on a CPU. Only used for
-probes and for biases. On a GPU it waits for the number of rows of each expert.
+The slow twin of the lean backend in its order of work; in fp32 its forward has the same bits on a CPU. Only used while
+there are probes. On a GPU it waits for the number of rows of each expert.
 """
 
 from __future__ import annotations
