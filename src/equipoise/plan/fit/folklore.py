@@ -1,0 +1,75 @@
+"""Rules of thumb that articles repeat, and what they come to for one model: claimed, computed, and what is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from equipoise.plan.fit.facts import Facts
+from equipoise.plan.fit.memory import GIB
+
+
+@dataclass(frozen=True)
+class Claim:
+    """rule: as it is told. claimed, computed: in the unit that it is told in. verdict: in a sentence."""
+
+    rule: str
+    claimed: str
+    computed: str
+    verdict: str
+
+    def fields(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def claims(facts: Facts) -> list[Claim]:
+    """For a model with experts; nothing for a dense one."""
+    routed, counts = facts.model.routed, facts.counts
+    if routed is None:
+        return []
+    one = counts.outside_experts + counts.experts / routed.num  # the model with a single expert per layer
+    found = [
+        Claim(
+            "E experts are E whole models (8x7B = 56B)",
+            f"{routed.num * one / 1e9:,.1f} B",
+            f"{counts.total / 1e9:,.1f} B",
+            f"experts share all but the feed-forward parts: {counts.total / one:.2f} times the model with one expert, "
+            f"not {routed.num} times",
+        ),
+        Claim(
+            "about 20 % of the parameters are active",
+            "20 %",
+            f"{100 * counts.active_share:.1f} %",
+            "k of E experts, and everything outside them: there is no common share",
+        ),
+        Claim(
+            "memory goes with the active parameters",
+            f"{facts.active_gib:,.1f} GiB",
+            f"{facts.weights_gib:,.1f} GiB",
+            f"all experts must be there: {facts.weights_gib / facts.active_gib:.1f} times as much",
+        ),
+        Claim(
+            "batches below 8 waste an MoE",
+            f"all {facts.weights_gib:,.1f} GiB are read",
+            f"{facts.read_gib:,.1f} GiB per rank",
+            f"{facts.tokens} tokens of a step meet {100 * facts.met:.0f} % of the experts; a single token reads the active "
+            "parameters alone",
+        ),
+    ]
+    if facts.setup.mesh.expert > 1:
+        layer = facts.communication.layer_s
+        found.append(
+            Claim(
+                "expert parallelism costs 10-30 ms per layer, or 300",
+                "10-300 ms",
+                f"{1e3 * layer:.3g} ms",
+                f"{facts.communication.dispatch_bytes / 1e6:.3g} MB there over {facts.machine.link.rate / 1e9:.3g} GB/s: "
+                "bytes and links decide, not a constant",
+            )
+        )
+    if facts.counts.total < GIB:
+        found.append(
+            Claim("MoE never helps below 1 B", "dense", "-", "gains per operation were shown there; time it yourself")
+        )
+    return found
