@@ -2,10 +2,10 @@
 
 Each set-up is a fresh process. It imports everything and does the same work with a tiny model, so that libraries,
 kernels and threads are there; what is resident then is the baseline. Then it does the real work, and its peak resident
-memory (VmHWM) less the baseline is compared with the plan. This is what the kernel counts, temporaries and the
-allocator's waste included, not a sum of tensors. The allocator has one arena and gives blocks of 64 KiB and more back at
-once (glibc's tunables below), or what is free would count as used. Linux and glibc only. Memory, not time: other work on
-the machine does not matter.
+memory (VmHWM) less the baseline is compared with the plan. This is what the kernel counts, temporaries and waste
+included, not a sum of tensors. The allocator has one arena and gives blocks of 64 KiB and more back at once (glibc's
+tunables below), or what is free would count as used. Linux and glibc only. It is memory, not time: other work on the
+machine does not matter.
 """
 
 from __future__ import annotations

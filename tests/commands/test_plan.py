@@ -98,7 +98,17 @@ def test_ranks_are_divided(asked, words, mesh):
 
 
 def test_options_reach_the_plan(asked):
-    words = ("--train", "--optimizer", "adamw-8bit", "--activations", "naive", "--micro-batches", 2, "--imbalance", 0.25)
+    words = (
+        "--train",
+        "--optimizer",
+        "adamw-8bit",
+        "--activations",
+        "naive",
+        "--micro-batches",
+        2,
+        "--imbalance",
+        0.25,
+    )
     setup = asked("mixtral-8x7b", *words, "--shard", "all", "--gpus", 8)["setup"]
     assert setup["work"] == {"optimizer": "adamw-8bit", "activations": "naive", "micro_batches": 2}
     assert setup["imbalance"] == 0.25
@@ -147,7 +157,10 @@ def test_a_target_is_answered(asked):
         (("mixtral",), "mixtral: expected a known model or the path of a config.json"),
         (("nowhere/config.json",), "nowhere/config.json: expected a known model"),
         (("bad.json",), "bad.json: expected JSON"),
-        (("mixtral-8x7b", "--context", "32q"), "--context: expected a number of tokens such as 4096, 32k or 1m, got '32q'"),
+        (
+            ("mixtral-8x7b", "--context", "32q"),
+            "--context: expected a number of tokens such as 4096, 32k or 1m, got '32q'",
+        ),
         (("mixtral-8x7b", "--context", "0"), "--context: expected a number of tokens"),
         (("mixtral-8x7b", "--context", "1.0001k"), "--context: expected a number of tokens"),
         (("mixtral-8x7b", "--gpus", 0), "--gpus: expected at least 1, got 0"),

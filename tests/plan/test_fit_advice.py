@@ -117,7 +117,9 @@ def test_memory_goes_with_the_total():
     said = answers(MIXTRAL, Setup(), limit_gib=80)[DENSE]
     assert said.answer.startswith("Memory decides")
     assert said.numbers["all weights [GiB]"] == pytest.approx(87.0, abs=0.05)
-    assert said.numbers["weights of a dense model with as many active parameters [GiB]"] == pytest.approx(24.0, abs=0.05)
+    assert said.numbers["weights of a dense model with as many active parameters [GiB]"] == pytest.approx(
+        24.0, abs=0.05
+    )
 
 
 def test_expert_parallelism_is_for_what_does_not_fit():
@@ -162,7 +164,7 @@ def test_a_dense_model_has_none():
 
 
 def shown(made):
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     for table in made:
         console.print(table)
     return console.export_text()

@@ -1,4 +1,4 @@
-"""What is sent and how long it takes: against DeepEP's published figures, by hand, and against routing that is drawn."""
+"""What is sent and how long it takes: against DeepEP's published figures, by hand, against routing that is drawn."""
 
 from dataclasses import replace
 from math import log, sqrt

@@ -103,7 +103,13 @@ def test_names_are_in_any_case():
 
 def test_a_run_and_its_model(tmp_path):
     config = DecoderConfig(
-        vocab_size=64, dim=32, num_layers=2, num_heads=4, hidden_dim=48, max_seq_len=16, moe=MoEConfig(num_experts=4, hidden_dim=8)
+        vocab_size=64,
+        dim=32,
+        num_layers=2,
+        num_heads=4,
+        hidden_dim=48,
+        max_seq_len=16,
+        moe=MoEConfig(num_experts=4, hidden_dim=8),
     )
     alone = tmp_path / "model.json"
     alone.write_text(config.to_json())
@@ -188,7 +194,13 @@ def test_a_wrong_name_is_answered_with_close_ones():
 
 def test_an_unknown_router_of_ours():
     config = DecoderConfig(
-        vocab_size=64, dim=32, num_layers=1, num_heads=4, hidden_dim=48, max_seq_len=16, moe=MoEConfig(num_experts=4, hidden_dim=8)
+        vocab_size=64,
+        dim=32,
+        num_layers=1,
+        num_heads=4,
+        hidden_dim=48,
+        max_seq_len=16,
+        moe=MoEConfig(num_experts=4, hidden_dim=8),
     )
     values = json.loads(config.to_json())
     values["moe"]["router"]["type"] = "Oracle"

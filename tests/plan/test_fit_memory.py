@@ -209,10 +209,18 @@ def test_offload_moves_to_the_host():
 @pytest.mark.parametrize(
     ("model", "make", "says"),
     [
-        (MIXTRAL, lambda: Setup(mesh=Mesh(expert=3)), "expert: expected a divisor of the 8 experts of mixtral-8x7b, got 3"),
+        (
+            MIXTRAL,
+            lambda: Setup(mesh=Mesh(expert=3)),
+            "expert: expected a divisor of the 8 experts of mixtral-8x7b, got 3",
+        ),
         (MIXTRAL, lambda: Setup(mesh=Mesh(expert=16)), "expert: expected a divisor of the 8 experts"),
         (MIXTRAL, lambda: Setup(mesh=Mesh(expert=0)), "expert: expected at least 1 rank, got 0"),
-        (MIXTRAL, lambda: Setup(mesh=Mesh(shard="some")), "shard: expected one of none, dense, optimizer, all, got 'some'"),
+        (
+            MIXTRAL,
+            lambda: Setup(mesh=Mesh(shard="some")),
+            "shard: expected one of none, dense, optimizer, all, got 'some'",
+        ),
         (MIXTRAL, lambda: Setup(batch=0), "batch: expected at least 1, got 0"),
         (MIXTRAL, lambda: Setup(precision="fp16"), "precision: expected one of fp32, bf16, fp8"),
         (MIXTRAL, lambda: replace(TRAIN, precision="int4"), "precision: expected fp32 or bf16 in training, got int4"),

@@ -61,7 +61,7 @@ def test_mixtral_by_hand():
 
 
 def test_latent_attention_by_hand():
-    # a layer of DeepSeek-V3: 7168 * 1536 + 1536 + 1536 * 128 * 192, 7168 * 576 + 512 + 512 * 128 * 256, 128 * 128 * 7168
+    # of V3: 7168 * 1536 + 1536 + 1536 * 128 * 192, 7168 * 576 + 512 + 512 * 128 * 256, 128 * 128 * 7168
     layer = 11_010_048 + 1_536 + 37_748_736 + 4_128_768 + 512 + 16_777_216 + 117_440_512
     assert KNOWN["deepseek-v3"].model.attention.parameters(7168) == layer
 
@@ -160,7 +160,9 @@ def sizes_of(kind, dice):
         "mixtral": {"num_local_experts": experts, "head_dim": dice.choice((None, head_dim + 2))},
         "olmoe": {"num_experts": experts, "attention_bias": flip()},
         "granitemoe": {"num_local_experts": experts, "attention_bias": flip()},
-        "qwen2_moe": small | steps | {"num_experts": experts, "shared_expert_intermediate_size": 11, "qkv_bias": flip()},
+        "qwen2_moe": small
+        | steps
+        | {"num_experts": experts, "shared_expert_intermediate_size": 11, "qkv_bias": flip()},
         "qwen3_moe": small | steps | {"num_experts": experts, "head_dim": head_dim + 2, "attention_bias": flip()},
         "deepseek_v2": small | shared | latent,
         "deepseek_v3": small | shared | latent,

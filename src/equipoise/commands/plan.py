@@ -95,9 +95,7 @@ class Work:
             cache=self.cache_precision, step_tokens=tokens_of("--step-tokens", self.step_tokens)
         )
         if self.train:
-            work = Training(
-                optimizer=self.optimizer, activations=self.activations, micro_batches=self.micro_batches
-            )
+            work = Training(optimizer=self.optimizer, activations=self.activations, micro_batches=self.micro_batches)
         return Setup(
             mesh=mesh,
             work=work,
@@ -152,15 +150,15 @@ def plan(
     model: Annotated[str | None, tyro.conf.Positional] = None,
     /,
     *,
-    ranks: Annotated[Ranks, tyro.conf.OmitArgPrefixes] = Ranks(),  # noqa: B008 - frozen
-    work: Annotated[Work, tyro.conf.OmitArgPrefixes] = Work(),  # noqa: B008 - frozen
-    speeds: Annotated[Speeds, tyro.conf.OmitArgPrefixes] = Speeds(),  # noqa: B008 - frozen
+    ranks: Annotated[Ranks, tyro.conf.OmitArgPrefixes] = Ranks(),
+    work: Annotated[Work, tyro.conf.OmitArgPrefixes] = Work(),
+    speeds: Annotated[Speeds, tyro.conf.OmitArgPrefixes] = Speeds(),
     picture: Path | None = None,
     json_: Json = False,
 ) -> int:
     """Does it fit? Parameters, memory of each rank, communication, what would make it fit, and advice with its numbers.
 
-    The model is a name (`equipoise plan` alone lists them) or a configuration: a Hugging Face config.json or its folder,
+    The model is a name (`equipoise plan` alone lists them) or a configuration: a Hugging Face config.json, its folder,
     or one of equipoise's runs. Nothing is loaded or downloaded; it is arithmetic, checked against published totals,
     against transformers and against memory that was measured (docs/planner.md).
 
@@ -170,7 +168,7 @@ def plan(
     equipoise plan path/to/config.json --train --batch 8 --seq-len 4096 --data 2 --expert 8 --gpu-memory 80
     equipoise plan runs/demo/config.json --train --precision fp32 --batch 32 --seq-len 128
 
-    Sizes are in GiB (2**30 bytes): an 80 GB card has a little less than 80. The exit code is 1 where a plan doesn't fit.
+    Sizes are in GiB (2**30 bytes): an 80 GB card has a little less than 80. The exit code is 1 where it does not fit.
 
     Args:
         model: Name, or path of a config.json or of its folder.

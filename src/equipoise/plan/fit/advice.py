@@ -198,16 +198,16 @@ RULES: tuple[Rule, ...] = (
     Rule(
         DENSE,
         _dense_would_fit,
-        "Memory decides. A dense model with as many active parameters would fit, with the quality of that size; this MoE "
-        "needs room for all of its parameters, see what would make it fit.",
+        "Memory decides. A dense model with as many active parameters would fit, with the quality of that size; this "
+        "MoE needs room for all of its parameters, see what would make it fit.",
         _weights,
         "arithmetic: memory goes with the total, operations with the active parameters",
     ),
     Rule(
         DENSE,
         lambda facts: facts.trains and facts.counts.total < 1e9,
-        "Measure both on your machine. Below 1 B parameters MoE has shown gains per operation too; whether it gains per "
-        "second depends on how well small products run.",
+        "Measure both on your machine. Below 1 B parameters MoE has shown gains per operation too; whether it gains "
+        "per second depends on how well small products run.",
         _size,
         "arXiv 2101.03961 (Switch-Base), arXiv 2409.02060; the threshold of 1 B has no source",
     ),
@@ -238,24 +238,24 @@ RULES: tuple[Rule, ...] = (
     Rule(
         DENSE,
         lambda _: True,
-        "MoE: enough tokens per expert for its weights to be read once for many, and fewer operations per token than any "
-        "dense model of that total.",
+        "MoE: enough tokens per expert for its weights to be read once for many, and fewer operations per token than "
+        "any dense model of that total.",
         lambda facts: _reading(facts) | {"tokens per expert and step": facts.tokens_per_expert},
         "arithmetic",
     ),
     Rule(
         TOP,
         lambda facts: _moe(facts) and _spread(facts) and facts.communication.step_share > MUCH_EXCHANGE,
-        "Exchanges are much of the step. Fewer experts per token send less; so does top-1 beside a shared expert with a "
-        "shortcut, which hides the exchange. Wider experts lower exchange per operation, k does not.",
+        "Exchanges are much of the step. Fewer experts per token send less; so does top-1 beside a shared expert with "
+        "a shortcut, which hides the exchange. Wider experts lower exchange per operation, k does not.",
         _shares,
         "arXiv 2404.05019 (ScMoE, better than top-1 from 20 % on); ratio = P F / (6 m B) (1 - 1/R)",
     ),
     Rule(
         TOP,
         lambda facts: facts.trains and _few_tokens(facts),
-        "Few tokens per expert: chance alone makes the load uneven. Take fewer experts or more tokens per step, and don't "
-        "raise alarms at what chance explains.",
+        "Few tokens per expert: chance alone makes the load uneven. Take fewer experts or more tokens per step, and "
+        "don't raise alarms at what chance explains.",
         _load,
         "sqrt(2 ln E / tokens per expert), docs/routing.md",
     ),
@@ -278,8 +278,8 @@ RULES: tuple[Rule, ...] = (
     Rule(
         SPREAD,
         lambda facts: _moe(facts) and _fits_alone(facts) and not facts.trains,
-        "No: a rank has room for all experts. Copies side by side send nothing; share experts only for larger batches per "
-        "expert.",
+        "No: a rank has room for all experts. Copies side by side send nothing; share experts only for larger batches "
+        "per expert.",
         _room,
         "arithmetic",
     ),
@@ -308,24 +308,24 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ATTENTION,
         lambda facts: facts.cache_share > MUCH_CACHE,
-        "The cache is much of the memory: fewer key/value heads, latent attention or windows, or a cache in fp8. A mixture "
-        "of attention heads shares keys and values as GQA does, and caches no less than it.",
+        "The cache is much of the memory: fewer key/value heads, latent attention or windows, or a cache in fp8. A "
+        "mixture of attention heads shares keys and values as GQA does, and caches no less than it.",
         _attention,
         "arXiv 2405.04434 (latent attention, 93 % less cache); arXiv 2210.05144 (MoA)",
     ),
     Rule(
         ATTENTION,
         lambda facts: facts.score_share > MUCH_SCORES,
-        "Scores over the context are much of the work: windows or sparse attention lower it. A mixture of heads lowers it "
-        "by the share of heads that is left out, and stays quadratic: long context alone is no reason for it.",
+        "Scores over the context are much of the work: windows or sparse attention lower it. A mixture of heads lowers "
+        "it by the share of heads that is left out, and stays quadratic: long context alone is no reason for it.",
         _attention,
         "arXiv 2210.05144 (MoA), arXiv 2410.11842 (MoH: 50-90 % of the heads), arXiv 2312.07987 (SwitchHead)",
     ),
     Rule(
         ATTENTION,
         lambda _: True,
-        "Leave attention dense: neither its cache nor its scores are what this setup is made of. A mixture of heads could "
-        "save at most attention's share of the operations.",
+        "Leave attention dense: neither its cache nor its scores are what this setup is made of. A mixture of heads "
+        "could save at most attention's share of the operations.",
         _attention,
         "arithmetic; arXiv 2410.11842 (MoH)",
     ),

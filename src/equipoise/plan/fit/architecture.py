@@ -37,8 +37,8 @@ class GroupedQuery:
         check_sizes(self, "heads", "kv_heads", "head_dim")
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"kv_heads: expected a divisor of heads = {self.heads}, got {self.kv_heads}; each key/value head serves "
-                "the same number of query heads"
+                f"kv_heads: expected a divisor of heads = {self.heads}, got {self.kv_heads}; each key/value head "
+                "serves the same number of query heads"
             )
 
     @property
@@ -55,7 +55,9 @@ class GroupedQuery:
         """Of one layer."""
         q, kv = self.query_dim, self.kv_heads * self.head_dim
         norm = {"none": 0, "head": 2 * self.head_dim, "full": q + kv}[self.norm]
-        biases = (q + 2 * kv if self.qkv_bias else 0) + (dim if self.out_bias else 0) + (self.heads if self.sinks else 0)
+        biases = (
+            (q + 2 * kv if self.qkv_bias else 0) + (dim if self.out_bias else 0) + (self.heads if self.sinks else 0)
+        )
         return 2 * dim * (q + kv) + norm + biases
 
 

@@ -100,7 +100,7 @@ def _router(config: Fields, dim: int, num: int) -> tuple[int, int]:
     kind = config.text("type")
     if kind not in ROUTERS:
         raise ValueError(
-            f"{config.source}: type: expected one of {', '.join(ROUTERS)}, got {kind!r}; the file may come from another "
-            "version of equipoise"
+            f"{config.source}: type: expected one of {', '.join(ROUTERS)}, got {kind!r}; the file may come from "
+            "another version of equipoise"
         )
     return (1 if kind == "Switch" else config.size("k")), ROUTERS[kind](config, dim, num)

@@ -95,12 +95,15 @@ class Facts:
     @cached_property
     def alone(self) -> Memory:
         """Of a rank that holds all experts."""
-        return memory(self.model, replace(self.setup, mesh=Mesh(data=self.setup.mesh.ranks, shard=self.setup.mesh.shard)))
+        return memory(
+            self.model, replace(self.setup, mesh=Mesh(data=self.setup.mesh.ranks, shard=self.setup.mesh.shard))
+        )
 
     @cached_property
     def fewest_ranks(self) -> int | None:
         """The smallest expert group in which a rank has room, if there is one."""
-        assert self.model.routed is not None and self.limit is not None
+        assert self.model.routed is not None
+        assert self.limit is not None
         for ranks in range(1, self.model.routed.num + 1):
             if self.model.routed.num % ranks:
                 continue

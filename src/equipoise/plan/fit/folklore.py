@@ -53,8 +53,8 @@ def claims(facts: Facts) -> list[Claim]:
             "batches below 8 waste an MoE",
             f"all {facts.weights_gib:,.1f} GiB are read",
             f"{facts.read_gib:,.1f} GiB per rank",
-            f"{facts.tokens} tokens of a step meet {100 * facts.met:.0f} % of the experts; a single token reads the active "
-            "parameters alone",
+            f"{facts.tokens} tokens of a step meet {100 * facts.met:.0f} % of the experts; a single token reads the "
+            "active parameters alone",
         ),
     ]
     if facts.setup.mesh.expert > 1:
@@ -64,8 +64,8 @@ def claims(facts: Facts) -> list[Claim]:
                 "expert parallelism costs 10-30 ms per layer, or 300",
                 "10-300 ms",
                 f"{1e3 * layer:.3g} ms",
-                f"{facts.communication.dispatch_bytes / 1e6:.3g} MB there over {facts.machine.link.rate / 1e9:.3g} GB/s: "
-                "bytes and links decide, not a constant",
+                f"{facts.communication.dispatch_bytes / 1e6:.3g} MB there over {facts.machine.link.rate / 1e9:.3g} "
+                "GB/s: bytes and links decide, not a constant",
             )
         )
     if facts.counts.total < GIB:

@@ -62,7 +62,9 @@ def _mixtral_8x7b() -> Known:
         moe_layers=_from(0, 32),
         context=32768,
     )
-    return Known(model=model, total_b=46.7, active_b=12.9, source="arXiv 2401.04088; mistral.ai/news/mixtral-of-experts")
+    return Known(
+        model=model, total_b=46.7, active_b=12.9, source="arXiv 2401.04088; mistral.ai/news/mixtral-of-experts"
+    )
 
 
 def _mixtral_8x22b() -> Known:
@@ -211,7 +213,7 @@ def _olmoe() -> Known:
 
 
 VISION = Extra(
-    what="vision tower and its projector: 34 layers of dim 1408 and hidden dim 5632, patches, 5632 -> 4096 -> 4096 -> dim",
+    what="vision tower and its projector: 34 layers of dim 1408 and 5632, patches, 5632 -> 4096 -> 4096 -> dim",
     parameters=871_932_416,
     counted=True,
     source="vision_config of meta-llama/Llama-4-Scout-17B-16E, counted as huggingface/transformers builds it",
@@ -247,8 +249,8 @@ def _glm_4_5() -> Known:
         context=131072,
     )
     mtp = Extra(
-        what="layer 92, for multi-token prediction: an MoE layer and a projection of 2 dim to dim, without the copies of "
-        "embedding and head that the checkpoint also has (1.55 B)",
+        what="layer 92, for multi-token prediction: an MoE layer and a projection of 2 dim to dim, without the copies "
+        "of embedding and head that the checkpoint also has (1.55 B)",
         parameters=_mtp_of_glm(model),
         counted=True,
         source="config.json of zai-org/GLM-4.5 (num_nextn_predict_layers = 1)",

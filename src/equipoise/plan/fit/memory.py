@@ -15,7 +15,7 @@ from equipoise.plan.fit.architecture import Architecture
 from equipoise.plan.fit.communication import cache_bytes, destinations
 from equipoise.plan.fit.imbalance import max_vio
 from equipoise.plan.fit.parameters import Parameters, parameters
-from equipoise.plan.fit.setup import BYTES, Mesh, Optimizer, Serving, Setup, Training
+from equipoise.plan.fit.setup import BYTES, Mesh, Optimizer, Setup, Training
 
 GIB = 2**30
 # Bytes of optimizer state per parameter besides those that depend on the weights' precision.
@@ -79,8 +79,8 @@ def check(model: Architecture, setup: Setup) -> None:
         raise ValueError(f"expert: expected 1 rank for {model.name}, which has no experts, got {ranks}; use data")
     if model.routed is not None and (ranks > model.routed.num or model.routed.num % ranks):
         raise ValueError(
-            f"expert: expected a divisor of the {model.routed.num} experts of {model.name}, got {ranks}; each rank holds "
-            "equally many"
+            f"expert: expected a divisor of the {model.routed.num} experts of {model.name}, got {ranks}; each rank "
+            "holds equally many"
         )
     if model.positions and setup.context > model.positions:
         raise ValueError(f"context: expected at most {model.positions} tokens for {model.name}, got {setup.context}")
@@ -262,4 +262,3 @@ def _exchange(model: Architecture, setup: Setup, vio: float, rows: int) -> dict[
     copies = destinations(setup.mesh.expert, model.routed, remote=True)
     one = round(setup.together * copies * model.dim * setup.small_bytes)
     return {"exchange buffers": 4 * one, "imbalance headroom": round(vio * (rows + 2 * one))}
-

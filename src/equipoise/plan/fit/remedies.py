@@ -136,14 +136,18 @@ def _copies_to_experts(model: Architecture, setup: Setup) -> Setup | None:
     return replace(setup, mesh=replace(setup.mesh, expert=most, data=ranks // most))
 
 
-def _more_ranks(model: Architecture, setup: Setup) -> Setup | None:
-    """Twice the ranks, for the experts if they can be spread so, else for copies if anything is sharded."""
-    mesh = setup.mesh
-    if mesh.ranks >= MOST_RANKS:
-        return None
-    if model.routed is not None and model.routed.num % (2 * mesh.expert) == 0:
-        return replace(setup, mesh=replace(mesh, expert=2 * mesh.expert))
-    return replace(setup, mesh=replace(mesh, data=2 * mesh.data)) if mesh.shard != "none" else None
+def _more_ranks(times: int) -> Change:
+    """For the experts if they can be spread so, else for copies if anything is sharded over them."""
+
+    def change(model: Architecture, setup: Setup) -> Setup | None:
+        mesh = setup.mesh
+        if mesh.ranks * times > MOST_RANKS:
+            return None
+        if model.routed is not None and model.routed.num % (times * mesh.expert) == 0:
+            return replace(setup, mesh=replace(mesh, expert=times * mesh.expert))
+        return replace(setup, mesh=replace(mesh, data=times * mesh.data)) if mesh.shard != "none" else None
+
+    return change
 
 
 def _smaller_steps(model: Architecture, setup: Setup) -> Setup | None:
@@ -232,7 +236,8 @@ CHANGES: tuple[tuple[str, str, Change], ...] = (
     ("compute whole layers again in backward", f"{EXACT}; a forward more", _checkpoint_layers),
     ("steps of at most {step} tokens", f"{EXACT}; longer prefill", _smaller_steps),
     ("shard weights, gradients and state", f"{EXACT}; weights are gathered per layer", _shard_all),
-    ("twice the ranks: {ranks}", f"{EXACT}; twice the machines", _more_ranks),
+    ("twice the ranks: {ranks}", f"{EXACT}; twice the machines", _more_ranks(2)),
+    ("four times the ranks: {ranks}", f"{EXACT}; four times the machines", _more_ranks(4)),
     ("state of the optimizer in host memory", f"{EXACT}; a slow optimizer step", _offload_state),
     ("half the sequences at once: {batch}", LESS, _batch),
     ("half the context: {context}", "long inputs are cut", _context),

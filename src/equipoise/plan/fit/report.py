@@ -102,8 +102,12 @@ def memory_table(plan: Plan) -> Table:
     """By part, at the fullest moment."""
     mesh, work = plan.setup.mesh, plan.setup.work
     doing = "training" if isinstance(work, Training) else "serving"
-    where = f"{mesh.ranks} rank{'s' if mesh.ranks > 1 else ''}: {mesh.expert} share the experts, {mesh.data} such groups"
-    table = _table(f"Memory of a rank, {doing}, at its fullest: {plan.memory.moment} ({where})", "part", "size", "share")
+    where = (
+        f"{mesh.ranks} rank{'s' if mesh.ranks > 1 else ''}: {mesh.expert} share the experts, {mesh.data} such groups"
+    )
+    table = _table(
+        f"Memory of a rank, {doing}, at its fullest: {plan.memory.moment} ({where})", "part", "size", "share"
+    )
     for part, size in plan.memory.parts.items():
         if size:
             table.add_row(part, gib(size), f"{100 * size / plan.memory.total:.1f} %")
@@ -231,7 +235,9 @@ def _words(axes: Any, plan: Plan) -> None:
         axes.axvline(plan.limit / GIB, color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
         top = axes.get_xaxis_transform()
         axes.text(plan.limit / GIB, 1.0, f" {gib(plan.limit)}", transform=top, va="top", fontsize=9, color=INK)
-    axes.legend(frameon=False, fontsize=8, ncols=5, loc="upper left", bbox_to_anchor=(0, -0.12 - 0.6 / len(axes.patches)))
+    axes.legend(
+        frameon=False, fontsize=8, ncols=5, loc="upper left", bbox_to_anchor=(0, -0.12 - 0.6 / len(axes.patches))
+    )
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="x", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
