@@ -215,9 +215,9 @@ RULES: tuple[Rule, ...] = (
         DENSE,
         lambda facts: facts.trains,
         "MoE, where operations are what you lack: a step costs as much as one of a dense model with the active "
-        "parameters. Memory is that of the total.",
+        "parameters, and reached the same quality about twice as fast (1.3 B active of 6.9 B). Memory is the total's.",
         _weights,
-        "arXiv 2101.03961, arXiv 2409.02060",
+        "arXiv 2409.02060, section 4.1.1; arXiv 2101.03961",
     ),
     Rule(
         DENSE,

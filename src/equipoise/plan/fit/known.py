@@ -124,10 +124,10 @@ def _deepseek_v3() -> Known:
         context=131072,
     )
     mtp = Extra(
-        what="layer for multi-token prediction, with copies of embedding and head",
-        parameters=14_000_000_000,
+        what="module for multi-token prediction, without the embedding and head that it shares",
+        parameters=11_500_000_000,
         counted=False,
-        source="deepseek-ai/DeepSeek-V3:README.md (685B = 671B + 14B)",
+        source="deepseek-ai/DeepSeek-V3:README_WEIGHTS.md",
     )
     return Known(model=model, total_b=671, active_b=37, source="arXiv 2412.19437", extra=mtp)
 
