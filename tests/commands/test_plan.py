@@ -118,7 +118,7 @@ def test_options_reach_the_plan(asked):
     assert found["setup"]["experts"] == "int4"
     assert found["setup"]["work"] == {"cache": "fp8", "step_tokens": 1024}
     assert found["machine"]["dispatch"] == 1.0
-    assert found["machine"]["link"] == {"start_s": 5e-6, "rate": 1e11, "error": 0.0}
+    assert found["machine"]["link"] == pytest.approx({"start_s": 5e-6, "rate": 1e11, "error": 0.0})
     assert found["machine"]["flops"] == 2e14
 
 

@@ -164,7 +164,7 @@ def test_a_dense_model_has_none():
 
 
 def shown(made):
-    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=400, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     for table in made:
         console.print(table)
     return console.export_text()

@@ -126,7 +126,7 @@ def test_room_is_left_for_chance_and_skew():
     assert max_vio(4096, 8, None) == pytest.approx((1 + SKEW) * (1 + chance_max_vio(4096, 8)) - 1)
     assert max_vio(4096, 8, 0.25) == 0.25
     assert max_vio(4096, 1, 0.25) == chance_max_vio(4096, 1) == 0
-    assert max_vio(8, 8, None) == 7.0  # at most all of it
+    assert max_vio(2, 8, None) == 7.0  # at most all of it
 
 
 @pytest.mark.parametrize(("name", "value"), [("flops", 0), ("memory", -1.0), ("dispatch", float("nan"))])

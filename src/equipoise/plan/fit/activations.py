@@ -54,7 +54,8 @@ def attention_kept(model: Architecture, setup: Setup) -> int:
         q, kv = attention.query_dim, attention.kv_heads * attention.head_dim
         kept += tokens * (c * (2 * q + 2 * kv) + WIDE * attention.heads)
         if attention.norm != "none":  # and the output once more, in another order
-            kept += norm(q + kv, tokens, setup) + c * tokens * q
+            scales = attention.heads + attention.kv_heads if attention.norm == "head" else 2
+            kept += norm(q + kv, tokens, setup) + WIDE * tokens * (scales - 1) + c * tokens * q
         return kept
     q, out = attention.query_dim, attention.heads * attention.value_dim
     bottlenecks = attention.q_rank + attention.cached
@@ -146,23 +147,34 @@ def logits_in_training(model: Architecture, setup: Setup) -> int:
 
 
 def serving_temporaries(model: Architecture, setup: Setup) -> Sizes:
-    """At the fullest moment of a forward without gradients: the residual stream, a norm's output, and in attention
-    queries, keys and values before and after rotation, or in the feed-forward part pre-activation and activation."""
-    c, tokens, attention = setup.small_bytes, setup.together, model.attention
+    """At the fullest moment of a forward without gradients, in attention or in a feed-forward part.
+
+    Beside the residual stream and a norm's output: while keys are rotated, queries before and after; or pre-activation,
+    gate and activation, which experts have one after another; their outputs, and what they are summed to.
+    """
+    c, tokens = setup.small_bytes, setup.together
     stream = 2 * c * tokens * model.dim
-    cached = attention.cached if isinstance(attention, GroupedQuery) else attention.query_dim * 2
-    most = Sizes(stream + tokens * (c * (2 * attention.query_dim + cached) + WIDE * attention.query_dim))
+    found = [Sizes(stream + attention_temporaries(model, setup))]
     if model.num_dense:
-        dense = Sizes(stream + feed_forward_kept(model, model.hidden_dim, tokens, c))
-        most = max(most, dense, key=lambda each: each.total)
+        found.append(Sizes(stream + feed_forward_kept(model, model.hidden_dim, tokens, c)))
     if model.routed is not None:
         routed, rows = model.routed, tokens * model.routed.k
-        one = -(-rows // max(routed.num // setup.mesh.expert, 1))  # rows of one expert: they follow each other
-        inner = c * rows * model.dim + c * one * (2 * model.matrices - 2) * routed.hidden_dim
-        fixed = stream + c * tokens * model.dim + router_kept(routed.num, routed.k, tokens)
-        if routed.shared_dim:
-            fixed += c * tokens * model.dim
-            shared = Sizes(stream + feed_forward_kept(model, routed.shared_dim, tokens, c) + c * tokens * model.dim)
-            most = max(most, shared, key=lambda each: each.total)
-        most = max(most, Sizes(fixed, inner), key=lambda each: each.total)
-    return most
+        one = -(-rows // max(routed.num // setup.mesh.expert, 1))  # rows of one expert
+        inner = c * rows * model.dim + c * one * (2 * (model.matrices - 1) * routed.hidden_dim + model.dim)
+        fixed = stream + router_kept(routed.num, routed.k, tokens)
+        if routed.shared_dim:  # after the experts, whose sum is there
+            shared = feed_forward_kept(model, routed.shared_dim, tokens, c) + c * tokens * model.dim
+            found.append(Sizes(fixed + shared))
+        found.append(Sizes(fixed, inner))
+    return max(found, key=lambda each: each.total)
+
+
+def attention_temporaries(model: Architecture, setup: Setup) -> int:
+    """Queries, keys and values, and those in the making: a rotation turns in fp32, out of place, with two products."""
+    c, tokens, attention = setup.small_bytes, setup.together, model.attention
+    if not isinstance(attention, GroupedQuery):
+        return c * tokens * (2 * attention.query_dim + 2 * attention.heads * attention.value_dim)
+    q, kv = attention.query_dim, attention.kv_heads * attention.head_dim
+    turning = 0 if model.positions else (4 if c == WIDE else 5) * WIDE
+    turning += WIDE if attention.norm != "none" else 0
+    return tokens * (c * (q + 2 * kv) + max(turning * q, c * q + turning * kv))

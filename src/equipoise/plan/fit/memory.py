@@ -15,7 +15,7 @@ from equipoise.plan.fit.architecture import Architecture
 from equipoise.plan.fit.communication import cache_bytes, destinations
 from equipoise.plan.fit.imbalance import max_vio
 from equipoise.plan.fit.parameters import Parameters, parameters
-from equipoise.plan.fit.setup import BYTES, Mesh, Optimizer, Setup, Training
+from equipoise.plan.fit.setup import BYTES, Kept, Mesh, Optimizer, Setup, Training
 
 GIB = 2**30
 # Bytes of optimizer state per parameter besides those that depend on the weights' precision.
@@ -197,13 +197,15 @@ def _training(model: Architecture, setup: Setup) -> Iterator[Moment]:
         yield f"backward of layer {layer}", parts, below.rows + temporary.rows
         done += share.of(attention + rest, experts)
         below = act.Sizes(below.fixed - kept[layer].fixed, below.rows - kept[layer].rows)
-    yield "the optimizer", {"gradients": whole, "temporaries": _optimizer_temporaries(model, setup, counts)}, 0
+    yield "the optimizer", {"gradients": whole, "temporaries": _optimizer_temporaries(model, setup)}, 0
 
 
-def _recomputed(model: Architecture, layer: int, setup: Setup, mode: act.Kept) -> act.Sizes:
+def _recomputed(model: Architecture, layer: int, setup: Setup, mode: Kept) -> act.Sizes:
     """What a checkpointed layer has again before its own backward begins."""
-    if mode == "checkpoint-layers":
-        return act.layer_kept(model, layer, setup, "lean")
+    if mode == "checkpoint-layers":  # whose input is what the first norm keeps, but for an fp32 copy of bf16
+        same = setup.device == "gpu" or setup.precision == "fp32"
+        again = act.layer_kept(model, layer, setup, "lean")
+        return act.Sizes(again.fixed - (setup.small_bytes * setup.together * model.dim if same else 0), again.rows)
     if mode == "checkpoint-experts" and layer in model.moe_layers:
         return act.moe_kept(model, setup, "lean")
     return act.Sizes()
@@ -229,14 +231,11 @@ def _gathered(model: Architecture, setup: Setup, counts: Parameters) -> int:
     return 2 * most * setup.small_bytes
 
 
-def _optimizer_temporaries(model: Architecture, setup: Setup, counts: Parameters) -> int:
-    """Two of the size of the largest parameter; for all parameters at once in torch's multi-tensor code."""
-    if isinstance(setup.work, Training) and (optimizer_of(setup) == "sgd" or setup.offload_state):
+def _optimizer_temporaries(model: Architecture, setup: Setup) -> int:
+    """Two of the size of the largest parameter; none in a fused kernel, which is what a GPU is taken to have."""
+    if optimizer_of(setup) == "sgd" or setup.offload_state or setup.device == "gpu":
         return 0
     dense_share, expert_share = _shares(setup.mesh, "optimizer")
-    if setup.device == "gpu":
-        width = setup.small_bytes if isinstance(setup.work, Training) and optimizer_of(setup) == "adamw" else 4
-        return round(width * (counts.outside_experts * dense_share + counts.experts * expert_share))
     largest = model.vocab * model.dim * dense_share
     if model.num_dense:
         largest = max(largest, (model.matrices - 1) * model.dim * model.hidden_dim * dense_share)

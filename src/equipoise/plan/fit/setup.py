@@ -96,7 +96,7 @@ class Setup:
     routers are never in less than bf16.
     imbalance: MaxVio of ranks to leave room for, (busiest - mean) / mean; None: see `imbalance.py`.
     offload: share of the routed experts' weights in host memory, and of the optimizer's state where `offload_state`.
-    device: "cpu" keeps what torch's unfused norms keep; "gpu" has temporaries of torch's multi-tensor optimizer.
+    device: "gpu" has fused norms and a fused optimizer; "cpu" what torch does there, which keeps more.
     """
 
     mesh: Mesh = field(default_factory=Mesh)
