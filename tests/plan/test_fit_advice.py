@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from io import StringIO
 
 import pytest
 from rich.console import Console
@@ -164,7 +165,7 @@ def test_a_dense_model_has_none():
 
 
 def shown(made):
-    console = Console(width=400, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=400, record=True, file=StringIO())
     for table in made:
         console.print(table)
     return console.export_text()

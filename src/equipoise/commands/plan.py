@@ -162,11 +162,13 @@ def plan(
     or one of equipoise's runs. Nothing is loaded or downloaded; it is arithmetic, checked against published totals,
     against transformers and against memory that was measured (docs/planner.md).
 
-    equipoise plan mixtral-8x7b --gpu-memory 80
-    equipoise plan deepseek-v3 --gpus 16 --gpu-memory 80 --precision bf16 --context 32k
-    equipoise plan gpt-oss-120b --expert-precision mxfp4 --gpu-memory 80 --batch 16 --context 32k
-    equipoise plan path/to/config.json --train --batch 8 --seq-len 4096 --data 2 --expert 8 --gpu-memory 80
-    equipoise plan runs/demo/config.json --train --precision fp32 --batch 32 --seq-len 128
+    Serving:   equipoise plan deepseek-v3 --gpus 16 --gpu-memory 80 --precision bf16 --context 32k
+
+    Quantised:   equipoise plan gpt-oss-120b --expert-precision mxfp4 --gpu-memory 80 --batch 16 --context 32k
+
+    Training:   equipoise plan path/to/config.json --train --batch 8 --seq-len 4096 --data 2 --expert 8 --gpu-memory 80
+
+    A run:   equipoise plan runs/demo/config.json --train --precision fp32 --batch 32 --seq-len 128
 
     Sizes are in GiB (2**30 bytes): an 80 GB card has a little less than 80. The exit code is 1 where it does not fit.
 

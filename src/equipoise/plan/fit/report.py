@@ -34,13 +34,15 @@ COLOURS = dict(
     )
 )
 INK, GRID = "#333333", "#e6e6e6"
-MOST_BARS = 8
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # behind numbers, which the limit's line may cross
+MOST_BARS = 12
 
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.min_width = len(title)  # or a long title would be wrapped to the width of a narrow table
     for number, name in enumerate(columns):
         table.add_column(name, justify="left" if number < left else "right")
     return table
@@ -115,7 +117,7 @@ def memory_table(plan: Plan) -> Table:
     if plan.memory.host:
         table.add_row("in host memory", gib(plan.memory.host), "")
     if plan.memory.max_vio:
-        table.add_row(f"imbalance of ranks (MaxVio): {plan.memory.max_vio:.2f}", "", "")
+        table.add_row("imbalance of ranks that has room (MaxVio)", f"{plan.memory.max_vio:.2f}", "")
     return table
 
 
@@ -141,7 +143,7 @@ def communication_table(plan: Plan) -> Table:
 
 
 def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:,.3g} ms"
+    return f"{number(1e3 * seconds)} ms"
 
 
 def remedy_table(plan: Plan) -> Table:
@@ -151,8 +153,6 @@ def remedy_table(plan: Plan) -> Table:
         alone = f"{gib(each.memory.total)}{' fits' if each.fits else ''}"
         together = f"{gib(each.with_earlier)}{' fits' if each.enough else ''}"
         table.add_row(each.what, each.cost, alone, together)
-        if each.enough and each.fits:
-            break
     return table
 
 
@@ -217,7 +217,7 @@ def _draw(axes: Any, memories: Sequence[Memory]) -> None:
         before = [sum(memory.parts[p] for p in PARTS[: PARTS.index(part)]) / GIB for memory in memories]
         axes.barh(range(len(memories)), sizes, 0.62, left=before, color=COLOURS[part], label=part)
     for row, memory in enumerate(memories):
-        axes.text(memory.total / GIB, row, f"  {gib(memory.total)}", va="center", fontsize=9, color=INK)
+        axes.text(memory.total / GIB, row, f"  {gib(memory.total)}", va="center", fontsize=9, color=INK, bbox=PAPER)
 
 
 def _present(memories: Iterable[Memory]) -> list[str]:
@@ -227,7 +227,8 @@ def _present(memories: Iterable[Memory]) -> list[str]:
 
 
 def _words(axes: Any, plan: Plan) -> None:
-    title = f"{plan.model.name}: memory of one of {plan.setup.mesh.ranks} ranks, {plan.memory.moment}"
+    title = f"{plan.model.name}: memory of one of {plan.setup.mesh.ranks} ranks"
+    title += ", and with one change each" if plan.remedies else f", at its fullest: {plan.memory.moment}"
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     axes.set_xlabel("GiB")
     axes.margins(x=0.12)
