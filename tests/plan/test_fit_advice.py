@@ -1,6 +1,7 @@
 """What would make it fit, advice with its numbers, rules of thumb, tables and the picture."""
 
 import json
+import random
 from dataclasses import replace
 from io import StringIO
 
@@ -155,6 +156,8 @@ def test_rules_of_thumb_for_mixtral():
     assert by_rule["about"].computed == "27.6 %"
     assert by_rule["memory"].computed == "87.0 GiB"
     assert float(by_rule["expert"].computed.split()[0]) < 0.3  # ms per layer, said to be 10 to 300
+    sizes = {name: claims(Facts(KNOWN[name].model, Setup(), Machine()))[4].claimed for name in KNOWN}
+    assert (sizes["olmoe-1b-7b"], sizes["mixtral-8x7b"], sizes["deepseek-v3"]) == ("dense", "neither", "MoE")
 
 
 def test_a_dense_model_has_none():
@@ -191,6 +194,35 @@ def test_plans_are_json():
 def test_the_picture_is_a_png():
     assert picture(make_plan(MIXTRAL, TRAIN, limit=80 * GIB)).startswith(b"\x89PNG")
     assert picture(make_plan(DENSE_8B, Setup())).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_setup_can_be_planned(seed):
+    """Dice: whatever the records accept has a plan, in bytes and seconds of at least 0, as tables and as JSON."""
+    dice = random.Random(seed)
+    model = KNOWN[dice.choice(sorted(KNOWN))].model
+    expert = dice.choice([n for n in (1, 2, 4, 8, 16) if model.routed.num % n == 0])
+    mesh = Mesh(expert=expert, data=dice.choice((1, 2, 3)), shard=dice.choice(("none", "dense", "optimizer", "all")))
+    modes = ("lean", "naive", "checkpoint-experts", "checkpoint-layers")
+    training = Training(activations=dice.choice(modes), micro_batches=dice.choice((1, 4)))
+    serving = Serving(cache=dice.choice(("bf16", "fp8")), step_tokens=dice.choice((1, 100, 5000)))
+    trains = dice.random() < 0.5
+    setup = Setup(
+        mesh=mesh,
+        work=training if trains else serving,
+        batch=dice.choice((1, 3, 64)),
+        context=dice.choice((1, 100, 8192)),
+        precision=dice.choice(("fp32", "bf16") if trains else ("bf16", "fp8", "int4")),
+        imbalance=dice.choice((None, 0.0, 0.7)),
+        device=dice.choice(("gpu", "cpu")),
+    )
+    made = make_plan(model, setup, limit=10 ** dice.randint(8, 12), target_s=10.0 ** dice.randint(-6, 1))
+    assert all(size >= 0 for size in made.memory.parts.values())
+    assert 0 <= made.communication.step_share < 1
+    assert made.communication.work_s > 0
+    assert [each.fits for each in made.remedies] == [each.memory.total <= made.limit for each in made.remedies]
+    assert json.loads(json.dumps(made.fields()))["fits"] is made.fits
+    assert shown(tables(made))
 
 
 @pytest.mark.parametrize("more", [{"limit": 0}, {"limit": -5}, {"target_s": 0.0}, {"target_s": float("nan")}])

@@ -116,9 +116,8 @@ def work_seconds(model: Architecture, setup: Setup, machine: Machine, tokens: in
     """
     counts = parameters(model)
     passes = 3 if isinstance(setup.work, Training) else 1
-    span = setup.context if isinstance(setup.work, Serving) else setup.context / 2
-    scores = 4 * model.attention.query_dim * span * model.layers
-    products = passes * tokens * (2 * counts.active_no_embedding + scores) / machine.flops
+    operations = 2 * counts.active_no_embedding + score_operations(model, setup)
+    products = passes * tokens * operations / machine.flops
     if isinstance(setup.work, Training):
         return products
     return max(products, bytes_read(model, setup, tokens) / machine.memory)
@@ -142,8 +141,20 @@ def cache_bytes(model: Architecture, setup: Setup) -> int:
     """Keys and values of a rank's sequences; layers with a window keep no more than that."""
     if not isinstance(setup.work, Serving):
         return 0
+    seen = tokens_seen(model, setup.context)
+    return round(setup.batch * seen * model.attention.cached * BYTES[setup.work.cache])
+
+
+def tokens_seen(model: Architecture, context: float) -> float:
+    """By a token at the end of the context, over all layers; a layer with a window shows no more than that."""
     attention = model.attention
-    seen = (model.layers - attention.windowed) * setup.context + attention.windowed * min(
-        setup.context, attention.window
-    )
-    return round(setup.batch * seen * attention.cached * BYTES[setup.work.cache])
+    return (model.layers - attention.windowed) * context + attention.windowed * min(context, attention.window)
+
+
+def score_operations(model: Architecture, setup: Setup) -> float:
+    """Floating-point operations of a token in queries times keys and in weights times values, all layers.
+
+    At the end of the context in serving, on average over it in training.
+    """
+    context = setup.context if isinstance(setup.work, Serving) else setup.context / 2
+    return 4 * model.attention.query_dim * tokens_seen(model, context)

@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from equipoise.plan.fit.architecture import Architecture, GroupedQuery
-from equipoise.plan.fit.communication import Communication, Machine, bytes_read, cache_bytes, communicate, experts_met
+from equipoise.plan.fit.communication import (
+    Communication,
+    Machine,
+    bytes_read,
+    cache_bytes,
+    communicate,
+    experts_met,
+    score_operations,
+)
 from equipoise.plan.fit.imbalance import chance_max_vio
 from equipoise.plan.fit.memory import GIB, Memory, memory
 from equipoise.plan.fit.parameters import Parameters, parameters
@@ -121,9 +129,7 @@ class Facts:
     @property
     def scores(self) -> float:
         """Floating-point operations of a token in queries times keys and in weights times values."""
-        attention, span = self.model.attention, self.setup.context if not self.trains else self.setup.context / 2
-        seen = (self.model.layers - attention.windowed) * span + attention.windowed * min(span, attention.window)
-        return 4.0 * attention.query_dim * seen
+        return score_operations(self.model, self.setup)
 
     @property
     def attention_share(self) -> float:
