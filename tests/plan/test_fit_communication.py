@@ -35,6 +35,17 @@ def test_distinct_ranks_are_those_of_drawn_choices():
     assert destinations(8, routed(64, 6), remote=True) == pytest.approx(away.mean(), rel=0.005)
 
 
+def test_groups_of_experts_keep_tokens_on_fewer_ranks():
+    """DeepSeek-V3 on 64 ranks: 4 of 8 groups are 32 ranks, any of which a choice may be on."""
+    rng = np.random.default_rng(0)
+    chosen = np.argsort(rng.random((20_000, 8)), axis=1)[:, :4]  # groups of 8 ranks
+    ranks = np.take_along_axis(chosen, rng.integers(0, 4, (20_000, 8)), axis=1) * 8 + rng.integers(0, 8, (20_000, 8))
+    distinct = np.mean([len(set(row)) for row in ranks.tolist()])
+    assert destinations(64, V3.routed) == pytest.approx(distinct, rel=0.005)
+    assert destinations(64, V3.routed) < destinations(64, replace(V3.routed, groups=1, top_groups=1))
+    assert destinations(4, V3.routed) <= 4  # two groups of experts on each rank
+
+
 # DeepEP, docs/legacy.md: DeepSeek-V3's dim 7168 and k = 8. Decoding sends a row per expert, training one per group of
 # ranks. (tokens, groups, bytes of an element, 1e9 bytes/s, megabytes, microseconds)
 DEEP_EP = [

@@ -42,10 +42,14 @@ class Machine:
 def destinations(ranks: int, routed: Routed, *, distinct: bool = True, remote: bool = False, groups: int = 0) -> float:
     """Ranks that a token's row is sent to, on average, when choices are even.
 
-    R (1 - (1 - 1/R)^k) distinct ones. groups: of ranks that a token is limited to, each of which gets one row (which is
-    spread inside); 0 is no limit. remote: without the token's own rank, which is one of R like any other.
+    R (1 - (1 - 1/R)^k) distinct ones, R being the ranks that a token can reach: where routing is limited to some groups
+    of experts, their share of the ranks. groups: of ranks, each of which gets one row that is spread inside it; 0: rows
+    go to ranks. remote: without the token's own rank, which is one of all like any other.
     """
-    found = ranks * (1 - (1 - 1 / ranks) ** routed.k) if distinct else float(routed.k)
+    spread = ranks >= routed.groups  # else a rank holds several groups of experts
+    reached = ranks * routed.top_groups / routed.groups if spread else float(ranks)
+    found = reached * (1 - (1 - 1 / reached) ** routed.k) if distinct else float(routed.k)
+    found = found if spread else min(found, float(routed.top_groups))
     if groups:
         found = min(found, float(groups))
     return found * (ranks - 1) / ranks if remote else found
