@@ -138,12 +138,13 @@ def head_kept(model: Architecture, setup: Setup) -> int:
 def logits_in_training(model: Architecture, setup: Setup) -> int:
     """At the fullest moment: log-probabilities, their gradient and the logits' gradient in fp32; in pieces if many.
 
-    In pieces, the logits and the gradients of all pieces, and three times a piece in fp32.
+    In pieces, the logits, the gradients of all pieces but one, and that one three times in fp32.
     """
-    tokens = setup.together
-    if tokens * model.vocab <= CHUNK:
-        return 3 * WIDE * tokens * model.vocab
-    return 2 * setup.small_bytes * tokens * model.vocab + 3 * WIDE * CHUNK
+    tokens, vocab, c = setup.together, model.vocab, setup.small_bytes
+    if tokens * vocab <= CHUNK:
+        return 3 * WIDE * tokens * vocab
+    piece = max(1, CHUNK // vocab) * vocab
+    return c * (2 * tokens * vocab - piece) + 3 * WIDE * piece
 
 
 def serving_temporaries(model: Architecture, setup: Setup) -> Sizes:
