@@ -63,7 +63,11 @@ class Case:
     def setup(self) -> Setup:
         """The same for the planner."""
         moe = self.model.moe
-        mode = "checkpoint-experts" if moe is not None and moe.checkpoint_experts else "lean"
+        mode = "lean"
+        if moe is not None and moe.checkpoint_experts:
+            mode = "checkpoint-experts"
+        elif moe is not None and moe.backend == "grouped":
+            mode = "naive"
         training = Training(optimizer="adamw", activations=mode, micro_batches=self.micro_batches)
         precision = "bf16" if self.bf16 else "fp32"
         serving = Serving(cache=precision, step_tokens=self.batch * self.context)
@@ -128,6 +132,7 @@ def cases() -> tuple[Case, ...]:
     lean = decoder()
     assert lean.moe is not None
     again = replace(lean, moe=replace(lean.moe, checkpoint_experts=True))
+    naive = replace(lean, vocab_size=256, moe=replace(lean.moe, backend="grouped"))
     shared = replace(lean, moe=replace(lean.moe, shared_experts=1), qk_norm=True, tie_embeddings=False)
     return (
         Case("training, dense", decoder(experts=False), 8, 256),
@@ -136,6 +141,7 @@ def cases() -> tuple[Case, ...]:
         Case("training, MoE, shared expert, norms of heads, untied", shared, 8, 256),
         Case("training, dense, few words", decoder(experts=False, vocab_size=256), 16, 256),
         Case("training, MoE, few words", replace(lean, vocab_size=256), 16, 256),
+        Case("training, MoE, few words, grouped experts", naive, 16, 256),
         Case("training, MoE, few words, experts computed again", replace(again, vocab_size=256), 16, 256),
         Case("training, MoE, few tokens", lean, 1, 64),
         Case("training, MoE, bf16 weights", lean, 8, 256, bf16=True),
@@ -232,7 +238,7 @@ def report(found: list[Found]) -> Report:
         moving = sum(parts[name] for name in ("activations", "logits", "temporaries", "KV cache"))
         sizes = (each.planned.total / MIB, each.measured / MIB, 100 * each.error)
         rows.append((each.case.name, each.planned.moment, *sizes, 100 * moving / each.planned.total, each.stays / MIB))
-    note = "measured: peak resident memory less the baseline. not weights: share of activations, logits, temporaries, cache."
+    note = "measured: peak resident memory less the baseline. not weights: activations, logits, temporaries, cache."
     table = Table("Planned and measured memory", columns, tuple(rows), note)
     worst = max(abs(each.error) for each in found)
     return Report({"set-ups": len(found), "worst error [%]": round(100 * worst, 1)}, (table,))

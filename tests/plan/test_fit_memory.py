@@ -84,9 +84,9 @@ def test_lean_experts_keep_what_their_file_says():
     """2 T D + 4 T K F bytes in bf16 with SwiGLU, D of which is the norm's output, kept anyway."""
     setup = Setup(work=Training(), batch=1, context=1000)
     assert act.moe_kept(MIXTRAL, setup, "lean").rows == 4 * 1000 * 2 * 14336
-    # naive: gathered rows and outputs 2 T K D each, gate and activation 2 T K F each
+    # naive: gathered rows 2 T K D and their tokens 8 T K; gate, activation and what is weighted, 2 T K F each
     naive = act.moe_kept(MIXTRAL, setup, "naive").rows
-    assert naive == 4 * 1000 * 2 * 14336 + 2 * 2 * 1000 * 2 * (4096 + 14336)
+    assert naive == 4 * 1000 * 2 * 14336 + 1000 * 2 * (2 * 4096 + 8 + 3 * 2 * 14336)
     assert act.moe_kept(MIXTRAL, setup, "checkpoint-experts").total == 0
 
 
@@ -111,15 +111,19 @@ MOE = MoEConfig(num_experts=6, hidden_dim=40, router=TopK(k=3))
         decoder(moe=replace(MOE, shared_experts=2)),
         decoder(moe=MOE, qk_norm=True),
         decoder(moe=replace(MOE, checkpoint_experts=True)),
+        decoder(moe=replace(MOE, backend="grouped")),
     ],
-    ids=["dense", "moe", "every second", "shared", "norms", "again"],
+    ids=["dense", "moe", "every second", "shared", "norms", "again", "grouped"],
 )
 def test_layers_keep_what_autograd_keeps(config, dtype):
     model = Decoder(config).to(dtype)
     tokens_BS = torch.randint(90, (2, 64))
     kept = saved_for_backward(lambda: cross_entropy_sum(model(tokens_BS), tokens_BS)[0], model.parameters())
-    again = config.moe is not None and config.moe.checkpoint_experts
-    mode = "checkpoint-experts" if again else "lean"
+    mode = "lean"
+    if config.moe is not None and config.moe.checkpoint_experts:
+        mode = "checkpoint-experts"
+    elif config.moe is not None and config.moe.backend == "grouped":
+        mode = "naive"
     precision = "fp32" if dtype == torch.float32 else "bf16"
     setup = Setup(work=Training(), batch=2, context=64, precision=precision, device="cpu")
     shape = of_values(json.loads(config.to_json()), "it")
@@ -127,7 +131,7 @@ def test_layers_keep_what_autograd_keeps(config, dtype):
     loss = 4 * 128 * 90  # log-probabilities
     tables = 2 * 4 * 64 * (config.dim // 4 if config.head_dim is None else config.head_dim)  # cos and sin
     expected = layers + act.head_kept(shape, setup) + loss + tables
-    assert kept == pytest.approx(expected, rel=0.005)
+    assert kept == pytest.approx(expected, rel=0.002)
 
 
 # ---------------------------------------------------------------------------------------------- how it moves

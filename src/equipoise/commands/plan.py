@@ -82,7 +82,8 @@ class Work:
     """Training. Default: adamw for fp32 weights, and for bf16 adamw-master, whose fp32 master and states take 12 bytes
     per parameter."""
     activations: Kept = "lean"
-    """Training: what a forward keeps."""
+    """Training: what a forward keeps: of the backends lean, or naive as grouped; or with MoE layers, or whole layers,
+    computed again in backward."""
     micro_batches: int = 1
     """Training: of a step. With more, gradients are kept in fp32 all the time."""
     imbalance: float | None = None

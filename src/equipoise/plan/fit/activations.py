@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from equipoise.plan.fit.architecture import Architecture, GroupedQuery
 from equipoise.plan.fit.communication import destinations
+from equipoise.plan.fit.imbalance import max_vio
 from equipoise.plan.fit.setup import Kept, Setup
 
 WIDE = 4  # bytes, fp32
@@ -81,8 +82,8 @@ def moe_kept(model: Architecture, setup: Setup, mode: Kept) -> Sizes:
         return Sizes()
     rows = tokens * routed.k
     inner = c * rows * routed.hidden_dim * (model.matrices - 1)  # the pre-activation
-    if mode == "naive":  # gathered rows, the gate, the activation, the experts' outputs
-        inner += c * rows * (2 * model.dim + routed.hidden_dim * (model.matrices - 1))
+    if mode == "naive":  # gathered rows with their tokens; the gate, the activation, and that times its weight
+        inner += rows * (INDEX + c * (model.dim + routed.hidden_dim * model.matrices))
     fixed = router_kept(routed.num, routed.k, tokens)
     if routed.shared_dim:
         fixed += feed_forward_kept(model, routed.shared_dim, tokens, c)
@@ -113,8 +114,9 @@ def layer_kept(model: Architecture, layer: int, setup: Setup, mode: Kept) -> Siz
 def backward_temporaries(model: Architecture, layer: int, setup: Setup, mode: Kept) -> Sizes:
     """At the fullest moment of a layer's backward, in its feed-forward part, beside what is kept.
 
-    Experts: the gradients of the rows and of their sum; of the naive ones, of the activation too. Dense: of gate and
-    activation, while both are still there. And the gradient that comes down the residual stream.
+    Lean experts: the gradients of the rows, and what the busiest expert computes with, or their sum. Naive ones: of the
+    rows and of the activation. Dense: of gate and activation, while both are still there. And the gradient that comes
+    down the residual stream.
     """
     c, tokens = setup.small_bytes, setup.together
     stream = c * tokens * model.dim
@@ -122,10 +124,19 @@ def backward_temporaries(model: Architecture, layer: int, setup: Setup, mode: Ke
         return Sizes(stream + c * tokens * model.hidden_dim * 2)
     assert model.routed is not None
     rows = tokens * model.routed.k
-    inner = c * rows * model.dim
+    inner, hidden_dim = c * rows * model.dim, model.routed.hidden_dim
     if mode == "naive":
-        inner += c * rows * 2 * model.routed.hidden_dim
-    return Sizes(2 * stream, inner)
+        return Sizes(2 * stream, inner + c * rows * 2 * hidden_dim)
+    one = c * busiest_expert(model, setup) * (2 * model.dim + (2 * model.matrices - 1) * hidden_dim)
+    return Sizes(stream, inner + max(one, stream))
+
+
+def busiest_expert(model: Architecture, setup: Setup) -> int:
+    """Rows of the busiest expert of a rank; lean experts are computed one after another."""
+    assert model.routed is not None
+    here = max(model.routed.num // setup.mesh.expert, 1)
+    rows = setup.together * model.routed.k
+    return min(round(rows / here * (1 + max_vio(rows, here, None))), rows)
 
 
 def head_kept(model: Architecture, setup: Setup) -> int:
@@ -160,7 +171,7 @@ def serving_temporaries(model: Architecture, setup: Setup) -> Sizes:
         found.append(Sizes(stream + feed_forward_kept(model, model.hidden_dim, tokens, c)))
     if model.routed is not None:
         routed, rows = model.routed, tokens * model.routed.k
-        one = -(-rows // max(routed.num // setup.mesh.expert, 1))  # rows of one expert
+        one = busiest_expert(model, setup)
         inner = c * rows * model.dim + c * one * (2 * (model.matrices - 1) * routed.hidden_dim + model.dim)
         fixed = stream + router_kept(routed.num, routed.k, tokens)
         if routed.shared_dim:  # after the experts, whose sum is there

@@ -58,8 +58,9 @@ class Training:
 
     optimizer: "adamw" has two states in the weights' precision, as torch; "adamw-master" adds fp32 weights and has fp32
     states; "adamw-8bit" one byte each; "sgd" none. None: adamw for fp32, adamw-master for bf16.
-    activations: "lean" is what equipoise's experts keep; "naive" also gathered rows, activations and outputs of
-    experts; "checkpoint-experts" computes MoE layers again in backward, "checkpoint-layers" whole layers.
+    activations: "lean" is what equipoise's lean experts keep; "naive" is plain autograd, as in its grouped backend, the
+    default on a GPU: gathered rows and activations too; "checkpoint-experts" computes MoE layers again in backward,
+    "checkpoint-layers" whole layers.
     micro_batches: of a step; with more than 1, gradients are kept in fp32 from one to the next.
     """
 
