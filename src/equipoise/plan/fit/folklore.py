@@ -52,8 +52,8 @@ def claims(facts: Facts) -> list[Claim]:
             "batches below 8 waste an MoE",
             f"all {facts.weights_gib:,.1f} GiB are read",
             f"{facts.read_gib:,.1f} GiB per rank",
-            f"{facts.tokens} token{'s' if facts.tokens > 1 else ''} of a step meet {100 * facts.met:.0f} % of the experts; a single token reads the "
-            "active parameters alone",
+            f"a step of {facts.tokens} token{'s' if facts.tokens > 1 else ''} meets {100 * facts.met:.0f} % of the "
+            "experts; a single token reads the active parameters alone",
         ),
     ]
     if facts.setup.mesh.expert > 1:
@@ -80,8 +80,8 @@ def _decisions(facts: Facts) -> list[Claim]:
             "dense below 7 B (or 1 B), MoE above 100 B",
             by_size,
             f"{size:,.1f} B",
-            "size decides nothing by itself: with 1.3 B of 6.9 B active, training took half the time of a dense model of "
-            "1.3 B (arXiv 2409.02060); memory, batch and links decide, see the advice",
+            "size decides nothing by itself: with 1.3 B of 6.9 B active, training took half the time of a dense model "
+            "of 1.3 B (arXiv 2409.02060); memory, batch and links decide, see the advice",
         ),
         Claim(
             "dense below 50 ms, since MoE adds 10-30 ms per layer",
