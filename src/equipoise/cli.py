@@ -19,6 +19,7 @@ from equipoise.commands.convert import convert, upcycle
 from equipoise.commands.inject import inject
 from equipoise.commands.links import links
 from equipoise.commands.place import place
+from equipoise.commands.plan import plan
 from equipoise.commands.serve import serve
 from equipoise.commands.simulate import simulate
 from equipoise.commands.train import RecipeName, reporter_of, train
@@ -161,6 +162,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export": metrics.export,
     "inject": inject,
     "place": place,
+    "plan": plan,
     "bench": bench,
     "simulate": simulate,
     "fetch-text": fetch_text,

@@ -170,7 +170,7 @@ class Experts(nn.Module):
             return probed_experts(x, plan, up_c, down_c, self.activation, self.probes, biases).to(out_dtype)
         if biases:
             weights = ExpertWeights(up_c, down_c, *biases)
-            y_TD = lean_custom_experts(x, plan, weights, partial(activate, activation=self.activation))
+            y_TD: Tensor = lean_custom_experts(x, plan, weights, partial(activate, activation=self.activation))
             return y_TD.to(out_dtype)
         name, _ = backend_for(self.backend, x, up_c, down_c, len(plan.token_ids_R))
         return BACKENDS[name](x, plan, up_c, down_c, self.activation).to(out_dtype)

@@ -1,0 +1,106 @@
+"""Architectures from equipoise's own configuration: what `DecoderConfig.to_json` writes, and run folders' config.json.
+
+Read as plain JSON: planning needs no torch. A test compares the counts with `models.config.parameter_counts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from equipoise.plan.fit.architecture import Architecture, GroupedQuery, Routed
+from equipoise.plan.fit.config_fields import Fields
+
+
+def _linear(router: Fields, dim: int, num: int) -> int:
+    return num * dim
+
+
+def _noisy(router: Fields, dim: int, num: int) -> int:
+    return 2 * num * dim
+
+
+def _hash(router: Fields, dim: int, num: int) -> int:
+    return num * dim if router.text("weights", "equal") == "learned" else 0
+
+
+def _two_tier(router: Fields, dim: int, num: int) -> int:
+    groups = router.size("num_groups") if router.text("first", "learned") == "learned" else 0
+    return (num + groups) * dim
+
+
+# Parameters of each router of `equipoise.routing.ROUTERS`.
+ROUTERS: dict[str, Callable[[Fields, int, int], int]] = {
+    "TopK": _linear,
+    "Switch": _linear,
+    "NoisyTopK": _noisy,
+    "ExpertChoice": _linear,
+    "Threshold": _linear,
+    "Sinkhorn": _linear,
+    "Hash": _hash,
+    "TwoTier": _two_tier,
+    "RoundRobin": _linear,
+    "ReLURouting": _linear,
+}
+
+
+def architecture(config: Fields, name: str) -> Architecture:
+    """Of a JSON object of type DecoderConfig. Raises ValueError for one that is incomplete or contradicts itself."""
+    dim, layers, heads = config.size("dim"), config.size("num_layers"), config.size("num_heads")
+    if not config.has("head_dim") and dim % heads:
+        raise ValueError(f"{config.source}: num_heads: expected a divisor of dim = {dim}, got {heads}")
+    attention = GroupedQuery(
+        heads=heads,
+        kv_heads=config.size("num_kv_heads", default=heads),
+        head_dim=config.size("head_dim", default=dim // heads),
+        norm="head" if config.flag("qk_norm", False) else "none",
+    )
+    gpt2 = config.text("style", "modern") == "gpt2"
+    context = config.size("max_seq_len")
+    routed = _routed(config.part("moe"), dim) if config.has("moe") else None
+    moe_layers = config.numbers("moe_layers")
+    if moe_layers is None:
+        moe_layers = tuple(range(layers)) if routed else ()
+    return Architecture(
+        name=name,
+        vocab=config.size("vocab_size"),
+        dim=dim,
+        layers=layers,
+        attention=attention,
+        hidden_dim=config.size("hidden_dim"),
+        routed=routed if moe_layers else None,
+        moe_layers=moe_layers,
+        gated=not gpt2,
+        norm_size=2 if gpt2 else 1,
+        tied=config.flag("tie_embeddings", True),
+        positions=context if gpt2 else 0,
+        context=context,
+    )
+
+
+def _routed(config: Fields, dim: int) -> Routed:
+    num, hidden_dim = config.size("num_experts"), config.size("hidden_dim")
+    k, weights = _router(config.part("router"), dim, num)
+    first_layers = config.size("first_layers", default=0, least=0)
+    first_k, first_router = _router(config.part("first_router"), dim, num) if first_layers else (0, 0)
+    return Routed(
+        num=num,
+        k=k,
+        hidden_dim=hidden_dim,
+        router_parameters=weights,
+        shared_dim=config.size("shared_experts", default=0, least=0) * hidden_dim,
+        shared_gate=config.flag("shared_gate", False),
+        first_layers=first_layers,
+        first_k=first_k,
+        first_router=first_router,
+    )
+
+
+def _router(config: Fields, dim: int, num: int) -> tuple[int, int]:
+    """(k, parameters)."""
+    kind = config.text("type")
+    if kind not in ROUTERS:
+        raise ValueError(
+            f"{config.source}: type: expected one of {', '.join(ROUTERS)}, got {kind!r}; the file may come from "
+            "another version of equipoise"
+        )
+    return (1 if kind == "Switch" else config.size("k")), ROUTERS[kind](config, dim, num)
