@@ -184,7 +184,9 @@ def _check_finetune(config: TrainConfig) -> None:
         expected = "bpe or gpt2 for a run with fresh weights" if tune is None else "base for a model that is tuned"
         raise ValueError(f"data.tokenizer: expected {expected}, got {tokenizer!r}: weights know one tokenizer's ids")
     if tune is not None and not tune.base:
-        raise ValueError("finetune.base: expected the run folder whose model is tuned, got nothing; name it with --from")
+        raise ValueError(
+            "finetune.base: expected the run folder whose model is tuned, got nothing; name it with --from"
+        )
     if tune is not None and tune.lora and config.recover:
         raise ValueError(
             "recover: expected False with finetune.lora: a repair that changes weights would be undone by the next "

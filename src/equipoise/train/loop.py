@@ -103,9 +103,7 @@ class Trainer:
                 self.reporter.say(text)
         per_flush = config.watch_every * config.batch_size * config.data.seq_len
         told, rules = (self._store, *sinks), (CountRule(per_flush), *self.tuning.rules)
-        self.watch = Watch(
-            self.model, every=config.watch_every, rules=rules, sinks=told, reduce=self.spread.reduce
-        )
+        self.watch = Watch(self.model, every=config.watch_every, rules=rules, sinks=told, reduce=self.spread.reduce)
         self.watch.use_baselines(self.tuning.baselines)
         if config.co_select:
             self.watch.co_select(config.co_select)

@@ -48,8 +48,8 @@ def peft_tensors(factors: Mapping[str, LowRank]) -> dict[str, Tensor]:
     """The factors under PEFT's names and in its shapes.
 
     A linear layer's are (r, in) and (out, r). PEFT wraps a module once for each stacked weight (E, out, in), in the
-    order of their names, so the first one's factors are the innermost; theirs are (E r, in), expert by expert, and
-    (out, r E), rank by rank (peft/tuners/lora/layer.py, ParamWrapper).
+    order in which the module has them, so the first one's factors are the innermost; they are (E r, in), expert by
+    expert, and (out, r E), rank by rank (huggingface/peft:src/peft/tuners/lora/layer.py, ParamWrapper).
     """
     made: dict[str, Tensor] = {}
     for name, held in factors.items():
@@ -58,7 +58,7 @@ def peft_tensors(factors: Mapping[str, LowRank]) -> dict[str, Tensor]:
             where = name.removesuffix(".weight")
         else:
             module = name.rsplit(".", 1)[0]
-            wraps = sorted(other for other in factors if other.rsplit(".", 1)[0] == module)
+            wraps = [other for other in factors if other.rsplit(".", 1)[0] == module]
             where = module + ".base_layer" * (len(wraps) - 1 - wraps.index(name))
             a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
         made[f"{_PREFIX}{where}.lora_A.weight"] = a.contiguous()

@@ -150,7 +150,7 @@ def route(model: Decoder, tokens_BS: Tensor, batch_size: int, bf16: bool) -> tup
     model.eval()
     try:
         with _choices(model) as seen, autocast(bf16, device):
-            for rows_BS in tokens_BS.to(device).split(batch_size):
+            for rows_BS in torch.split(tokens_BS.to(device), batch_size):
                 total, _ = cross_entropy_sum(model(rows_BS[:, :-1]), rows_BS[:, 1:])
                 nats += float(total)
     finally:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from equipoise.models.config import DecoderConfig
 from equipoise.models.run_files import CONFIG, read_config
+from equipoise.routing.balancers import BalancerConfig
 from equipoise.routing.coefficients import AdaptiveCoefConfig
 from equipoise.routing.losses import BalanceLoss, ZLoss
 from equipoise.routing.schedules import value_at
@@ -62,7 +63,9 @@ def tuned_model(model: DecoderConfig, tune: FinetuneConfig) -> DecoderConfig:
     """
     if model.moe is None:
         raise ValueError("from: expected a model with MoE layers, got a dense one; make one of it with upcycle first")
-    balance = tuple(_lightened(item, tune.balance) if isinstance(item, BalanceLoss) else item for item in model.moe.balance)
+    balance = tuple(
+        item if isinstance(item, BalancerConfig) else _lightened(item, tune.balance) for item in model.moe.balance
+    )
     return replace(model, moe=replace(model.moe, balance=balance))
 
 

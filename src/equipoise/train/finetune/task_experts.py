@@ -42,8 +42,8 @@ class TaskExperts:
     def sentence(self) -> str:
         """For a person."""
         share = sum(self.scores[expert] for expert in self.chosen)
-        names = ", ".join(map(str, self.chosen))
-        return f"{self.layer}: trains {len(self.chosen)} of {len(self.scores)} experts ({names}), {share:.0%} of the score"
+        names, total = ", ".join(map(str, self.chosen)), len(self.scores)
+        return f"{self.layer}: trains {len(self.chosen)} of {total} experts ({names}), {share:.0%} of the score"
 
 
 class Uses:

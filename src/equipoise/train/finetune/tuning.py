@@ -128,7 +128,7 @@ class Tuning:
         told = [layer.sentence() for layer in self.choice]
         if apart := self.base.domains_apart():
             layer, most = max(apart.items(), key=lambda item: item[1])
-            told.append(f"the base routes this text unlike its own: up to {most:.0%} of the load is elsewhere ({layer})")
+            told.append(f"the base routes this text unlike its own: up to {most:.0%} of the load elsewhere ({layer})")
         return told
 
     def saved(self, out: Path) -> None:
@@ -154,9 +154,7 @@ class Tuning:
             held.load(own)
 
 
-def held_weights(
-    model: Decoder, tune: FinetuneConfig, choice: tuple[TaskExperts, ...], seed: int
-) -> dict[str, Held]:
+def held_weights(model: Decoder, tune: FinetuneConfig, choice: tuple[TaskExperts, ...], seed: int) -> dict[str, Held]:
     """What is held for each trained weight, by its name, in the model's order."""
     groups, chosen = groups_of(model), {layer.layer: layer.chosen for layer in choice}
     generator = torch.Generator().manual_seed(seed)
