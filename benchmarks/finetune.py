@@ -72,7 +72,7 @@ def tune(config: TrainConfig, out: Path) -> tuple[Outcome, Mapping[str, float]]:
     """(after, perplexities before)."""
     opened, data = open_data(config)
     trainer = Trainer(opened, data, out, Silent())
-    before = {name: value for name, value in trainer.tuning.compare(0, trainer.watch.recorder).items()}
+    before = trainer.tuning.compare(0, trainer.watch.recorder)
     weights = sum(parameter.numel() for parameter in trainer.tuning.parameters())
     trainer.run()
     trainer.close("finished")
@@ -110,8 +110,8 @@ def table(options: argparse.Namespace, folder: Path) -> Table:
         rows.append((name, *shown))
     columns = ("tuned", "weights trained", f"ppl {target}", f"ppl {source}", "agreement", "distance", "alerts")
     note = (
-        f"tiny, {options.base_steps} steps on {source}, then {options.steps} on {target}, one seed. agreement: share of "
-        "the base's choices that are still made, in the layer with the fewest; distance: share of the load that has "
+        f"tiny, {options.base_steps} steps on {source}, then {options.steps} on {target}, one seed. agreement: share "
+        "of the base's choices that are still made, in the layer with the fewest; distance: share of the load that has "
         f"moved, in the layer with the most; both on {target}."
     )
     return Table("fine-tuning", columns, tuple(rows), note)

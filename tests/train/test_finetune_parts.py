@@ -1,4 +1,4 @@
-"""The parts of fine-tuning by themselves: what is held for a weight, which experts a task uses, what PEFT makes of it."""
+"""The parts of fine-tuning by themselves: what is held for a weight, which experts a task uses, the adapter in PEFT."""
 
 import json
 from dataclasses import replace

@@ -62,7 +62,8 @@ def train(
 
     if recipe is None and not resume:
         raise ValueError(
-            "train: name a recipe (demo, tiny, tiny_two_experts, tiny_scmoe, base, finetune), or go on with --resume --out FOLDER"
+            "train: name a recipe (demo, tiny, tiny_two_experts, tiny_scmoe, base, finetune), or go on with "
+            "--resume --out FOLDER"
         )
     if resume and (change != Overrides() or tune != FinetuneConfig()):
         raise ValueError(

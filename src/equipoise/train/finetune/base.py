@@ -60,10 +60,10 @@ def adopt(model: Decoder, config: FinetuneConfig) -> Loaded:
 
 @dataclass(frozen=True, eq=False)
 class BaseRouting:
-    """How the base routes, by text: "task" is held-out text of the new data, "base" the base's own, where it kept any.
+    """How the base routes, by text: "task" is held-out text of the new data, "base" its own, where it kept any.
 
-    tokens_BS: int64, by text; the last of each row is a target only. choices_N: int64, by text and layer, token * E + expert, ascending. baselines: by text
-    and layer.
+    tokens_BS: int64, by text; the last of each row is a target only. choices_N: int64, by text and layer, token * E +
+    expert, ascending. baselines: by text and layer.
     """
 
     tokens_BS: Mapping[str, Tensor]

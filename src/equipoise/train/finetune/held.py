@@ -60,7 +60,7 @@ class Whole:
 
 
 class Rows:
-    """Some experts of a stacked weight (E, ...): the others have neither optimizer state nor decay, and keep their bits.
+    """Some experts of a stacked weight (E, ...): the others have no optimizer state and no decay, and keep their bits.
 
     experts: in [0, E), ascending, at least one.
     """
