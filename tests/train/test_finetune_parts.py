@@ -104,7 +104,7 @@ def test_scores_by_hand():
 
 
 def test_uses_are_what_a_loop_over_tokens_counts(tmp_path):
-    """The slow twin: token by token, from the decisions themselves. And a layer's scores sum to 1, whatever others do."""
+    """The slow twin: token by token, from the decisions themselves."""
     model = decoder().eval()
     decisions = []
     model.moe_layers["layers.1.mlp"].tap.register_forward_hook(lambda m, a, routed: decisions.append(routed.decision))

@@ -29,40 +29,40 @@ class FinetuneConfig:
     """How the recipe finetune trains; all of it is kept in the run's config.json."""
 
     base: Annotated[str, tyro.conf.arg(name="from")] = ""
-    """finetune: the run folder whose model is tuned, as train, upcycle and convert write it, or a checkpoint in one."""
+    """The run folder whose model is tuned, as train, upcycle and convert write it, or a checkpoint in one."""
     train: Trained = "all"
-    """finetune: what is trained. non-moe is all but routers and experts; experts has the shared ones too; task-experts
+    """What is trained. non-moe is all but routers and experts; experts has the shared ones too; task-experts
     are those that the new text is routed to."""
     freeze_router: int | None = None
-    """finetune: steps before the routers are trained; 100, or 0 where nothing else is. Resumed runs keep to it."""
+    """Steps before the routers are trained; 100, or 0 where nothing else is. Resumed runs keep to it."""
     freeze_experts: bool = False
-    """finetune: leave routed and shared experts as they are."""
+    """Leave routed and shared experts as they are."""
     move_bias: bool = False
-    """finetune: let the balancers' biases go on adapting; they stay as they are otherwise."""
+    """Let the balancers' biases go on adapting; they stay as they are otherwise."""
     balance: float = 0.0
-    """finetune: coefficient of the balancing losses, in place of the base's. On narrow text an uneven load is what
+    """Coefficient of the balancing losses, in place of the base's. On narrow text an uneven load is what
     experts are for; 0.001 to 0.0001 is a light hand."""
     lr_router: float = 0.1
-    """finetune: the routers' learning rate, as a multiple of lr."""
+    """The routers' learning rate, as a multiple of lr."""
     lr_experts: float = 1.0
-    """finetune: the experts'."""
+    """The experts'."""
     lr_attention: float = 1.0
-    """finetune: attention's."""
+    """Attention's."""
     lr_rest: float = 1.0
-    """finetune: that of embeddings, norms and dense layers."""
+    """That of embeddings, norms and dense layers."""
     task_score: Score = "gate"
-    """finetune, task-experts: by average gate weight, or by the share of tokens that choose an expert."""
+    """For task-experts: by average gate weight, or by the share of tokens that choose an expert."""
     task_share: float | None = None
-    """finetune, task-experts: take the fewest experts of each layer with this share of the score; 0.1 or 0.2."""
+    """For task-experts: take the fewest experts of each layer with this share of the score; 0.1 or 0.2."""
     task_tokens: int = 16_384
-    """finetune, task-experts: how many tokens of the new text they are chosen by."""
+    """For task-experts: how many tokens of the new text they are chosen by."""
     lora: int = 0
-    """finetune: train low-rank additions of this rank to attention and experts, and nothing else; 0 trains the weights
+    """Train low-rank additions of this rank to attention and experts, and nothing else; 0 trains the weights
     themselves."""
     lora_alpha: float | None = None
-    """finetune: scale of the additions, times the rank; twice the rank if left out."""
+    """Scale of the additions, times the rank; twice the rank if left out."""
     compare_every: int = 50
-    """finetune: steps between comparisons of the routing with the base model's, on the same held-out tokens."""
+    """Steps between comparisons of the routing with the base model's, on the same held-out tokens."""
 
     def __post_init__(self) -> None:
         for name in ("lr_router", "lr_experts", "lr_attention", "lr_rest", "balance", "lora"):
@@ -96,7 +96,7 @@ class FinetuneConfig:
 
     @property
     def share(self) -> float:
-        """p of ESFT."""
+        """P of ESFT."""
         return TASK_SHARE[self.task_score] if self.task_share is None else self.task_share
 
     @property
