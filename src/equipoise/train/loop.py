@@ -104,7 +104,8 @@ class Trainer:
         per_flush = config.watch_every * config.batch_size * config.data.seq_len
         told, rules = (self._store, *sinks), (CountRule(per_flush), *self.tuning.rules)
         self.watch = Watch(self.model, every=config.watch_every, rules=rules, sinks=told, reduce=self.spread.reduce)
-        self.watch.use_baselines(self.tuning.baselines)
+        if self.tuning.baselines:
+            self.watch.use_baselines(self.tuning.baselines)
         if config.co_select:
             self.watch.co_select(config.co_select)
         self.faults = FaultDesk(out, self.model, self.show_text, self.watch.recorder) if config.accept_faults else None
