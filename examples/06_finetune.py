@@ -50,7 +50,9 @@ if __name__ == "__main__":
         train(config, folder / "tuned", Silent())
 
         task, own = (history(folder / "tuned", f"perplexity_on_{text}") for text in ("task", "base"))
-        print(f"perplexity on the new text {task[0]:.0f} -> {task[-1]:.0f}, on the base's own {own[0]:.0f} -> {own[-1]:.0f}")
+        print(
+            f"perplexity on the new text {task[0]:.0f} -> {task[-1]:.0f}, on the base's own {own[0]:.0f} -> {own[-1]:.0f}"
+        )
         assert task[-1] < task[0]
         for layer in load(folder / "tuned").model.moe_layers:
             kept = history(folder / "tuned", f"agreement_on_base.{layer}")[-1]

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from benchmarks.finetune import ARMS
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_compares_arms_that_begin_alike():
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     arms = ["router only", "LoRA, rank 8, rate x 10"]

@@ -9,13 +9,17 @@ import pytest
 import torch
 
 from equipoise.disk.checkpoint import latest_checkpoint, load_checkpoint
+from equipoise.models.config import DecoderConfig, MoEConfig
+from equipoise.models.decoder import Decoder
 from equipoise.models.run_files import load
 from equipoise.monitor.store import RunStore
-from equipoise.routing import BiasBalance, SwitchLoss, TopK
+from equipoise.routing import BiasBalance, HighThenLow, ReLURouting, SparsityLoss, SwitchLoss, TopK, ZLoss
+from equipoise.routing.coefficients import SparsityCoef
 from equipoise.train.config import Overrides, TrainConfig
+from equipoise.train.finetune.base import adopt
 from equipoise.train.finetune.config import FinetuneConfig
 from equipoise.train.finetune.groups import groups_of
-from equipoise.train.finetune.start import finetune
+from equipoise.train.finetune.start import finetune, tuned_model
 from equipoise.train.loop import Trainer
 from equipoise.train.report import Silent
 from equipoise.train.run import open_data, train
@@ -95,6 +99,27 @@ def test_a_configuration_out_of_the_base(base, text):
     assert replace(config.model, moe=like.model.moe) == like.model
     assert config.finetune.router_starts == 100
     assert TrainConfig.from_json(config.to_json()) == config
+
+
+def test_a_checkpoint_of_a_run_will_do_too(base, text):
+    tune = FinetuneConfig(base=str(latest_checkpoint(base / "checkpoints")))
+    config = finetune(tune, Overrides(corpus=str(text)))
+    assert config.model == finetune(FinetuneConfig(base=str(base)), Overrides(corpus=str(text))).model
+    model = Decoder(config.model)
+    assert adopt(model, config.finetune).folder == base
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in tensors_of(base).items())
+
+
+def test_balancing_losses_of_a_tuned_model():
+    """Light or none; a z-loss as its schedule ended; a coefficient that adapts as it is."""
+    sparse = SparsityLoss(coef=SparsityCoef(initial=1e-3))
+    balance = (SwitchLoss(coef=0.1, scope="global"), ZLoss(coef=HighThenLow(0.1, 1e-3, hold=5, anneal=5)), sparse)
+    moe = MoEConfig(num_experts=4, hidden_dim=8, router=ReLURouting(k=1), balance=balance)
+    model = DecoderConfig(vocab_size=40, dim=16, num_layers=1, num_heads=2, hidden_dim=8, max_seq_len=8, moe=moe)
+    made = tuned_model(model, FinetuneConfig(balance=0.002)).moe.balance
+    assert made == (SwitchLoss(coef=0.002, scope="global"), ZLoss(coef=1e-3), sparse)
+    with pytest.raises(ValueError, match=r"from: expected a model with MoE layers, got a dense one"):
+        tuned_model(replace(model, moe=None), FinetuneConfig())
 
 
 def test_a_folder_that_holds_the_model_alone_will_do(base, text, tmp_path):
@@ -292,6 +317,7 @@ def test_before_a_step_the_routing_is_the_bases(tuned, tmp_path):
     assert {(shift.layer, shift.text) for shift in shifts} == {(n, text) for n in LAYERS for text in ("task", "base")}
     assert all((shift.agreement, shift.distance) == (1.0, 0.0) for shift in shifts)
     assert nats["task"] > nats["base"] > 1.0  # it was trained on other text
+    assert scalars(tmp_path / "run", "agreement_on_task.layers.1.mlp") == [1.0]  # of step 0
     apart = trainer.tuning.base.domains_apart()
     assert all(0.0 < distance < 0.5 for distance in apart.values())
 

@@ -119,6 +119,7 @@ class Trainer:
                 self._resume()
                 self._hand_over(sinks)
             if config.finetune is not None and fresh:
+                self._store.scalars(0, self.tuning.compare(0, self.watch.recorder))
                 self.save()  # the base, as what repairs can go back to
         except BaseException:
             self.close("failed")
