@@ -51,7 +51,7 @@ if __name__ == "__main__":
 
         task, own = (history(folder / "tuned", f"perplexity_on_{text}") for text in ("task", "base"))
         print(
-            f"perplexity on the new text {task[0]:.0f} -> {task[-1]:.0f}, on the base's own {own[0]:.0f} -> {own[-1]:.0f}"
+            f"perplexity on new text {task[0]:.0f} -> {task[-1]:.0f}, on the base's own {own[0]:.0f} -> {own[-1]:.0f}"
         )
         assert task[-1] < task[0]
         for layer in load(folder / "tuned").model.moe_layers:

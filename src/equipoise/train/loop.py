@@ -86,10 +86,8 @@ class Trainer:
         self.device = pick_device(config.device)
         self.model = Decoder(config.model).to(self.device)
         fit_hash_tables(self.model, data.train)
-        self.tuning: Tuning | NoTuning = NoTuning(self.model)
         fresh = not (resume and newest_folder(out / "checkpoints"))
-        if config.finetune is not None:
-            self.tuning = Tuning(config, self.model, data, out, fresh=fresh)
+        self.tuning = _tuning(config, self.model, data, out, fresh)
         self.spread: Spread = Alone(self.tuning.parameters()) if ranks is None else OverRanks(self.model, ranks)
         self.optimizer = self.tuning.optimizer(config.optim)
         self.loader = Loader(data.train, config.batch_size, config.data.seq_len, config.seed)
@@ -118,9 +116,8 @@ class Trainer:
             if resume:
                 self._resume()
                 self._hand_over(sinks)
-            if config.finetune is not None and fresh:
-                self._store.scalars(0, self.tuning.compare(0, self.watch.recorder))
-                self.save()  # the base, as what repairs can go back to
+            if fresh:
+                self._keep_base()
         except BaseException:
             self.close("failed")
             raise
@@ -312,6 +309,12 @@ class Trainer:
         self._clock = (time.perf_counter(), self.step_number)
         self.reporter.say(f"resumed from {path}")
 
+    def _keep_base(self) -> None:
+        """What a model is tuned from, as the first thing that is known to be good, and how it does on held-out text."""
+        if self.config.finetune is not None:
+            self._store.scalars(0, self.tuning.compare(0, self.watch.recorder))
+            self.save()
+
     def _hand_over(self, sinks: Sequence[Sink]) -> None:
         """Tell what is still firing to those who may have forgotten it since, a pager that timed out say.
 
@@ -341,6 +344,10 @@ def pick_device(name: str) -> torch.device:
     if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device: expected cpu, auto, or cuda where torch finds a GPU, got {name!r}; try --device cpu")
     return torch.device(name)
+
+
+def _tuning(config: TrainConfig, model: Decoder, data: TokenData, out: Path, fresh: bool) -> Tuning | NoTuning:
+    return NoTuning(model) if config.finetune is None else Tuning(config, model, data, out, fresh=fresh)
 
 
 def _open_store(config: TrainConfig, out: Path, resume: bool) -> RunStore:
