@@ -50,6 +50,9 @@ def test_every_command_has_help_that_explains_it():
         (["train", "tiny", "--corpus", "no/such/file.txt"], "no such file or folder exists"),
         (["train", "tiny", "--steps", "0"], "steps: expected at least 1"),
         (["train", "tiny", "--resume", "--steps", "7"], "leave out the changes"),
+        (["train", "--resume", "--freeze-router", "7"], "leave out the changes"),
+        (["train", "finetune", "--data", "my.jsonl"], "from: expected the run folder"),
+        (["train", "tiny", "--from", "runs/demo"], "need that recipe, got 'tiny'"),
         (["watch", "nowhere"], "run folder"),
         (["bench", "sweep", "--steps", "0"], "steps: expected at least 1"),
     ],
@@ -79,6 +82,11 @@ def test_train_then_watch_then_refuse_to_overwrite(text, tmp_path):
     again = run(*args)
     assert again.returncode == 2
     assert "already holds a run" in again.stderr
+    fine = ["train", "finetune", "--from", out, "--data", text, "--freeze-router", 100, "--out", tmp_path / "tuned"]
+    tuned = run(*fine, "--steps", 4, "--train", "task-experts")
+    assert tuned.returncode == 0, tuned.stderr
+    assert "layers.1.mlp: trains 1 of 8 experts" in tuned.stdout
+    assert "perplexity" in tuned.stdout
 
 
 def test_two_experts_say_whether_they_specialise(text, tmp_path):

@@ -135,7 +135,7 @@ def test_sequences_must_fit_into_the_model():
 
 
 def test_unknown_tokenizer():
-    with pytest.raises(ValueError, match=r"data.tokenizer: expected bpe or gpt2, got 'words'"):
+    with pytest.raises(ValueError, match=r"data.tokenizer: expected bpe or gpt2, or base to tune a model, got 'words'"):
         DataConfig(tokenizer="words")
 
 

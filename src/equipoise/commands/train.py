@@ -12,8 +12,10 @@ import tyro
 from equipoise.parallel import ParallelConfig
 from equipoise.train.alerts import NOWHERE, Alerts
 from equipoise.train.config import Overrides
+from equipoise.train.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:
+    from equipoise.train.config import TrainConfig
     from equipoise.train.report import ConsoleReporter, Silent
     from equipoise.train.run import RunResult
 
@@ -22,10 +24,11 @@ RecipeName = Literal["demo", "tiny", "tiny_two_experts", "tiny_scmoe", "base"]
 
 
 def train(
-    recipe: Annotated[RecipeName | None, tyro.conf.Positional] = None,
+    recipe: Annotated[RecipeName | Literal["finetune"] | None, tyro.conf.Positional] = None,
     /,
     *,
     change: Annotated[Overrides, tyro.conf.OmitArgPrefixes] = Overrides(),  # noqa: B008 - frozen
+    tune: Annotated[FinetuneConfig, tyro.conf.OmitArgPrefixes] = FinetuneConfig(),  # noqa: B008 - frozen
     alerts: Alerts = NOWHERE,
     parallel: ParallelConfig = ParallelConfig(),  # noqa: B008 - frozen
     out: Path | None = None,
@@ -41,11 +44,13 @@ def train(
     Recipes: demo (4 layers of 16 experts, minutes), tiny (2 layers of 8, seconds), tiny_two_experts (2 layers of 2
     experts on two domains: shows whether the router divides them, under a minute), tiny_scmoe (4 layers, 2 of them
     with 8 experts behind a shortcut, seconds), base (8 layers, 4 of them with 32 experts and a shared one, days on two
-    cores).
+    cores). And finetune, which goes on from the model of another run folder, on text of your own:
+    `equipoise train finetune --from runs/demo --data my.jsonl --freeze-router 100`.
 
     Args:
-        recipe: demo, tiny, tiny_two_experts, tiny_scmoe or base. Not needed with --resume.
+        recipe: demo, tiny, tiny_two_experts, tiny_scmoe, base or finetune. Not needed with --resume.
         change: What to change in the recipe.
+        tune: For the recipe finetune: what it begins with, and what it trains.
         alerts: Where alerts and repairs go, beside the run folder.
         parallel: How the run is spread over processes. No part of the run: name it again with --resume.
         out: Run folder. Default: runs/RECIPE.
@@ -53,26 +58,40 @@ def train(
         json_: Print the result as one JSON object, and nothing else.
     """
     from equipoise.parallel import started
-    from equipoise.train.recipes import recipe as named
     from equipoise.train.run import train as run
 
     if recipe is None and not resume:
         raise ValueError(
-            "train: name a recipe (demo, tiny, tiny_two_experts, tiny_scmoe, base), or go on with --resume --out FOLDER"
+            "train: name a recipe (demo, tiny, tiny_two_experts, tiny_scmoe, base, finetune), or go on with "
+            "--resume --out FOLDER"
         )
-    if resume and change != Overrides():
+    if resume and (change != Overrides() or tune != FinetuneConfig()):
         raise ValueError(
             "train: --resume goes on with the configuration that the run began with; leave out the changes"
         )
     out = out or Path("runs") / (recipe or "demo")
     resume = resume or _goes_on(out)
     with started(parallel) as ranks, reporter_of(json_ or not (ranks is None or ranks.is_main)) as reporter:
-        config = change.apply(named(recipe)) if recipe and not resume else None
+        config = _config(recipe, change, tune) if recipe and not resume else None
         result = run(config, out, reporter, resume=resume, alerts=alerts, ranks=ranks)
         is_main = ranks is None or ranks.is_main
     if is_main:
         _show(result, json_)
     return 0 if result.signal is None else 128 + result.signal
+
+
+def _config(recipe: str, change: Overrides, tune: FinetuneConfig) -> TrainConfig:
+    from equipoise.train.finetune.start import finetune
+    from equipoise.train.recipes import recipe as named
+
+    if recipe == "finetune":
+        return finetune(tune, change)
+    if tune != FinetuneConfig():
+        raise ValueError(
+            f"train: --from and what else belongs to finetune need that recipe, got {recipe!r}; say "
+            "`equipoise train finetune --from FOLDER --data FILE`"
+        )
+    return change.apply(named(recipe))
 
 
 def _goes_on(out: Path) -> bool:

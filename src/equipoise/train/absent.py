@@ -1,4 +1,4 @@
-"""What takes the place of the store and of the repairs where a process has none: ranks that only compute.
+"""What takes the place of the store, the repairs and a fine-tuning's choices where a process or a run has none.
 
 A run over ranks is watched, and its alerts are told; it does not repair itself, which needs the whole model in one
 process. All but the main rank keep no records.
@@ -11,8 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
+from equipoise.models.decoder import Decoder
+from equipoise.monitor.baseline import Baseline
+from equipoise.monitor.recorder import Recorder
 from equipoise.recovery.recovery import STATE_VERSION
-from equipoise.types import Action, Alert, RoutingStats
+from equipoise.train.config import OptimConfig
+from equipoise.train.optim import build_optimizer
+from equipoise.types import Action, Alert, Detector, RoutingStats
 
 _NOTHING = {"version": STATE_VERSION, "modes": {}, "cases": {}, "trial": None, "rest": 0}
 
@@ -94,3 +102,41 @@ class NoRepairs:
                 "on over ranks when it has been lifted"
             )
         self.rate_scale = float(state["rate_scale"])
+
+
+class NoTuning:
+    """The tuning of a run that trains all of its weights from the first step, from fresh ones."""
+
+    rules: tuple[Detector, ...] = ()
+    baselines: Mapping[str, Baseline] | None = None
+
+    def __init__(self, model: Decoder) -> None:
+        self._model = model
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All of them."""
+        return list(self._model.parameters())
+
+    def optimizer(self, config: OptimConfig) -> torch.optim.AdamW:
+        """Over all of them."""
+        return build_optimizer(self._model, config)
+
+    def begin(self, step: int) -> None:
+        """Nothing is frozen."""
+
+    def pull(self) -> None:
+        """The optimizer holds the model's parameters."""
+
+    def push(self) -> None:
+        """They are in place."""
+
+    def compare(self, step: int, recorder: Recorder) -> dict[str, float]:
+        """There is no base to compare with."""
+        return {}
+
+    def keep(self, out: Path) -> list[str]:
+        """There is nothing to keep."""
+        return []
+
+    def saved(self, out: Path) -> None:
+        """There is no adapter."""

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from equipoise.models.config import DecoderConfig
 from equipoise.recovery.policy import PolicyName, policy_of
+from equipoise.train.finetune.config import FinetuneConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +20,8 @@ class DataConfig:
 
     corpus: "embedded", "wikitext-2", or a path to .txt, .jsonl, .parquet or a folder of them.
     domains: which of the corpus's domains to take; None means all.
-    tokenizer: "bpe" is trained on the corpus with vocab_size tokens; "gpt2" is GPT-2's, from local files.
+    tokenizer: "bpe" is trained on the corpus with vocab_size tokens; "gpt2" is GPT-2's, from local files;
+    "base" is that of the run whose weights are tuned.
     seq_len: tokens per sequence. val_fraction: of the documents' bytes, kept for validation.
     cache_dir: where tokens and tokenizers are kept between runs.
     """
@@ -30,8 +35,8 @@ class DataConfig:
     cache_dir: Path = field(default_factory=lambda: Path.home() / ".cache" / "equipoise" / "tokens")
 
     def __post_init__(self) -> None:
-        if self.tokenizer not in ("bpe", "gpt2"):
-            raise ValueError(f"data.tokenizer: expected bpe or gpt2, got {self.tokenizer!r}")
+        if self.tokenizer not in ("bpe", "gpt2", "base"):
+            raise ValueError(f"data.tokenizer: expected bpe or gpt2, or base to tune a model, got {self.tokenizer!r}")
         if self.domains is not None and (not self.domains or len(set(self.domains)) < len(self.domains)):
             raise ValueError(f"data.domains: expected names, each once, or None for all, got {self.domains}")
 
@@ -78,6 +83,7 @@ class TrainConfig:
     co_select: count which experts are chosen together for at most so many tokens of each forward; 0 is none.
     interference_every: steps between measurements of balancing against task gradients; 0 means never.
     specialisation: measure at the end how the routers divide the domains; needs at least two of them.
+    finetune: begin with the weights of another run; None with fresh ones.
     """
 
     name: str
@@ -103,6 +109,7 @@ class TrainConfig:
     co_select: int = 256
     interference_every: int = 0
     specialisation: bool = False
+    finetune: FinetuneConfig | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -120,6 +127,7 @@ class TrainConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected 0 (only at the end) or more, got {getattr(self, name)}")
         policy_of(self.policy)
+        _check_finetune(self)
         if self.co_select < 0:
             raise ValueError(f"co_select: expected 0 (none) or more tokens of each forward, got {self.co_select}")
         if self.interference_every < 0:
@@ -155,7 +163,10 @@ class TrainConfig:
             data = fields.pop("data")
             domains = None if data.get("domains") is None else tuple(data["domains"])
             data = DataConfig(**data | {"cache_dir": Path(data["cache_dir"]), "domains": domains})
-            return TrainConfig(model=model, data=data, optim=OptimConfig(**fields.pop("optim")), **fields)
+            optim = OptimConfig(**fields.pop("optim"))
+            tune = fields.pop("finetune", None)  # runs from before there was any have no such field
+            finetune = None if tune is None else FinetuneConfig(**tune)
+            return TrainConfig(model=model, data=data, optim=optim, finetune=finetune, **fields)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"config.json: expected a training run's configuration, got something else ({error}); "
@@ -167,11 +178,27 @@ class TrainConfig:
         return replace(self, model=replace(self.model, vocab_size=vocab_size))
 
 
+def _check_finetune(config: TrainConfig) -> None:
+    tune, tokenizer = config.finetune, config.data.tokenizer
+    if (tokenizer == "base") != (tune is not None):
+        expected = "bpe or gpt2 for a run with fresh weights" if tune is None else "base for a model that is tuned"
+        raise ValueError(f"data.tokenizer: expected {expected}, got {tokenizer!r}: weights know one tokenizer's ids")
+    if tune is not None and not tune.base:
+        raise ValueError(
+            "finetune.base: expected the run folder whose model is tuned, got nothing; name it with --from"
+        )
+    if tune is not None and tune.lora and config.recover:
+        raise ValueError(
+            "recover: expected False with finetune.lora: a repair that changes weights would be undone by the next "
+            "step, which adds the factors to the base's anew; leave one of them out"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Overrides:
     """What a person may change in a recipe from the command line; None leaves it as it is."""
 
-    corpus: str | None = None
+    corpus: Annotated[str | None, tyro.conf.arg(aliases=("--data",))] = None
     """embedded, wikitext-2, or the path of a .txt, .jsonl or .parquet file or of a folder of them."""
     domains: tuple[str, ...] | None = None
     """Which domains of the corpus to take; all of them if none is named."""

@@ -29,14 +29,15 @@ from equipoise.monitor.rules import CountRule
 from equipoise.monitor.store import RunStore
 from equipoise.monitor.watch import Watch
 from equipoise.parallel import CollectiveError, Ranks
-from equipoise.train.absent import NoRepairs, NoStore
+from equipoise.train.absent import NoRepairs, NoStore, NoTuning
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import Batch, Loader, TokenData, eval_batches
 from equipoise.train.diagnose import DivergenceError, first_non_finite, non_finite_parameter
 from equipoise.train.evaluate import Evaluation, evaluate
+from equipoise.train.finetune.tuning import Tuning
 from equipoise.train.hash_tables import fit_hash_tables
 from equipoise.train.interference import interference
-from equipoise.train.optim import build_optimizer, learning_rate
+from equipoise.train.optim import learning_rate
 from equipoise.train.repair import Repairs
 from equipoise.train.report import sentence
 from equipoise.train.self_contained import keep_with_run
@@ -85,8 +86,10 @@ class Trainer:
         self.device = pick_device(config.device)
         self.model = Decoder(config.model).to(self.device)
         fit_hash_tables(self.model, data.train)
-        self.spread: Spread = Alone(self.model) if ranks is None else OverRanks(self.model, ranks)
-        self.optimizer = build_optimizer(self.model, config.optim)
+        fresh = not (resume and newest_folder(out / "checkpoints"))
+        self.tuning = _tuning(config, self.model, data, out, fresh)
+        self.spread: Spread = Alone(self.tuning.parameters()) if ranks is None else OverRanks(self.model, ranks)
+        self.optimizer = self.tuning.optimizer(config.optim)
         self.loader = Loader(data.train, config.batch_size, config.data.seq_len, config.seed)
         eval_batches(data.val, config.batch_size, config.data.seq_len)  # too little text is an error now, not later
         if config.specialisation:
@@ -94,11 +97,13 @@ class Trainer:
         self._store: RunStore | NoStore = _open_store(config, out, resume) if is_main else NoStore()
         if is_main:
             keep_with_run(out, config, data)
+            for text in self.tuning.keep(out) if fresh else ():
+                self.reporter.say(text)
         per_flush = config.watch_every * config.batch_size * config.data.seq_len
-        told = (self._store, *sinks)
-        self.watch = Watch(
-            self.model, every=config.watch_every, rules=(CountRule(per_flush),), sinks=told, reduce=self.spread.reduce
-        )
+        told, rules = (self._store, *sinks), (CountRule(per_flush), *self.tuning.rules)
+        self.watch = Watch(self.model, every=config.watch_every, rules=rules, sinks=told, reduce=self.spread.reduce)
+        if self.tuning.baselines:
+            self.watch.use_baselines(self.tuning.baselines)
         if config.co_select:
             self.watch.co_select(config.co_select)
         self.faults = FaultDesk(out, self.model, self.show_text, self.watch.recorder) if config.accept_faults else None
@@ -107,13 +112,15 @@ class Trainer:
             self.repairs = Repairs(config, self.model, self.optimizer, data, out, self.watch, told)
         self.step_number = 0
         self._clock = (time.perf_counter(), 0)  # when the speed was last taken, and at which step
-        if resume:
-            try:
+        try:
+            if resume:
                 self._resume()
                 self._hand_over(sinks)
-            except BaseException:
-                self.close("failed")
-                raise
+            if fresh:
+                self._keep_base()
+        except BaseException:
+            self.close("failed")
+            raise
 
     @property
     def store(self) -> RunStore:
@@ -141,17 +148,21 @@ class Trainer:
         """One optimizer step, and whatever is due after it."""
         step, config = self.step_number + 1, self.config
         batch = self._next_batch()
+        self.tuning.begin(step)
         parts = self.spread.parts(batch, config.num_micro_batches)
         measured = self._interference(parts, step)
         own_loss = gradients(self.model, parts, step, config.bf16, self.watch.recorder, self.spread.reduce)
+        self.tuning.pull()
         loss, grad_norm = self.spread.total(own_loss), self.spread.clip(config.optim.clip)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             self._rescue(step, f"loss is {loss}, gradient norm is {grad_norm}", lambda: self._where(batch))
         rate = self._set_learning_rate(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.tuning.push()
         reduce_and_update(self.model.moe_layers.values(), self.spread.reduce, step=step)
         self.step_number = step
+        measured |= self.tuning.compare(step, self.watch.recorder)
         with self._store.transaction():
             self._record({"loss": loss, "grad_norm": grad_norm, "learning_rate": rate} | measured)
             changed = self.watch.step(step)
@@ -202,8 +213,9 @@ class Trainer:
         """
         if where := non_finite_parameter(self.model):
             self._rescue(self.step_number, "the weights are not finite after the update", lambda: str(where))
-        content = run_state(self.model, self.optimizer, self.loader, self.watch, self.repairs)
+        content = run_state(self.model, self.optimizer, self.loader, self.watch, self.repairs, self.tuning)
         path = self.spread.save(self.out / "checkpoints", self.step_number, content, self.optimizer)
+        self.tuning.saved(self.out)
         if refused := self.repairs.remember(self.step_number, path):
             self.reporter.say(refused)
         if self.spread.is_main:
@@ -257,7 +269,7 @@ class Trainer:
     def _set_learning_rate(self, step: int) -> float:
         rate = self.repairs.rate_scale * learning_rate(self.config.optim, step, self.config.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         return rate
 
     def _record(self, values: dict[str, float]) -> None:
@@ -287,13 +299,21 @@ class Trainer:
             self._store.truncate_after(0)
             self.repairs.forget_after(0)
             return
-        step = restore_run(path, self.spread, self.model, self.optimizer, self.loader, self.watch, self.repairs)
+        step = restore_run(
+            path, self.spread, self.model, self.optimizer, self.loader, self.watch, self.repairs, self.tuning
+        )
         self.step_number = step
         self._store.truncate_after(step)
         if not self.repairs.remembers(step):
             self.repairs.remember(step, path)  # killed between the checkpoint and its record, or refused
         self._clock = (time.perf_counter(), self.step_number)
         self.reporter.say(f"resumed from {path}")
+
+    def _keep_base(self) -> None:
+        """What a model is tuned from, as the first thing that is known to be good, and how it does on held-out text."""
+        if self.config.finetune is not None:
+            self._store.scalars(0, self.tuning.compare(0, self.watch.recorder))
+            self.save()
 
     def _hand_over(self, sinks: Sequence[Sink]) -> None:
         """Tell what is still firing to those who may have forgotten it since, a pager that timed out say.
@@ -324,6 +344,10 @@ def pick_device(name: str) -> torch.device:
     if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"device: expected cpu, auto, or cuda where torch finds a GPU, got {name!r}; try --device cpu")
     return torch.device(name)
+
+
+def _tuning(config: TrainConfig, model: Decoder, data: TokenData, out: Path, fresh: bool) -> Tuning | NoTuning:
+    return NoTuning(model) if config.finetune is None else Tuning(config, model, data, out, fresh=fresh)
 
 
 def _open_store(config: TrainConfig, out: Path, resume: bool) -> RunStore:

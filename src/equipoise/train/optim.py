@@ -22,16 +22,19 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
     return floor + (config.lr - floor) * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices of attention and experts alone.
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay is for this parameter of a model: the matrices of attention and experts alone.
 
-    Not on norms and embeddings, as usual; not on routers, whose logits decay would pull towards an even, undecided
-    routing.
+    Not norms and embeddings, as usual; not routers, whose logits decay would pull towards an even, undecided routing.
     """
+    return parameter.dim() >= 2 and "embed" not in name and ".router." not in name
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters, with weight decay on those that `decays` names."""
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        matrix = parameter.dim() >= 2 and "embed" not in name and ".router." not in name
-        (decayed if matrix else spared).append(parameter)
+        (decayed if decays(name, parameter) else spared).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2))

@@ -121,8 +121,13 @@ class Repairs:
                 )
         except RefusedError as refused:
             return f"step {step}: not kept as known-good: {refused}"
-        self._watch.use_baselines(record.baselines, learning=True)
+        self._compare_with(record)
         return None
+
+    def _compare_with(self, record: Record) -> None:
+        """From now on, unless the model is tuned: then the monitor goes on comparing with what it began as."""
+        if self._config.finetune is None:
+            self._watch.use_baselines(record.baselines, learning=True)
 
     def forget_after(self, step: int) -> None:
         """Drop records of later steps: the run takes another way from there."""
@@ -176,7 +181,7 @@ class Repairs:
         if records:
             kept: Mapping[str, Tensor] = self.known_good.load(records[-1])
             self._dense.update(dense_from_state(self._model.moe_layers, kept))
-            self._watch.use_baselines(records[-1].baselines, learning=True)
+            self._compare_with(records[-1])
         self.recovery.load_state_dict(state["recovery"])
         self.rate_scale = float(state["rate_scale"])
 

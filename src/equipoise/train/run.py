@@ -15,8 +15,10 @@ from equipoise.train.config import TrainConfig
 from equipoise.train.corpus import corpus
 from equipoise.train.data import TokenData, prepare
 from equipoise.train.evaluate import Evaluation, sample_text
+from equipoise.train.finetune.base import tokenizer_of
 from equipoise.train.loop import Trainer, load_config
 from equipoise.train.report import ConsoleReporter, Silent
+from equipoise.train.sources import DataError
 from equipoise.train.specialisation import Specialisation
 from equipoise.train.tokenizer import corpus_bpe, gpt2
 from equipoise.types import Sink
@@ -44,13 +46,22 @@ class RunResult:
         return asdict(self) | {"out": str(self.out), "specialisation": layers}
 
 
-def open_data(config: TrainConfig) -> tuple[TrainConfig, TokenData]:
+def open_data(config: TrainConfig, out: Path | None = None) -> tuple[TrainConfig, TokenData]:
     """Tokens for the run, from the cache when they are there; and the config with the tokenizer's vocabulary.
 
-    Raises DataError for a corpus that is missing, empty or too small.
+    out: the run folder, for the copy that a fine-tuning keeps there of its base's tokenizer. Raises DataError for a
+    corpus that is missing, empty or too small.
     """
     text = corpus(config.data.corpus, config.data.domains)
     cache = config.data.cache_dir.expanduser()
+    if config.finetune is not None:
+        tokenizer = tokenizer_of(config.finetune, out)
+        if tokenizer.vocab_size > config.model.vocab_size:
+            raise DataError(
+                f"from: the tokenizer has {tokenizer.vocab_size} ids, the model knows {config.model.vocab_size}; the "
+                "folder's files are not of one model, restore them"
+            )
+        return config, prepare(text, tokenizer, cache, val_fraction=config.data.val_fraction, seed=config.seed)
     tokenizer = gpt2() if config.data.tokenizer == "gpt2" else corpus_bpe(text, config.data.vocab_size, cache)
     data = prepare(text, tokenizer, cache, val_fraction=config.data.val_fraction, seed=config.seed)
     return config.with_vocab(tokenizer.vocab_size), data
@@ -73,13 +84,12 @@ def train(
     config = load_config(out) if config is None else config
     is_main = ranks is None or ranks.is_main
     with delivering(alerts if is_main else NOWHERE, out, reporter) as sinks:
-        return _train(*_open_data(config, ranks), out, reporter, resume, sinks, ranks)
+        opened, data = open_data(config, out if resume else None) if ranks is None else _open_together(config, ranks)
+        return _train(opened, data, out, reporter, resume, sinks, ranks)
 
 
-def _open_data(config: TrainConfig, ranks: Ranks | None) -> tuple[TrainConfig, TokenData]:
+def _open_together(config: TrainConfig, ranks: Ranks) -> tuple[TrainConfig, TokenData]:
     """One process makes the tokens, the others find them in the cache."""
-    if ranks is None:
-        return open_data(config)
     if ranks.is_main:
         opened = open_data(config)
         ranks.barrier()

@@ -6,7 +6,7 @@ over all ranks, checkpoints written and read together. Both give the same traini
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -37,7 +37,11 @@ def check_ranks(config: TrainConfig, ranks: Ranks | None) -> None:
     """Raise ValueError for a configuration that can't be spread over these ranks."""
     if ranks is None:
         return
-    for name, value in (("recover", config.recover), ("accept_faults", config.accept_faults)):
+    for name, value in (
+        ("recover", config.recover),
+        ("accept_faults", config.accept_faults),
+        ("finetune", config.finetune is not None),
+    ):
         if value:
             raise ValueError(f"{name}: needs the whole model in one process, got {ranks.size}; leave it out")
     if config.interference_every:
@@ -100,8 +104,8 @@ class Alone:
     reduce: Reduce | None = None
     is_main = True
 
-    def __init__(self, model: Decoder) -> None:
-        self._model = model
+    def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self._parameters = tuple(parameters)
 
     def parts(self, batch: Batch, micro_batches: int) -> list[Batch]:
         """All of them."""
@@ -113,7 +117,7 @@ class Alone:
 
     def clip(self, max_norm: float) -> float:
         """By torch."""
-        return float(torch.nn.utils.clip_grad_norm_(self._model.parameters(), max_norm))
+        return float(torch.nn.utils.clip_grad_norm_(self._parameters, max_norm))
 
     def any(self, value: bool) -> bool:
         """It is."""

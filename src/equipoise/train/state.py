@@ -10,15 +10,21 @@ from torch import Tensor
 from equipoise.disk.checkpoint import JSON, CheckpointError
 from equipoise.models.decoder import Decoder
 from equipoise.monitor.watch import Watch
-from equipoise.train.absent import NoRepairs
+from equipoise.train.absent import NoRepairs, NoTuning
 from equipoise.train.data import Loader
+from equipoise.train.finetune.tuning import Tuning
 from equipoise.train.repair import Repairs
 from equipoise.train.snapshot import pack_optimizer, rng_state
 from equipoise.train.spread import Spread
 
 
 def run_state(
-    model: Decoder, optimizer: torch.optim.Optimizer, loader: Loader, watch: Watch, repairs: Repairs | NoRepairs
+    model: Decoder,
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+    watch: Watch,
+    repairs: Repairs | NoRepairs,
+    tuning: Tuning | NoTuning,
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, JSON]]:
     """(tensors by group, plain state) for `save_checkpoint`."""
     optimizer_tensors, optimizer_json = pack_optimizer(optimizer)
@@ -34,6 +40,10 @@ def run_state(
         "repairs": repairs.state_dict(),
         "rng": rng_state(),
     }
+    if isinstance(tuning, Tuning):
+        state["tuning"] = tuning.state_dict()
+        if held := tuning.tensors():
+            tensors["tuning"] = held
     return tensors, state
 
 
@@ -45,6 +55,7 @@ def restore_run(
     loader: Loader,
     watch: Watch,
     repairs: Repairs | NoRepairs,
+    tuning: Tuning | NoTuning,
 ) -> int:
     """Take everything over from a checkpoint, which is verified first; returns its step.
 
@@ -56,6 +67,8 @@ def restore_run(
         loader.load_state_dict(state["loader"])
         watch.load_state_dict(state["watch"])
         repairs.load_state_dict(state["repairs"])
+        if isinstance(tuning, Tuning):
+            tuning.restore(path, state["tuning"])
         spread.set_rng(state)
     except CheckpointError:
         raise
