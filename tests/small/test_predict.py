@@ -44,12 +44,11 @@ def test_other_tokens_say_nothing():
 def test_the_past_fades_and_memory_does_not_grow():
     seen = Transitions(1, 4)
     size = seen._counts_LEE.nbytes
-    old, new = choices(*[(0,)] * 1024), choices(*[(1,)] * 1024)
-    for _ in range(4 * HISTORY // 1024):
-        seen.observe(0, old, new)
+    for _ in range(10 * HISTORY):
+        seen.observe(0, choices((0,)), choices((1,)))
     assert seen.predict(0, choices((0,)), 1) == [1]
-    assert seen._counts_LEE.max() <= HISTORY + 1024
-    for _ in range(HISTORY // 1024 + 1):
-        seen.observe(0, old, choices(*[(2,)] * 1024))
+    assert seen._counts_LEE.max() <= 2 * HISTORY  # HISTORY and half of it and half of that ...
+    for _ in range(2 * HISTORY):
+        seen.observe(0, choices((0,)), choices((2,)))
     assert seen.predict(0, choices((0,)), 1) == [2]
     assert seen._counts_LEE.nbytes == size == 4 * 4 * 4

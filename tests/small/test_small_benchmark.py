@@ -1,7 +1,7 @@
 """The benchmark runs on a small run folder, and its table says what is so."""
 
 from benchmarks.harness import Effort
-from benchmarks.small import WAYS, Work, tables
+from benchmarks.small import WAYS, Work, products, tables
 
 
 def test_it_measures_what_these_sizes_allow(run):
@@ -16,3 +16,9 @@ def test_it_measures_what_these_sizes_allow(run):
     assert rows["float32, a quarter in memory"][3:5] == rows["float32, half in memory"][3:5]
     assert rows["int8, a quarter in memory"][3] == rows["int8"][3]
     assert {row[0] for row in caches.rows} == {name for name in rows if "in memory" in name or "ahead" in name}
+
+
+def test_products_are_timed_for_all_formats():
+    table = products(Effort(rounds=1, warmup=1), rows=(1, 2))
+    assert len(table.rows) == 7
+    assert all(spread.median > 0 for row in table.rows for spread in row[1:])

@@ -52,8 +52,8 @@ class ServeOptions:
     dtype: DTYPES = "auto"
     """Of the weights; auto is what the checkpoint has. Routers stay fp32."""
     experts: Experts = "full"
-    """Weights of the experts: full as they were trained, int8 a quarter of float32 or half of bfloat16, int4 about
-    half of that, with a scale per 32, 64 (int4) or 128 weights: smaller groups are larger in all and more exact."""
+    """Weights of the experts: full as they were trained; int8, a quarter of float32 or half of bfloat16; int4, about
+    half of int8, with a scale per 32, 64 (int4) or 128 weights. Smaller groups are larger in all, and more exact."""
     expert_memory: str | None = None
     """Keep at most so many bytes of experts in memory, such as 64M, and read the others from the disk when tokens go to
     them: for models larger than the memory. Answers are the same, and slower; all in memory if none is given."""

@@ -36,6 +36,7 @@ class Offload:
         self.cache = ExpertCache[Packed](file.read, file.size_of, file.keys(), memory, policy, file.recycle)
         self._ahead = ReadAhead(self.cache) if prefetch else None
         num_experts = max(place.sizes.num_experts for place in file.places)
+        self._most_experts = memory // max(map(file.size_of, file.keys()))
         self._transitions = Transitions(len(file.places), num_experts)
         self._lock = threading.Lock()
         self._before = threading.local()  # forwards of other threads are no history of this one's
@@ -68,9 +69,10 @@ class Offload:
         keys = [(layer, expert) for expert in busy]
         if self._ahead is not None:
             following = (layer + 1) % len(self.file.places)
-            coming = [
-                (following, expert) for expert in self._learn(layer, following, _choices(plan, num_tokens), len(busy))
-            ]
+            room = self._most_experts - len(busy)  # what has no room beside these would go before it is used
+            number = max(0, min(room, len(busy)))
+            wanted = self._learn(layer, following, _choices(plan, num_tokens), number)
+            coming = [(following, expert) for expert in wanted]
             self._ahead.ask(coming, {*keys, *coming})
         return [expert for _, expert in self.cache.in_memory_first(keys)]
 

@@ -1,7 +1,8 @@
 """Which experts the next layer will want: counted from what followed what, layer by layer.
 
 For each pair of consecutive layers, how often a token that went to expert i of the one went to expert j of the other.
-The first layer follows the last one of the forward before. Memory is L x E x E numbers, whatever is observed.
+The first layer follows the last one of the forward before. What was counted fades quickly: a text goes on as it was
+lately, which tells more than how texts are. Memory is L x E x E numbers, whatever is observed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-HISTORY = 65_536  # tokens after which what was counted so far counts half
+HISTORY = 32  # forwards of a layer after which what was counted so far counts half
 LIKELY = 0.5  # tokens: what is read ahead makes others go, so it should be wanted more often than not
 
 
@@ -30,7 +31,7 @@ class Transitions:
     def __init__(self, num_layers: int, num_experts: int) -> None:
         with torch.inference_mode(False):  # forwards inside and outside of it add to them
             self._counts_LEE = torch.zeros(num_layers, num_experts, num_experts)
-        self._tokens = [0] * num_layers
+        self._forwards = [0] * num_layers
 
     @torch.no_grad()
     def observe(self, layer: int, before: Choices, now: Choices) -> None:
@@ -38,10 +39,9 @@ class Transitions:
         if before.num_tokens != now.num_tokens:
             return
         self._counts_LEE[layer].addmm_(self._members(before).t(), self._members(now))
-        self._tokens[layer] += now.num_tokens
-        if self._tokens[layer] > HISTORY:
+        self._forwards[layer] += 1
+        if self._forwards[layer] % HISTORY == 0:
             self._counts_LEE[layer] /= 2
-            self._tokens[layer] //= 2
 
     @torch.no_grad()
     def predict(self, layer: int, before: Choices, number: int) -> list[int]:
