@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from equipoise.models.config import DecoderConfig, MoEConfig, parameter_counts
+from equipoise.models.config import DecoderConfig, MoEConfig
+from equipoise.models.config import Latent as DecoderLatent
+from equipoise.models.parameters import parameter_counts
 from equipoise.plan.fit.architecture import Architecture, GroupedQuery, Latent, Routed
 from equipoise.plan.fit.decoder_file import ROUTERS as PLANNED_ROUTERS
 from equipoise.plan.fit.hugging_face import READERS

@@ -26,6 +26,11 @@ def load_tokenizer(folder: Path) -> AnyTokenizer:
     )
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `load_tokenizer` finds one there."""
+    return (folder / FILE_NAME).is_file() or (folder / HUB_FILE).is_file()
+
+
 def copy_tokenizer(source: Path, target: Path) -> bool:
     """Take a published tokenizer and what belongs to it along. False when the source has none."""
     for name in (HUB_FILE, *COMPANIONS):

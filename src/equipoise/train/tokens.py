@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from equipoise.disk.atomic import atomic_write
-from equipoise.models.tokenizer import Tokenizer
+from equipoise.models.tokenizers import AnyTokenizer
 from equipoise.train.corpus import Corpus, Document
 from equipoise.train.sources import DataError
 
@@ -75,12 +75,12 @@ class TokenData:
 
     train: TokenStream
     val: TokenStream
-    tokenizer: Tokenizer
+    tokenizer: AnyTokenizer
     folder: Path
 
 
 def prepare(
-    corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path, *, val_fraction: float = 0.05, seed: int = 0
+    corpus: Corpus, tokenizer: AnyTokenizer, cache_dir: Path, *, val_fraction: float = 0.05, seed: int = 0
 ) -> TokenData:
     """Encode a corpus once and keep the result in `cache_dir`; open it when it is there already.
 
@@ -146,7 +146,7 @@ def _val_indices(sizes: np.ndarray, order: np.ndarray, val_fraction: float) -> s
 
 
 def _write(
-    folder: Path, key: dict[str, Any], corpus: Corpus, tokenizer: Tokenizer, splits: dict[str, list[Document]]
+    folder: Path, key: dict[str, Any], corpus: Corpus, tokenizer: AnyTokenizer, splits: dict[str, list[Document]]
 ) -> None:
     meta: dict[str, Any] = {"key": key, "domains": corpus.domains, "splits": {}}
     with _progress(corpus.num_bytes) as advance:
@@ -160,7 +160,7 @@ def _write_split(
     folder: Path,
     name: str,
     documents: Sequence[Document],
-    tokenizer: Tokenizer,
+    tokenizer: AnyTokenizer,
     num_domains: int,
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _write_split(
     return {"sha256": sha256, "num_bytes_D": num_bytes_D}
 
 
-def _open(folder: Path, key: dict[str, Any], tokenizer: Tokenizer) -> TokenData | None:
+def _open(folder: Path, key: dict[str, Any], tokenizer: AnyTokenizer) -> TokenData | None:
     """The cache, or None when any part of it is missing or is not what was written."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
@@ -199,7 +199,7 @@ def _open(folder: Path, key: dict[str, Any], tokenizer: Tokenizer) -> TokenData 
     return TokenData(train, val, tokenizer, folder)
 
 
-def _open_split(folder: Path, name: str, meta: dict[str, Any], tokenizer: Tokenizer) -> TokenStream:
+def _open_split(folder: Path, name: str, meta: dict[str, Any], tokenizer: AnyTokenizer) -> TokenStream:
     split = meta["splits"][name]
     for part, expected in split["sha256"].items():
         with (folder / f"{name}.{part}").open("rb") as file:

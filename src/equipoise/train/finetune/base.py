@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from equipoise.disk.atomic import atomic_write
 from equipoise.models.decoder import Decoder, cross_entropy_sum
 from equipoise.models.run_files import CHECKPOINTS, Loaded, load
-from equipoise.models.tokenizer import FILE_NAME, Tokenizer
+from equipoise.models.tokenizers import AnyTokenizer, has_tokenizer, load_tokenizer
 from equipoise.monitor.baseline import Baseline, baselines_of, from_json, to_json
 from equipoise.monitor.domain_shift import Shift, load_distance, shift_of
 from equipoise.monitor.recorder import Recorder
@@ -37,9 +37,9 @@ def folder_of(config: FinetuneConfig) -> Path:
     return path.parent.parent if path.parent.name == CHECKPOINTS else path
 
 
-def tokenizer_of(config: FinetuneConfig, out: Path | None) -> Tokenizer:
+def tokenizer_of(config: FinetuneConfig, out: Path | None) -> AnyTokenizer:
     """The base's, from the run's own folder once that holds a copy."""
-    return Tokenizer.load(out if out is not None and (out / FILE_NAME).is_file() else folder_of(config))
+    return load_tokenizer(out if out is not None and has_tokenizer(out) else folder_of(config))
 
 
 def adopt(model: Decoder, config: FinetuneConfig) -> Loaded:
