@@ -45,8 +45,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## train a small model on this machine, break its router, watch it being repaired
 	@$(VENV)/bin/equipoise demo $(ARGS)
 
-test: $(STAMP) ## run the tests, without the slow ones
-	@$(PYTHON) -m pytest $(ARGS)
+test: $(STAMP) ## run the tests, without the slow ones, in two processes
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP) ## run the slow tests (minutes)
 	@$(PYTHON) -m pytest -m slow $(ARGS)

@@ -102,6 +102,11 @@ MOE = MoEConfig(num_experts=8, hidden_dim=24, router=TopK(k=2))
         ours(moe=replace(MOE, shared_experts=2, shared_gate=True)),
         ours(moe=replace(MOE, first_layers=2, first_router=Hash(vocab_size=96, k=4))),
         ours(moe=replace(MOE, router=TwoTier(k=2, num_groups=4))),
+        ours(qk_norm="whole", num_kv_heads=2, attention_bias="qkv"),
+        ours(sinks=True, window=8, window_layers=(0, 2), attention_bias="qkvo"),
+        ours(moe=replace(MOE, expert_bias=True, activation="clamped_swiglu", router=TopK(k=2, linear_bias=True))),
+        ours(latent=DecoderLatent(kv_rank=12, q_rank=10, nope_dim=8, rope_dim=4, value_dim=6), attention_bias="qkvo"),
+        ours(latent=DecoderLatent(kv_rank=12, nope_dim=8, rope_dim=4, value_dim=6)),
     ],
     ids=str,
 )

@@ -1,18 +1,18 @@
 """Architectures from equipoise's own configuration: what `DecoderConfig.to_json` writes, and run folders' config.json.
 
-Read as plain JSON: planning needs no torch. A test compares the counts with `models.config.parameter_counts`.
+Read as plain JSON: planning needs no torch. A test compares the counts with `models.parameters.parameter_counts`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from equipoise.plan.fit.architecture import Architecture, GroupedQuery, Routed
+from equipoise.plan.fit.architecture import Architecture, GroupedQuery, Latent, Routed
 from equipoise.plan.fit.config_fields import Fields
 
 
 def _linear(router: Fields, dim: int, num: int) -> int:
-    return num * dim
+    return num * dim + (num if router.flag("linear_bias", False) else 0)
 
 
 def _noisy(router: Fields, dim: int, num: int) -> int:
@@ -46,14 +46,7 @@ ROUTERS: dict[str, Callable[[Fields, int, int], int]] = {
 def architecture(config: Fields, name: str) -> Architecture:
     """Of a JSON object of type DecoderConfig. Raises ValueError for one that is incomplete or contradicts itself."""
     dim, layers, heads = config.size("dim"), config.size("num_layers"), config.size("num_heads")
-    if not config.has("head_dim") and dim % heads:
-        raise ValueError(f"{config.source}: num_heads: expected a divisor of dim = {dim}, got {heads}")
-    attention = GroupedQuery(
-        heads=heads,
-        kv_heads=config.size("num_kv_heads", default=heads),
-        head_dim=config.size("head_dim", default=dim // heads),
-        norm="head" if config.flag("qk_norm", False) else "none",
-    )
+    attention = _latent(config, heads) if config.has("latent") else _grouped(config, dim, layers, heads)
     gpt2 = config.text("style", "modern") == "gpt2"
     context = config.size("max_seq_len")
     routed = _routed(config.part("moe"), dim) if config.has("moe") else None
@@ -77,6 +70,39 @@ def architecture(config: Fields, name: str) -> Architecture:
     )
 
 
+def _grouped(config: Fields, dim: int, layers: int, heads: int) -> GroupedQuery:
+    if not config.has("head_dim") and dim % heads:
+        raise ValueError(f"{config.source}: num_heads: expected a divisor of dim = {dim}, got {heads}")
+    biased = config.text("attention_bias", "none")
+    whole = config.values.get("qk_norm") == "whole"
+    window = config.size("window", default=0, least=0)
+    windowed = config.numbers("window_layers")
+    return GroupedQuery(
+        heads=heads,
+        kv_heads=config.size("num_kv_heads", default=heads),
+        head_dim=config.size("head_dim", default=dim // heads),
+        qkv_bias=biased != "none",
+        out_bias=biased == "qkvo",
+        sinks=config.flag("sinks", False),
+        norm="full" if whole else "head" if config.flag("qk_norm", False) else "none",
+        windowed=(layers if windowed is None else len(windowed)) if window else 0,
+        window=window,
+    )
+
+
+def _latent(config: Fields, heads: int) -> Latent:
+    latent = config.part("latent")
+    return Latent(
+        heads=heads,
+        q_rank=latent.size("q_rank", default=0, least=0),
+        kv_rank=latent.size("kv_rank"),
+        nope_dim=latent.size("nope_dim"),
+        rope_dim=latent.size("rope_dim"),
+        value_dim=latent.size("value_dim"),
+        bias=config.text("attention_bias", "none") != "none",
+    )
+
+
 def _routed(config: Fields, dim: int) -> Routed:
     num, hidden_dim = config.size("num_experts"), config.size("hidden_dim")
     k, weights = _router(config.part("router"), dim, num)
@@ -89,6 +115,7 @@ def _routed(config: Fields, dim: int) -> Routed:
         router_parameters=weights,
         shared_dim=config.size("shared_experts", default=0, least=0) * hidden_dim,
         shared_gate=config.flag("shared_gate", False),
+        biases=config.flag("expert_bias", False),
         first_layers=first_layers,
         first_k=first_k,
         first_router=first_router,
