@@ -45,7 +45,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## train a small model on this machine, break its router, watch it being repaired
 	@$(VENV)/bin/equipoise demo $(ARGS)
 
+# Schemathesis makes no cases in the processes of pytest-xdist, so its file has a run of its own.
 test: $(STAMP) ## run the tests, without the slow ones, in two processes
+	@[ -n "$(ARGS)" ] || $(PYTHON) -m pytest --quiet tests/serve/api/test_document.py
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-slow: $(STAMP) ## run the slow tests (minutes)

@@ -158,7 +158,7 @@ class TestBackends:
     def test_refuses_unknown_names(self):
         with pytest.raises(ValueError, match=r"backend: expected auto, lean, few, grouped, reference, got 'fast'"):
             build(backend="fast")
-        with pytest.raises(ValueError, match=r"activation: expected one of swiglu, gelu, got 'relu'"):
+        with pytest.raises(ValueError, match=r"activation: expected one of swiglu, gelu, clamped_swiglu, got 'relu'"):
             build(activation="relu")
 
 

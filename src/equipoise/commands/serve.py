@@ -120,7 +120,6 @@ def serve(
 
     if options.ray is not None and (options.experts != "full" or options.expert_memory is not None):
         raise ValueError("ray: replicas serve experts as they were trained; leave out --ray, or the options of experts")
-    print(f"reading {run}", file=sys.stderr)  # of a large model it takes a while
     loaded, config = _prepare(run, options)
     if options.ray is not None:
         from equipoise.commands.serve_ray import Fleet, serve_replicas
@@ -128,7 +127,8 @@ def serve(
         del loaded  # it can be served: that was the question
         fleet = Fleet(options.ray, options.host, options.port, options.drain_s)
         return serve_replicas(run, options.dtype, config, fleet)
-    print("measuring its health on held-out text, making stand-ins for its experts", file=sys.stderr)
+    if sys.stderr.isatty():  # of a large model it takes a while
+        print("measuring its health on held-out text, making stand-ins for its experts", file=sys.stderr)
     server = Server(loaded, config, os.environ)
     return Front(server, options).run()
 

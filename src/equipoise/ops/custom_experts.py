@@ -39,11 +39,11 @@ class ExpertWeights:
     down_bias_eD: Tensor | None = None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's
 def lean_custom_experts(x_TD: Tensor, plan: RaggedPlan, weights: ExpertWeights, activation: Activation) -> Tensor:
     """y_TD: each token's weighted sum over its experts. x_TD has the weights' dtype; plan.weights_R is fp32 or fp64.
 
-    It reads the counts on the host, which waits for a GPU and breaks a graph of `torch.compile`. Once differentiable.
+    It reads the counts on the host, which waits for a GPU and has no place in a graph of `torch.compile`. Once
+    differentiable.
     """
     parameters = (weights.up_eHD, weights.down_eDF, weights.up_bias_eH, weights.down_bias_eD)
     tensors = (x_TD, plan.weights_R, *parameters)

@@ -18,7 +18,7 @@ def status(server, path: str) -> tuple[int, str]:
 
 
 def test_a_server_that_works_is_well(server, client):
-    client.completions.create(model="tiny", prompt="x", max_tokens=3)
+    client.completions.create(model="tiny", prompt="x", max_tokens=3, extra_body={"ignore_eos": True})
     assert status(server, "/health/live") == status(server, "/health/ready") == (200, "ok")
     body = httpx.get(f"{server.url}/health").json()
     assert (body["status"], body["reasons"]) == ("ok", [])
