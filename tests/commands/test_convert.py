@@ -1,6 +1,7 @@
 """The commands: what they print, what they leave, and mistakes."""
 
 import json
+from typing import get_args
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ pytest.importorskip("transformers")
 from tests.convert.families import saved
 
 from equipoise.cli import main
+from equipoise.commands.convert import FamilyName
+from equipoise.convert import FAMILIES
 from equipoise.convert.read import write_config
 from equipoise.disk.checkpoint import save_checkpoint
 from equipoise.models.config import DecoderConfig
@@ -57,7 +60,7 @@ def test_upcycling_says_how_near_it_is(capsys, dense, tmp_path):
     code, out, _ = run(capsys, "upcycle", dense, tmp_path / "sparse", "--experts", "4", "--json")
     result = json.loads(out)
     assert code == 0
-    assert 0 < result["largest_logit_difference"] < 1e-4 or result["largest_logit_difference"] == 0
+    assert 0 <= result["largest_logit_difference"] < 1e-4
     assert (result["num_experts"], result["keeps_the_function"]) == (4, True)
     assert result["total"] - result["active"] == 2 * 2 * 3 * 32 * 48  # two of four experts, two layers
     code, out, _ = run(capsys, "upcycle", dense, tmp_path / "other", "--reinit", "0.5")
@@ -73,6 +76,10 @@ def test_upcycling_from_a_published_checkpoint(capsys, tmp_path):
     assert code == 0
     assert "could not be compared: there is no tokenizer" in out
     assert sorted(each.name for each in tmp_path.iterdir()) == ["sparse", "theirs"]
+
+
+def test_the_families_of_the_command_are_the_families():
+    assert set(get_args(FamilyName)) == set(FAMILIES)
 
 
 @pytest.mark.parametrize(

@@ -46,10 +46,10 @@ class Attention(nn.Module):
         """Attend from the S tokens of x to themselves and to what the cache holds."""
         q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
         if self.norm_whole:
-            q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
+            q, k = normed(q, self.q_norm), normed(k, self.k_norm)
         q, k, v = (each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in (q, k, v))
         if not self.norm_whole:
-            q, k = _normed(q, self.q_norm), _normed(k, self.k_norm)
+            q, k = normed(q, self.q_norm), normed(k, self.k_norm)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -71,7 +71,7 @@ class Attention(nn.Module):
                 norm.reset_parameters()
 
 
-def _normed(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
+def normed(x: Tensor, norm: nn.RMSNorm | None) -> Tensor:
     """The norm runs in its weight's dtype: autocast leaves x lower."""
     if norm is None:
         return x

@@ -144,14 +144,14 @@ def _part(path: Path, name: str) -> Any:
     return json.loads(path.read_bytes()).get(name)
 
 
-def _letters() -> dict[str, int]:
+def byte_of_letter() -> dict[str, int]:
     """The byte of each letter in the names of byte-level tokens (openai/gpt-2:src/encoder.py, bytes_to_unicode).
 
-    Printable bytes stand for themselves, the others for letters from 256 on, in their order.
+    Bytes that can be printed stand for themselves, the others for letters from 256 on, in their order.
     """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-_BYTES = _letters()
+_BYTES = byte_of_letter()

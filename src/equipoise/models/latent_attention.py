@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.models.attend import WHOLE, attend
+from equipoise.models.attention import normed
 from equipoise.models.cache import KVCache
 from equipoise.models.config import DecoderConfig
 from equipoise.models.rope import Rotary, YarnScaling, rotate
@@ -52,7 +53,7 @@ class LatentAttention(nn.Module):
         q_BHSD = _by_head(self._queries(x_BSD), self.num_heads)
         q_nope, q_rope = q_BHSD[..., :nope], q_BHSD[..., nope:]
         both_BSR = self.kv_a_proj_with_mqa(x_BSD)
-        latent_BSR = _normed(both_BSR[..., :rank], self.kv_a_layernorm)
+        latent_BSR = normed(both_BSR[..., :rank], self.kv_a_layernorm)
         q_rope = rotate(q_rope, rotary).to(q_nope.dtype)
         k_rope_B1SR = rotate(both_BSR[..., rank:].unsqueeze(1), rotary).to(latent_BSR.dtype)
         if cache is None:
@@ -77,7 +78,7 @@ class LatentAttention(nn.Module):
         if self.latent.q_rank is None:
             q = self.q_proj(x_BSD)
         else:
-            q = self.q_b_proj(_normed(self.q_a_proj(x_BSD), self.q_a_layernorm))
+            q = self.q_b_proj(normed(self.q_a_proj(x_BSD), self.q_a_layernorm))
         return q
 
     def _from_heads(self, q_BHSD: Tensor, latent_BSR: Tensor, k_rope_B1SR: Tensor, mask: Tensor | None) -> Tensor:
@@ -104,8 +105,3 @@ class LatentAttention(nn.Module):
 def _by_head(x_BSX: Tensor, num_heads: int) -> Tensor:
     B, S, X = x_BSX.shape
     return x_BSX.view(B, S, num_heads, X // num_heads).transpose(1, 2)
-
-
-def _normed(x: Tensor, norm: nn.RMSNorm) -> Tensor:
-    y: Tensor = norm(x.to(norm.weight.dtype))
-    return y

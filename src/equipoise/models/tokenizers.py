@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Published
 
-from equipoise.models.hub_tokenizer import _BYTES, COMPANIONS, HUB_FILE, HubTokenizer
+from equipoise.models.hub_tokenizer import COMPANIONS, HUB_FILE, HubTokenizer, byte_of_letter
 from equipoise.models.tokenizer import EOT, FILE_NAME, Tokenizer, TokenizerError
 
 AnyTokenizer = Tokenizer | HubTokenizer
@@ -55,7 +55,7 @@ def publish_tokenizer(tokenizer: AnyTokenizer, folder: Path) -> None:
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2))
 
 
-_LETTERS = {byte: letter for letter, byte in _BYTES.items()}
+_LETTERS = {byte: letter for letter, byte in byte_of_letter().items()}
 
 
 def _names(tokenizer: Tokenizer) -> dict[str, int]:

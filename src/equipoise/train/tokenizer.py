@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from equipoise.models.hub_tokenizer import byte_of_letter
 from equipoise.models.tokenizer import Tokenizer, TokenizerError
 from equipoise.train.corpus import Corpus
 from equipoise.train.sources import DataError, package_folder
@@ -32,7 +33,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, name: str = "bpe") -> Token
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False)
     learner.train_from_iterator(texts, trainer)
-    letters = _byte_of_letter()
+    letters = byte_of_letter()
     ranks = {bytes(letters[c] for c in token): rank for token, rank in learner.get_vocab().items()}
     return Tokenizer(name, ranks)
 
@@ -83,10 +84,3 @@ def gpt2(encoder_json: Path | None = None, vocab_bpe: Path | None = None) -> Tok
         encoder_json_hash=_ENCODER_SHA256,
     )
     return Tokenizer("gpt2", ranks)
-
-
-def _byte_of_letter() -> dict[str, int]:
-    """The letter by which byte-level vocabularies write each byte: itself if it can be printed, else 256 and on."""
-    plain = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + n): b for n, b in enumerate(others)}
