@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.harness import Effort, Spread, Variant, ratio, spread, time_side_by_side
-from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.harness import Effort, Spread, Variant, ratio, spread, time_side_by_side
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.layer import FeedForward
 from equipoise.models.decoder import Decoder
 from equipoise.recovery.breaker import Breaker, BreakerConfig, Granularity

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.chaos_faults import NOBODY, SCENARIOS, Case, rungs_for
 from benchmarks.chaos_runs import HEALTHY_STEPS, STEPS_AFTER, UNEVEN, Outcome, healthy_run, run_case
-from benchmarks.report import Report, Table, add_output_arguments, emit
+from equipoise.bench.report import Report, Table, add_output_arguments, emit
 
 MODES = ("training", "serving")
 LOAD_FAULTS = ("collapse onto one", "collapse onto two", "slow drift", "bias run-away")

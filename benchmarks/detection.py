@@ -22,7 +22,7 @@ from rich.progress import track
 
 from benchmarks.detection_family import MODELS, family_table
 from benchmarks.detection_traffic import BATCHES, SHAPES, STRONG, WEAKER, Fault, Setting, Traffic
-from benchmarks.report import Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.report import Report, Table, add_output_arguments, announce, emit
 from equipoise.monitor.alerts import AlertBook
 from equipoise.monitor.baseline import baselines_of
 from equipoise.monitor.detectors import MIN_EXPECTED, layers_without_opinion

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from rich.progress import track
 
-from benchmarks.report import Table
+from equipoise.bench.report import Table
 from equipoise.monitor.baseline import baselines_of
 from equipoise.monitor.chance import FALSE_ALARMS
 from equipoise.monitor.detectors import CollapseDetector

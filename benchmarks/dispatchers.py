@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from benchmarks.harness import spread
-from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.harness import spread
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.layer import MoE
 from equipoise.parallel import ParallelConfig, apply_expert_parallel, make_ranks
 from equipoise.routing import TopK

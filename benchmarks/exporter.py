@@ -13,8 +13,8 @@ from typing import Any, get_args
 
 import numpy as np
 
-from benchmarks.harness import Effort, Variant, spread, time_side_by_side
-from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.harness import Effort, Variant, spread, time_side_by_side
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.monitor.prometheus.collector import Detail, RoutingCollector
 from equipoise.monitor.prometheus.live import LiveSource
 from equipoise.monitor.stats import RoutingSums, routing_stats

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.monitor.store import RunStore
 from equipoise.train.config import Overrides, TrainConfig
 from equipoise.train.corpus import corpus

@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.fleet_ranks import Work
 from benchmarks.netns import cluster, run_ranks
-from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.parallel.links import Effort
 from equipoise.plan.fleet.result import WARM_UP
 from equipoise.plan.fleet.scenario import Batching, Machines, ModelShape

@@ -13,19 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import (
-    Effort,
-    Seconds,
-    Spread,
-    Variant,
-    fastest,
-    ratio,
-    require_same,
-    spread,
-    time_side_by_side,
-)
 from benchmarks.memory import MIB, lean_formula, saved_for_backward
-from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
 from benchmarks.variants import (
     SHAPES,
     VARIANTS,
@@ -38,6 +26,18 @@ from benchmarks.variants import (
     make_problem,
     plain_moe,
 )
+from equipoise.bench.harness import (
+    Effort,
+    Seconds,
+    Spread,
+    Variant,
+    fastest,
+    ratio,
+    require_same,
+    spread,
+    time_side_by_side,
+)
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.layer.experts import backend_for
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

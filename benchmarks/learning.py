@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from rich.progress import track
 
-from benchmarks.report import Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.report import Report, Table, add_output_arguments, announce, emit
 from equipoise.monitor.rules import LoadDriftRule, LogitRule, load_moved
 from equipoise.train.config import TrainConfig
 from equipoise.train.loop import Trainer

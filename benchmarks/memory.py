@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.harness import Effort, Variant, ratio, time_side_by_side
-from benchmarks.report import Cell, Report, Table, add_output_arguments, emit
+from equipoise.bench.harness import Effort, Variant, ratio, time_side_by_side
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, emit
 from equipoise.models.config import DecoderConfig
 from equipoise.models.decoder import Decoder, cross_entropy_sum
 from equipoise.train.config import TrainConfig

@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from benchmarks.harness import Effort, Spread, Variant, ratio, spread, time_side_by_side
-from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
 from benchmarks.variants import SHAPES, LeftOutError, Shape
 from benchmarks.workloads import Workload, layer_workload, recipe_workload, transformers_workloads
+from equipoise.bench.harness import Effort, Spread, Variant, ratio, spread, time_side_by_side
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.monitor.recorder import Recorder
 from equipoise.monitor.watch import Watch, watch
 from equipoise.monitor.window import TimeWindow

@@ -23,7 +23,7 @@ from benchmarks.monitors_observers import (
     versions,
 )
 from benchmarks.monitors_worlds import FAILURES, FAMILIES, World, random_world
-from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 
 COLUMNS = ("model", "monitor", "layers", "experts", "tokens", "choices", "busiest", "dead", "verdict", "wrong")
 MONITORS = ("equipoise", *DISTRIBUTIONS)

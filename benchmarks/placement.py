@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.harness import Effort, Spread, Variant, spread, time_side_by_side
-from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.harness import Effort, Spread, Variant, spread, time_side_by_side
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.plan import Aim, Cluster, Score, Traffic, eplb_placement, plan_layers, score_layers, traffic_of_ids
 from equipoise.routing import SwitchLoss, TopK
 from equipoise.train.choices import choices_of_run

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.report import Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.report import Report, Table, add_output_arguments, announce, emit
 from equipoise.layer.moe import reduce_and_update
 from equipoise.models.cache import ContiguousCache
 from equipoise.models.config import DecoderConfig, MoEConfig

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Effort, Variant, ratio, spread, time_side_by_side
-from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
 from benchmarks.variants import SHAPES, Shape
 from equipoise import Capacity, MoE, TopK
+from equipoise.bench.harness import Effort, Variant, ratio, spread, time_side_by_side
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.layer.admission import Admission, Capped, Dropless
 from equipoise.layer.dispatch import plan_of
 from equipoise.ops.count import count_assignments

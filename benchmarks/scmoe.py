@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.disk.atomic import atomic_write
 from equipoise.models.config import SHORTCUT_WINDOW, ShortcutName
 from equipoise.models.decoder import Decoder

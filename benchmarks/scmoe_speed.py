@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import Spread, spread
 from benchmarks.netns import cluster, run_ranks
-from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.harness import Spread, spread
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.layer import MoE
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.models.decoder import Decoder

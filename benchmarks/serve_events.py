@@ -16,8 +16,8 @@ from typing import Any
 import httpx
 import torch
 
-from benchmarks.report import announce
 from benchmarks.serve_traffic import Span, Traffic
+from equipoise.bench.report import announce
 from equipoise.disk.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from equipoise.faults.files import CheckpointDamage, damage
 

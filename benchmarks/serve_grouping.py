@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.harness import spread
-from benchmarks.report import Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.harness import spread
+from equipoise.bench.report import Report, Table, add_output_arguments, announce, emit
 from equipoise.models.run_files import Loaded, load
 from equipoise.serve.engine import Engine, StepReport
 from equipoise.serve.request import Request, Sampling

@@ -22,12 +22,12 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.harness import Spread
-from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
 from benchmarks.serve_events import EVENTS, Event, Operator, Scene, Watched, play
 from benchmarks.serve_traffic import Checked, Known, Mix, Prompts, Traffic, check, make_pool
 from benchmarks.serving import Server, served
 from benchmarks.serving_client import PATIENCE_S, Told
+from equipoise.bench.harness import Spread
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.models.run_files import Loaded, load
 from equipoise.train.loop import Trainer
 from equipoise.train.recipes import recipe

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from benchmarks.breaker import NEVER, stand_ins
-from benchmarks.harness import Effort, Variant, ratio, spread, time_side_by_side
-from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
 from benchmarks.serve_peers import SIZES, SMOKE_SIZES
 from benchmarks.serving import byte_tokenizer, random_model
+from equipoise.bench.harness import Effort, Variant, ratio, spread, time_side_by_side
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.models.config import DecoderConfig
 from equipoise.monitor.watch import Watch
 from equipoise.recovery.latency import LatencyGuard

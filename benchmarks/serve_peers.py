@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Effort, Seconds, Spread, Variant, ratio, spread, time_side_by_side
-from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
 from benchmarks.serve_engines import (
     Ask,
     Run,
@@ -34,6 +32,8 @@ from benchmarks.serve_engines import (
     transformers_serve,
 )
 from benchmarks.variants import LeftOutError
+from equipoise.bench.harness import Effort, Seconds, Spread, Variant, ratio, spread, time_side_by_side
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.routing import TopK
 

@@ -22,11 +22,11 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.report import Cell, Report, Table, add_output_arguments, announce, emit
 from benchmarks.serve_load import NAME, train_run
 from benchmarks.serve_traffic import Checked, Mix, Prompts, Traffic, check, make_pool
 from benchmarks.serving import Server, served
 from benchmarks.serving_client import PATIENCE_S, ask, new_client
+from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.models.run_files import load
 
 WARM_UP = 0.25  # of the time: allocators, caches and rolling windows fill up

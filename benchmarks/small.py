@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Effort, Seconds, Variant, ratio, spread, time_side_by_side
-from benchmarks.report import Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.harness import Effort, Seconds, Variant, ratio, spread, time_side_by_side
+from equipoise.bench.report import Report, Table, add_output_arguments, announce, emit
 from equipoise.models.generate import generate
 from equipoise.ops.packed import Full, Int4, Int8, WeightFormat
 from equipoise.serve.equipment import held_out_loss

@@ -38,6 +38,7 @@ ALLOWED = {
     "train": {"types", "ops", "routing"} | RINGS,
     "serve": {"types"} | RINGS,
     "hf": {"types", "ops"},
+    "bench": {"types", "ops", "routing", "train", "hf"} | RINGS,
 }
 TOP = {"__init__", "__main__", "cli", "commands", "demo"}  # may import every part; no part may import them
 NO_TORCH_AT_IMPORT = {"types", "plan"}

@@ -10,11 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.harness import Effort, Variant, ratio, relative_error, require_same, spread, time_side_by_side
 from benchmarks.layer import ERROR_LIMITS, available, checked_layers
 from benchmarks.memory import lean_formula, saved_for_backward
 from benchmarks.monitor import Size, window_memory
-from benchmarks.report import shown
 from benchmarks.variants import (
     SHAPES,
     VARIANTS,
@@ -24,6 +22,9 @@ from benchmarks.variants import (
     make_problem,
     needs_memory_for_copies,
 )
+
+from equipoise.bench.harness import Effort, Variant, ratio, relative_error, require_same, spread, time_side_by_side
+from equipoise.bench.report import shown
 
 ROOT = Path(__file__).parents[2]
 TINY = Shape("tiny", dim=32, hidden_dim=16, num_experts=4, top_k=2)

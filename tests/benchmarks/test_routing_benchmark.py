@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.harness import Effort
 from benchmarks.routing import (
     MAX_VIOLATION,
     OVERFLOW,
@@ -27,6 +26,7 @@ from benchmarks.routing import (
 from benchmarks.variants import Shape
 
 from equipoise import Capacity, MoE, TopK
+from equipoise.bench.harness import Effort
 from equipoise.layer.admission import Dropless
 from equipoise.routing import ROUTERS, ReLURouting
 

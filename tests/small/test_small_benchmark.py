@@ -1,7 +1,8 @@
 """The benchmark runs on a small run folder, and its table says what is so."""
 
-from benchmarks.harness import Effort
 from benchmarks.small import WAYS, Work, products, tables
+
+from equipoise.bench.harness import Effort
 
 
 def test_it_measures_what_these_sizes_allow(run):

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 
-import equipoise
-from benchmarks.harness import Spread
+from equipoise.bench.harness import Spread
 
 SPEED_VARIABLES = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS")  # part of what was measured, if set
 
@@ -63,7 +63,7 @@ def provenance() -> dict[str, Any]:
         "load_at_end": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "equipoise": equipoise.__version__,
+        "equipoise": version("equipoise"),
     } | {name: os.environ[name] for name in SPEED_VARIABLES if name in os.environ}
 
 

@@ -1,8 +1,8 @@
 """Times variants side by side in one process, and compares what they compute before they are timed.
 
 Rounds alternate (A B C A B C ...), so that a machine that slows down slows all of them, and ratios are taken within a
-round. It knows nothing of what it times and prints nothing: `benchmarks.report` does that. CPU only: it doesn't wait
-for a device.
+round. It knows nothing of what it times and prints nothing: `equipoise.bench.report` does that. CPU only: it doesn't
+wait for a device.
 """
 
 from __future__ import annotations
