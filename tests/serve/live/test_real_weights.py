@@ -8,9 +8,7 @@ import pytest
 import torch
 from tests.serve.live.test_server import operator, serving, wait_for
 
-from equipoise.convert import import_checkpoint
-from equipoise.convert.fetch import find
-from equipoise.convert.upcycle import Upcycling, upcycle_run
+from equipoise.commands.convert import upcycle
 from equipoise.models.generate import generate
 from equipoise.models.run_files import load
 from equipoise.monitor.store import RunStore
@@ -21,10 +19,9 @@ LAYER, QUESTION, ASKED = "layers.7.mlp", "The capital of France is", "What is th
 
 @pytest.fixture(scope="module")
 def smol(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("smol")
-    import_checkpoint(find("smollm2"), folder / "dense")
-    upcycle_run(folder / "dense", folder / "smol", Upcycling())
-    return folder / "smol"
+    folder = tmp_path_factory.mktemp("smol") / "smol"
+    assert upcycle("smollm2", folder) == 0
+    return folder
 
 
 def test_it_converses_is_broken_and_repaired(smol, tmp_path):
@@ -77,11 +74,13 @@ def test_it_converses_is_broken_and_repaired(smol, tmp_path):
             with operator(server) as admin, RunStore.open_readonly(out) as store:
                 wait_for(lambda: len(answers) > 8)
                 fault = {"fault": "collapse", "layer": LAYER, "expert": 3, "intensity": 30.0}
-                assert admin.post("faults", json={"fault": fault}).status_code == 200
-                [alert, *_] = wait_for(lambda: [each for each in store.alerts() if each.finding.layer == LAYER], 240)
-                assert (alert.finding.rule, alert.finding.expert) == ("collapse", 3)
-                kept = wait_for(lambda: [each for each in store.actions() if each.state == "kept"], 240)
-                assert kept[0].layer == LAYER
+                posted = admin.post("faults", json={"fault": fault})
+                assert posted.status_code == 200, posted.text
+                found = (LAYER, "collapse", 3)
+                wait_for(
+                    lambda: found in [(a.finding.layer, a.finding.rule, a.finding.expert) for a in store.alerts()], 240
+                )
+                wait_for(lambda: [a for a in store.actions() if (a.layer, a.state) == (LAYER, "kept")], 240)
                 assert admin.post("faults/remove", json={}).status_code == 200
         finally:
             stop.set()
