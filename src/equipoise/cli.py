@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from equipoise.commands import metrics, watching
+from equipoise.commands.architectures import architectures
 from equipoise.commands.convert import convert, upcycle
 from equipoise.commands.inject import inject
 from equipoise.commands.links import links
@@ -140,6 +141,7 @@ def sweep(
 def bench(
     run: Annotated[
         Annotated[int, tyro.conf.subcommand(name="sweep", constructor=sweep)]
+        | Annotated[int, tyro.conf.subcommand(name="architectures", constructor=architectures)]
         | Annotated[int, tyro.conf.subcommand(name="links", constructor=links)],
         tyro.conf.arg(name=""),
     ],

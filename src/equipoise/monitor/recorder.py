@@ -176,14 +176,14 @@ def _sums_of(integers: np.ndarray, floats: np.ndarray, layer: Observable) -> Rou
     )
 
 
-def observable_layers(model: nn.Module) -> dict[str, Observable]:
+def observable_layers(model: nn.Module, required: bool = True) -> dict[str, Observable]:
     """The layers of the model that can be watched, by name: equipoise's in the model's order, then others'.
 
-    Raises ValueError when there is none.
+    Raises ValueError when there is none and at least one is required.
     """
     layers: dict[str, Observable] = {n: module for n, module in model.named_modules() if isinstance(module, Observable)}
     layers |= experts_layers(model)
-    if not layers:
+    if required and not layers:
         raise ValueError(
             f"model: expected at least one layer with a routing tap, found none in {type(model).__name__}; "
             "build its experts with equipoise.MoE, or as those of transformers 5: a module that is called with "
@@ -196,14 +196,17 @@ class Recorder:
     """Counts every real token of every MoE layer once. Outputs are bit-identical with and without it.
 
     reduce: sums a float64 tensor over data-parallel ranks in place, once per `flush`; None on one rank.
+    required: refuse a model in which nothing is routed.
     """
 
-    def __init__(self, model: nn.Module, reduce: Callable[[Tensor], object] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, reduce: Callable[[Tensor], object] | None = None, *, required: bool = True
+    ) -> None:
         self._reduce = reduce
         self._paused = False
         self._pairs: PairCounts | None = None
         self.co_selection: list[CoSelection] = []
-        layers = observable_layers(model)
+        layers = observable_layers(model, required)
         devices = [p.device for p in model.parameters() if p.device.type != "meta"]  # meta: weights kept elsewhere
         self._buffers = _Buffers.allocate(layers, devices[0] if devices else torch.device("cpu"))
         self._sums = self._buffers.by_layer()
