@@ -30,3 +30,13 @@ def test_pictures_are_used():
     """A picture that no page shows is out of date sooner or later."""
     texts = "".join(path.read_text() for path in [ROOT / "README.md", *DOCS.glob("*.md")])
     assert [path.name for path in (DOCS / "img").iterdir() if f"img/{path.name}" not in texts] == []
+
+
+def test_each_requirement_has_its_licence():
+    """What users install: not what only developing needs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [needs for name, needs in project["optional-dependencies"].items() if name not in ("dev", "docs", "all")]
+    needs = [*project["dependencies"], *(need for each in extras for need in each)]
+    wanted = {re.match(r"[\w-]+", need)[0] for need in needs} - {"equipoise"}
+    listed = set(re.findall(r"^\| ([\w.-]+) \|", (DOCS / "licences.md").read_text(), re.MULTILINE))
+    assert {name.lower() for name in wanted} - listed == set()
