@@ -44,7 +44,7 @@ def page() -> str:
 HEAD = """# Licences of what is installed along
 
 equipoise is Apache 2.0. What it needs, and what each extra brings, with the licence that the package itself states;
-made by `python -m benchmarks.licences` from the packages installed where it ran. Those that were not there have no version.
+made by `python -m benchmarks.licences` from what is installed where it ran. What was not there has no version.
 
 | package | version | licence, as stated | comes with |
 |---|---|---|---|

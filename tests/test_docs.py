@@ -18,7 +18,7 @@ def pages(entries):
 
 def test_each_page_has_its_place():
     nav = list(pages(tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]))
-    assert sorted(nav) == sorted(path.name for path in DOCS.glob("*.md"))
+    assert sorted(nav) == sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
 
 def test_each_public_name_is_described():
