@@ -15,6 +15,7 @@ from equipoise.models.attention import Attention
 from equipoise.models.cache import KVCache
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.models.latent_attention import LatentAttention
+from equipoise.models.mamba import KeepsStates, MambaMixer
 from equipoise.models.rope import Rotary
 from equipoise.types import BatchScope
 
@@ -37,13 +38,19 @@ class BatchView:
 
 
 class Block(nn.Module):
-    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)), where mlp is an MoE or a FeedForward."""
+    """One pre-norm block: x + mixer(norm(x)), then x + mlp(norm(x)), where mlp is an MoE or a FeedForward.
+
+    The mixer is `self_attn`, or `mamba` in a Mamba layer, which has no attention.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         moe = config.moe if layer in config.moe_layer_ids else None
         self.input_layernorm = norm_of(config)
-        self.self_attn = Attention(config, layer) if config.latent is None else LatentAttention(config, layer)
+        mamba = config.mamba if layer in config.mamba_layer_ids else None
+        self.mamba = None if mamba is None else MambaMixer(config.dim, mamba, layer)
+        if self.mamba is None:
+            self.self_attn = Attention(config, layer) if config.latent is None else LatentAttention(config, layer)
         self.post_attention_layernorm = norm_of(config)
         self.mlp = (
             FeedForward(config.dim, config.hidden_dim, config.activation)
@@ -59,9 +66,22 @@ class Block(nn.Module):
 
     def forward(self, x_BSD: Tensor, view: BatchView, scope: BatchScope | None) -> Tensor:
         """Add what attention and the feed-forward part make of x; scope goes to the MoE."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), view.rotary, view.mask, view.cache)
+        x_BSD = x_BSD + self.mix(self.input_layernorm(x_BSD), view)
         out_BSD: Tensor = x_BSD + self._feed_forward(self.post_attention_layernorm(x_BSD), view, scope)
         return out_BSD
+
+    def mix(self, x_BSD: Tensor, view: BatchView) -> Tensor:
+        """What the block's attention, or its Mamba layer, makes of the normed stream."""
+        if self.mamba is None:
+            y_BSD: Tensor = self.self_attn(x_BSD, view.rotary, view.mask, view.cache)
+            return y_BSD
+        if view.cache is not None and not isinstance(view.cache, KeepsStates):
+            raise ValueError(
+                f"cache: expected one that keeps the states of Mamba layers, got {type(view.cache).__name__}, which "
+                "keeps keys and values only. Use ContiguousCache, or `generate`."
+            )
+        mixed_BSD: Tensor = self.mamba(x_BSD, view.padding_BS, view.cache)
+        return mixed_BSD
 
     def _feed_forward(self, x_BSD: Tensor, view: BatchView, scope: BatchScope | None) -> Tensor:
         run: Callable[[Tensor], Tensor] = self.mlp
@@ -74,7 +94,7 @@ class Block(nn.Module):
         """Draw the weights afresh; output_std is for the two projections that end in the residual stream."""
         self.input_layernorm.reset_parameters()
         self.post_attention_layernorm.reset_parameters()
-        self.self_attn.init_weights(std, output_std)
+        (self.self_attn if self.mamba is None else self.mamba).init_weights(std, output_std)
         self.mlp.init_weights(std, output_std)
 
 

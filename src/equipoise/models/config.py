@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from equipoise.layer import Capacity
 from equipoise.layer.experts import BackendName
+from equipoise.models.mamba import Mamba
 from equipoise.models.rope import SCALINGS, RopeScaling
 from equipoise.ops.activation import Activation
 from equipoise.routing import BALANCERS, COEFFICIENTS, LOSSES, ROUTERS, TopK
@@ -118,7 +119,8 @@ class DecoderConfig:
     OLMoE). attention_bias: of the projections to queries, keys and values, and of that of the output. sinks: a learned
     logit per head that takes part in each softmax (gpt-oss). window: in `window_layers` (None: all) a token sees the
     last so many, itself included. latent: attention over a latent, in place of num_kv_heads and head_dim.
-    rope_scaling: how positions are stretched to a longer context.
+    rope_scaling: how positions are stretched to a longer context. mamba: state spaces in place of the attention of
+    `mamba_layers` (None: all).
     """
 
     vocab_size: int
@@ -143,6 +145,8 @@ class DecoderConfig:
     window_layers: tuple[int, ...] | None = None
     latent: Latent | None = None
     rope_scaling: RopeScaling | None = None
+    mamba: Mamba | None = None
+    mamba_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "hidden_dim", "max_seq_len"):
@@ -152,6 +156,7 @@ class DecoderConfig:
         _check_heads(self)
         _check_attention(self)
         _check_moe_layers(self)
+        _check_layers(self, "mamba")
         _check_routers(self)
 
     @property
@@ -181,11 +186,14 @@ class DecoderConfig:
         return self.window if self.window_layers is None or layer in self.window_layers else None
 
     @property
+    def mamba_layer_ids(self) -> tuple[int, ...]:
+        """The layers with a state space in place of attention, ascending."""
+        return _layer_ids(self, "mamba")
+
+    @property
     def moe_layer_ids(self) -> tuple[int, ...]:
         """The layers with an MoE, ascending; empty for a dense model."""
-        if self.moe is None:
-            return ()
-        return tuple(range(self.num_layers)) if self.moe_layers is None else self.moe_layers
+        return _layer_ids(self, "moe")
 
     def moe_router(self, number: int) -> RouterConfig:
         """The router of the MoE layer with that number, counted from 0 among the MoE layers."""
@@ -325,14 +333,27 @@ def _check_moe_layers(config: DecoderConfig) -> None:
                 f"shortcut: expected a dense layer before each MoE layer for {config.moe.shortcut}, got none before "
                 f"{bare}. Set moe_layers, such as every second one (1, 3, ...), or take pos1."
             )
-    layers = config.moe_layers
+    _check_layers(config, "moe")
+
+
+def _layer_ids(config: DecoderConfig, kind: str) -> tuple[int, ...]:
+    """The layers that have this kind of part: those of the field `<kind>_layers`, None being all."""
+    if getattr(config, kind) is None:
+        return ()
+    layers: tuple[int, ...] | None = getattr(config, f"{kind}_layers")
+    return tuple(range(config.num_layers)) if layers is None else layers
+
+
+def _check_layers(config: DecoderConfig, kind: str) -> None:
+    layers, part = getattr(config, f"{kind}_layers"), getattr(config, kind)
     if layers is None:
         return
-    if config.moe is None:
-        raise ValueError(f"moe_layers: expected None without moe, got {layers}. Set moe=MoEConfig(...) as well.")
+    if part is None:
+        name = {"moe": "MoEConfig", "mamba": "Mamba", "peer": "Peer"}[kind]
+        raise ValueError(f"{kind}_layers: expected None without {kind}, got {layers}. Set {kind}={name}(...) as well.")
     if list(layers) != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < config.num_layers):
         raise ValueError(
-            f"moe_layers: expected ascending layer numbers in [0, num_layers={config.num_layers}), got {layers}. "
+            f"{kind}_layers: expected ascending layer numbers in [0, num_layers={config.num_layers}), got {layers}. "
             "Number the layers from 0, each once."
         )
 
@@ -375,7 +396,7 @@ def _decode(data: Any) -> Any:
 
 def _known_type(name: object) -> type[Any]:
     """The class of a type tag. The table is the whole list of what a configuration file may name."""
-    known = {cls.__name__: cls for cls in (DecoderConfig, MoEConfig, Latent, *SCALINGS, *STRATEGIES)}
+    known = {cls.__name__: cls for cls in (DecoderConfig, MoEConfig, Latent, Mamba, *SCALINGS, *STRATEGIES)}
     if not isinstance(name, str) or name not in known:
         raise ValueError(
             f"config: unknown type {name!r}, expected one of {sorted(known)}. "

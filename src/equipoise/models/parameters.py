@@ -23,6 +23,7 @@ class ParameterCounts:
     active: int
     embedding: int
     attention: int
+    mamba: int
     dense: int
     experts: int
     shared: int
@@ -37,7 +38,8 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
     With V vocabulary, D dim, L layers, h and kv heads of width d, E experts of which a token uses k:
 
         embedding  V D (+ max_seq_len D for learned positions)
-        attention  L (2 D h d + 2 D kv d (+ 2 d for qk_norm)), or what `_attention` says for other kinds
+        attention  2 D h d + 2 D kv d (+ 2 d for qk_norm), or what `_attention` says for other kinds, per layer with it
+        mamba      `Mamba.parameters` per Mamba layer
         ffn(F)     3 D F for SwiGLU, 2 D F for GELU
         dense      ffn(hidden_dim) per layer without an MoE
         experts    E ffn(moe.hidden_dim) (+ biases) per MoE layer; active: k instead of E
@@ -62,7 +64,8 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
         router = sum(_router_parameters(each, D, config.moe.num_experts) for each in routers)
     parts = {
         "embedding": (config.vocab_size + (config.max_seq_len if config.style == "gpt2" else 0)) * D,
-        "attention": L * _attention(config),
+        "attention": (L - len(config.mamba_layer_ids)) * _attention(config),
+        "mamba": len(config.mamba_layer_ids) * config.mamba.parameters(D) if config.mamba else 0,
         "dense": (L - num_moe) * matrices * D * config.hidden_dim,
         "experts": experts,
         "shared": shared,
