@@ -7,11 +7,12 @@ to JSON with their type's name.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from equipoise.layer import Capacity
 from equipoise.layer.experts import BackendName
+from equipoise.models.json_types import decode, encode
 from equipoise.models.mamba import Mamba
 from equipoise.models.rope import SCALINGS, RopeScaling
 from equipoise.ops.activation import Activation
@@ -212,12 +213,12 @@ class DecoderConfig:
 
     def to_json(self) -> str:
         """The configuration as JSON text. Each nested object carries its type's name."""
-        return json.dumps(_encode(self), indent=2)
+        return json.dumps(encode(self, _known_types()), indent=2)
 
     @staticmethod
     def from_json(text: str) -> DecoderConfig:
         """The configuration that `to_json` wrote. Raises ValueError for an unknown type, field or structure."""
-        config = _decode(json.loads(text))
+        config = decode(json.loads(text), _known_types())
         if not isinstance(config, DecoderConfig):
             raise ValueError(
                 f"config: expected a JSON object of type 'DecoderConfig', got {type(config).__name__}. "
@@ -361,45 +362,6 @@ def _check_layers(config: DecoderConfig, kind: str) -> None:
 # ---------------------------------------------------------------------------------------------- JSON
 
 
-def _encode(value: Any) -> Any:
-    """Plain JSON data: a dataclass becomes an object with its type's name, a tuple a list."""
-    if is_dataclass(value) and not isinstance(value, type):
-        name = type(value).__name__
-        _known_type(name)
-        return {"type": name} | {each.name: _encode(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise ValueError(
-        f"config: expected numbers, strings, tuples and known strategies, got {type(value).__name__}. "
-        "Use a strategy object of equipoise, or keep this configuration as Python."
-    )
-
-
-def _decode(data: Any) -> Any:
-    """Undo `_encode`. Every strategy's constructor checks its own values."""
-    if isinstance(data, list):
-        return tuple(_decode(item) for item in data)
-    if not isinstance(data, dict):
-        return data
-    cls = _known_type(data.get("type"))
-    names = {each.name for each in fields(cls)}
-    values = {name: _decode(value) for name, value in data.items() if name != "type"}
-    if unknown := values.keys() - names:
-        raise ValueError(
-            f"config: {cls.__name__} has no {sorted(unknown)}, expected fields among {sorted(names)}. "
-            "The file may come from another version of equipoise."
-        )
-    return cls(**values)
-
-
-def _known_type(name: object) -> type[Any]:
-    """The class of a type tag. The table is the whole list of what a configuration file may name."""
-    known = {cls.__name__: cls for cls in (DecoderConfig, MoEConfig, Latent, Mamba, *SCALINGS, *STRATEGIES)}
-    if not isinstance(name, str) or name not in known:
-        raise ValueError(
-            f"config: unknown type {name!r}, expected one of {sorted(known)}. "
-            "The file may come from another version of equipoise."
-        )
-    return known[name]
+def _known_types() -> tuple[type[Any], ...]:
+    """The whole list of what a configuration file may name."""
+    return (DecoderConfig, MoEConfig, Latent, Mamba, *SCALINGS, *STRATEGIES)
