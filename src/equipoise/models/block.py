@@ -118,4 +118,5 @@ def _moe(config: DecoderConfig, moe: MoEConfig, number: int) -> MoE:
         activation=config.expert_activation,
         expert_bias=moe.expert_bias,
         backend=moe.backend,
+        zero_experts=moe.zero_experts,
     )

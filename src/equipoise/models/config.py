@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from equipoise.layer import Capacity
+from equipoise.layer import Capacity, ZeroExperts
 from equipoise.layer.experts import BackendName
 from equipoise.models.json_types import decode, encode
 from equipoise.models.mamba import Mamba
@@ -44,6 +44,7 @@ class MoEConfig:
     experts have one (gpt-oss).
     shortcut_slot: how many sub-blocks after that place the experts are computed; None is half of those that there
     are before the shared experts' end (`SHORTCUT_WINDOW`). It changes when, never what.
+    zero_experts: experts that compute nothing, beside the num_experts that do (docs/alternatives.md).
     """
 
     num_experts: int
@@ -61,6 +62,7 @@ class MoEConfig:
     first_router: RouterConfig | None = None
     shortcut: ShortcutName | None = None
     shortcut_slot: int | None = None
+    zero_experts: ZeroExperts | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "hidden_dim"):
@@ -364,4 +366,4 @@ def _check_layers(config: DecoderConfig, kind: str) -> None:
 
 def _known_types() -> tuple[type[Any], ...]:
     """The whole list of what a configuration file may name."""
-    return (DecoderConfig, MoEConfig, Latent, Mamba, *SCALINGS, *STRATEGIES)
+    return (DecoderConfig, MoEConfig, Latent, Mamba, ZeroExperts, *SCALINGS, *STRATEGIES)

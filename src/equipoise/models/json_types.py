@@ -1,4 +1,4 @@
-"""Frozen configurations to plain JSON data and back: each object carries its type's name, out of a list of known types."""
+"""Frozen configurations to plain JSON data and back: each object carries the name of its type, one of a given list."""
 
 from __future__ import annotations
 

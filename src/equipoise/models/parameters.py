@@ -16,7 +16,8 @@ class ParameterCounts:
     """Parameters by part; the parts add up to `total`.
 
     active: those that one token uses, its row of the embedding counted as the whole table; subtract `embedding` for
-    the other convention. experts: routed experts, all of them. head: 0 when tied to the embedding.
+    the other convention. With zero-computation experts it is the most that a token uses.
+    experts: routed experts, all of them. head: 0 when tied to the embedding.
     """
 
     total: int
@@ -28,6 +29,7 @@ class ParameterCounts:
     experts: int
     shared: int
     router: int
+    zero: int
     norm: int
     head: int
 
@@ -44,6 +46,7 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
         dense      ffn(hidden_dim) per layer without an MoE
         experts    E ffn(moe.hidden_dim) (+ biases) per MoE layer; active: k instead of E
         shared     ffn(shared_experts moe.hidden_dim) (+ D with a gate) per MoE layer
+        zero       3 D per constant among the zero-computation experts, per MoE layer
         router     E D per MoE layer for a linear router; others say themselves
         norm       (2 L + 1) D, twice that for LayerNorm, which has a bias
         head       0 if tied, else V D
@@ -51,7 +54,7 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
     D, L = config.dim, config.num_layers
     num_moe = len(config.moe_layer_ids)
     matrices = 3 if is_gated(config.activation) else 2
-    experts = shared = router = active_experts = 0
+    experts = shared = router = zero = active_experts = 0
     if config.moe is not None:
         F = config.moe.hidden_dim
         per_shared = (3 if is_gated(config.expert_activation) else 2) * D * F
@@ -61,7 +64,10 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
         routers = [config.moe_router(number) for number in range(num_moe)]
         active_experts = sum(each.k for each in routers) * per_expert
         shared = num_moe * (config.moe.shared_experts * per_shared + (D if config.moe.shared_gate else 0))
-        router = sum(_router_parameters(each, D, config.moe.num_experts) for each in routers)
+        zero_experts = config.moe.zero_experts
+        choices = config.moe.num_experts + (zero_experts.count if zero_experts else 0)
+        router = sum(_router_parameters(each, D, choices) for each in routers)
+        zero = num_moe * zero_experts.parameters(D) if zero_experts else 0
     parts = {
         "embedding": (config.vocab_size + (config.max_seq_len if config.style == "gpt2" else 0)) * D,
         "attention": (L - len(config.mamba_layer_ids)) * _attention(config),
@@ -70,6 +76,7 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
         "experts": experts,
         "shared": shared,
         "router": router,
+        "zero": zero,
         "norm": (2 * L + 1) * D * (2 if config.style == "gpt2" else 1),
         "head": 0 if config.tie_embeddings else config.vocab_size * D,
     }
