@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from equipoise.layer import FeedForward, MoE
+from equipoise.layer import FeedForward, MoE, ProductKeyExperts
 from equipoise.models.attention import Attention
 from equipoise.models.cache import KVCache
 from equipoise.models.config import DecoderConfig, MoEConfig
@@ -38,7 +38,7 @@ class BatchView:
 
 
 class Block(nn.Module):
-    """One pre-norm block: x + mixer(norm(x)), then x + mlp(norm(x)), where mlp is an MoE or a FeedForward.
+    """One pre-norm block: x + mixer(norm(x)), then x + mlp(norm(x)), where mlp is an MoE, PEER or a FeedForward.
 
     The mixer is `self_attn`, or `mamba` in a Mamba layer, which has no attention.
     """
@@ -52,11 +52,7 @@ class Block(nn.Module):
         if self.mamba is None:
             self.self_attn = Attention(config, layer) if config.latent is None else LatentAttention(config, layer)
         self.post_attention_layernorm = norm_of(config)
-        self.mlp = (
-            FeedForward(config.dim, config.hidden_dim, config.activation)
-            if moe is None
-            else _moe(config, moe, config.moe_layer_ids.index(layer))
-        )
+        self.mlp = _feed_forward(config, layer)
         self.checkpoint_experts = moe is not None and moe.checkpoint_experts
 
     @property
@@ -85,7 +81,7 @@ class Block(nn.Module):
 
     def _feed_forward(self, x_BSD: Tensor, view: BatchView, scope: BatchScope | None) -> Tensor:
         run: Callable[[Tensor], Tensor] = self.mlp
-        if isinstance(self.mlp, MoE):
+        if isinstance(self.mlp, MoE | ProductKeyExperts):
             run = partial(self.mlp, token_ids=view.tokens_BS, padding_mask=view.padding_BS, scope=scope)
         recompute = self.checkpoint_experts and self.training and torch.is_grad_enabled()
         return checkpoint(run, x_BSD, use_reentrant=False) if recompute else run(x_BSD)
@@ -102,6 +98,14 @@ def norm_of(config: DecoderConfig) -> nn.RMSNorm | nn.LayerNorm:
     """The norm of the model's style."""
     make = nn.LayerNorm if config.style == "gpt2" else nn.RMSNorm
     return make(config.dim, eps=config.norm_eps)
+
+
+def _feed_forward(config: DecoderConfig, layer: int) -> MoE | ProductKeyExperts | FeedForward:
+    if config.peer is not None and layer in config.peer_layer_ids:
+        return ProductKeyExperts(config.dim, config.peer)
+    if config.moe is not None and layer in config.moe_layer_ids:
+        return _moe(config, config.moe, config.moe_layer_ids.index(layer))
+    return FeedForward(config.dim, config.hidden_dim, config.activation)
 
 
 def _moe(config: DecoderConfig, moe: MoEConfig, number: int) -> MoE:

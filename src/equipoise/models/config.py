@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from equipoise.layer import Capacity, ZeroExperts
+from equipoise.layer import Capacity, Peer, ZeroExperts
 from equipoise.layer.experts import BackendName
 from equipoise.models.json_types import decode, encode
 from equipoise.models.mamba import Mamba
@@ -58,11 +58,11 @@ class MoEConfig:
     expert_bias: bool = False
     backend: BackendName = "auto"
     checkpoint_experts: bool = False
+    zero_experts: ZeroExperts | None = None
     first_layers: int = 0
     first_router: RouterConfig | None = None
     shortcut: ShortcutName | None = None
     shortcut_slot: int | None = None
-    zero_experts: ZeroExperts | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_experts", "hidden_dim"):
@@ -123,7 +123,7 @@ class DecoderConfig:
     logit per head that takes part in each softmax (gpt-oss). window: in `window_layers` (None: all) a token sees the
     last so many, itself included. latent: attention over a latent, in place of num_kv_heads and head_dim.
     rope_scaling: how positions are stretched to a longer context. mamba: state spaces in place of the attention of
-    `mamba_layers` (None: all).
+    `mamba_layers` (None: all). peer: single-neuron experts in place of the feed-forward of `peer_layers` (None: all).
     """
 
     vocab_size: int
@@ -150,6 +150,8 @@ class DecoderConfig:
     rope_scaling: RopeScaling | None = None
     mamba: Mamba | None = None
     mamba_layers: tuple[int, ...] | None = None
+    peer: Peer | None = None
+    peer_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "hidden_dim", "max_seq_len"):
@@ -160,6 +162,7 @@ class DecoderConfig:
         _check_attention(self)
         _check_moe_layers(self)
         _check_layers(self, "mamba")
+        _check_layers(self, "peer")
         _check_routers(self)
 
     @property
@@ -192,6 +195,11 @@ class DecoderConfig:
     def mamba_layer_ids(self) -> tuple[int, ...]:
         """The layers with a state space in place of attention, ascending."""
         return _layer_ids(self, "mamba")
+
+    @property
+    def peer_layer_ids(self) -> tuple[int, ...]:
+        """The layers with single-neuron experts, ascending."""
+        return _layer_ids(self, "peer")
 
     @property
     def moe_layer_ids(self) -> tuple[int, ...]:
@@ -329,6 +337,11 @@ def _check_routers(config: DecoderConfig) -> None:
 
 def _check_moe_layers(config: DecoderConfig) -> None:
     ids = config.moe_layer_ids
+    if both := sorted(set(ids) & set(config.peer_layer_ids)):
+        raise ValueError(
+            f"peer_layers: expected other layers than those with an MoE, got {both} for both. Set moe_layers and "
+            "peer_layers apart: a block has one feed-forward part."
+        )
     if config.moe is not None and config.moe.shortcut in ("pos2", "pos3"):
         bare = [layer for layer in ids if layer == 0 or layer - 1 in ids]
         if bare:
@@ -366,4 +379,4 @@ def _check_layers(config: DecoderConfig, kind: str) -> None:
 
 def _known_types() -> tuple[type[Any], ...]:
     """The whole list of what a configuration file may name."""
-    return (DecoderConfig, MoEConfig, Latent, Mamba, ZeroExperts, *SCALINGS, *STRATEGIES)
+    return (DecoderConfig, MoEConfig, Latent, Mamba, Peer, ZeroExperts, *SCALINGS, *STRATEGIES)

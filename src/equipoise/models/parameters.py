@@ -30,6 +30,7 @@ class ParameterCounts:
     shared: int
     router: int
     zero: int
+    peer: int
     norm: int
     head: int
 
@@ -43,16 +44,17 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
         attention  2 D h d + 2 D kv d (+ 2 d for qk_norm), or what `_attention` says for other kinds, per layer with it
         mamba      `Mamba.parameters` per Mamba layer
         ffn(F)     3 D F for SwiGLU, 2 D F for GELU
-        dense      ffn(hidden_dim) per layer without an MoE
+        dense      ffn(hidden_dim) per layer without an MoE or PEER
         experts    E ffn(moe.hidden_dim) (+ biases) per MoE layer; active: k instead of E
         shared     ffn(shared_experts moe.hidden_dim) (+ D with a gate) per MoE layer
         zero       3 D per constant among the zero-computation experts, per MoE layer
+        peer       `Peer.parameters` per PEER layer; active: `Peer.active_parameters`
         router     E D per MoE layer for a linear router; others say themselves
         norm       (2 L + 1) D, twice that for LayerNorm, which has a bias
         head       0 if tied, else V D
     """
     D, L = config.dim, config.num_layers
-    num_moe = len(config.moe_layer_ids)
+    num_moe, num_peer = len(config.moe_layer_ids), len(config.peer_layer_ids)
     matrices = 3 if is_gated(config.activation) else 2
     experts = shared = router = zero = active_experts = 0
     if config.moe is not None:
@@ -72,16 +74,20 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
         "embedding": (config.vocab_size + (config.max_seq_len if config.style == "gpt2" else 0)) * D,
         "attention": (L - len(config.mamba_layer_ids)) * _attention(config),
         "mamba": len(config.mamba_layer_ids) * config.mamba.parameters(D) if config.mamba else 0,
-        "dense": (L - num_moe) * matrices * D * config.hidden_dim,
+        "dense": (L - num_moe - num_peer) * matrices * D * config.hidden_dim,
         "experts": experts,
         "shared": shared,
         "router": router,
         "zero": zero,
+        "peer": num_peer * config.peer.parameters(D) if config.peer else 0,
         "norm": (2 * L + 1) * D * (2 if config.style == "gpt2" else 1),
         "head": 0 if config.tie_embeddings else config.vocab_size * D,
     }
     total = sum(parts.values())
-    return ParameterCounts(total=total, active=total - experts + active_experts, **parts)
+    idle = experts - active_experts
+    if config.peer is not None:
+        idle += num_peer * (config.peer.parameters(D) - config.peer.active_parameters(D))
+    return ParameterCounts(total=total, active=total - idle, **parts)
 
 
 def _attention(config: DecoderConfig) -> int:
