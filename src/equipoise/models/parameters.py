@@ -68,7 +68,7 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
         shared = num_moe * (config.moe.shared_experts * per_shared + (D if config.moe.shared_gate else 0))
         zero_experts = config.moe.zero_experts
         choices = config.moe.num_experts + (zero_experts.count if zero_experts else 0)
-        router = sum(_router_parameters(each, D, choices) for each in routers)
+        router = sum(router_parameters(each, D, choices) for each in routers)
         zero = num_moe * zero_experts.parameters(D) if zero_experts else 0
     parts = {
         "embedding": (config.vocab_size + (config.max_seq_len if config.style == "gpt2" else 0)) * D,
@@ -106,6 +106,7 @@ def _attention(config: DecoderConfig) -> int:
     return 2 * D * (q_dim + kv_dim) + norms + biases + (h if config.sinks else 0)
 
 
-def _router_parameters(router: RouterConfig, dim: int, num_experts: int) -> int:
+def router_parameters(router: RouterConfig, dim: int, num_experts: int) -> int:
+    """Of one router over so many experts."""
     with torch.device("meta"):  # shapes only
         return sum(parameter.numel() for parameter in router.build(dim, num_experts).parameters())

@@ -19,8 +19,9 @@ class KeyUsage:
 
     used: share of the keys with at least one assignment, in [0, 1]. used_by_chance: what that share would be, were
     every assignment drawn evenly: with few assignments most keys are unused in any layer. unevenness: KL divergence of
-    the use from uniform in nats, in [0, ln N]; 0 is even. unevenness_by_chance: what even draws would show on average; about
-    (N - 1) / (2 assignments) where every key has many. used_first, used_second: share of the sub-keys of each half that are used.
+    the use from uniform in nats, in [0, ln N]; 0 is even. unevenness_by_chance: what even draws would show on average,
+    about (N - 1) / (2 assignments) where every key has many. used_first, used_second: share of the sub-keys of each
+    half that are used.
     """
 
     used: float
