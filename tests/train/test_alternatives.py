@@ -40,7 +40,7 @@ def test_the_loss_falls_and_text_is_generated(trained, name):
     with RunStore.open_readonly(out) as store:
         losses = [row[1] for row in store.scalar_history("loss")]
     assert losses[0] == pytest.approx(math.log(512), abs=0.3)
-    assert sum(losses[-5:]) / 5 < losses[0] - 1
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.6
     assert result.step == 30
     assert len(result.sample) > len("In the beginning")
 
