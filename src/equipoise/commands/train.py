@@ -47,8 +47,8 @@ def train(
     experts on two domains: shows whether the router divides them, under a minute), tiny_scmoe (4 layers, 2 of them
     with 8 experts behind a shortcut, seconds), tiny_peer (1024 single-neuron experts), tiny_mamba (Mamba in place of
     attention), tiny_zero_experts (4 of 12 experts compute nothing), base (8 layers, 4 of them with 32 experts and a
-    shared one, days on two cores). And finetune, which goes on from the model of another run folder, on text of your own:
-    `equipoise train finetune --from runs/demo --data my.jsonl --freeze-router 100`.
+    shared one, days on two cores). And finetune, which goes on from the model of another run folder, on text of your
+    own: `equipoise train finetune --from runs/demo --data my.jsonl --freeze-router 100`.
 
     Args:
         recipe: One of these. Not needed with --resume.
