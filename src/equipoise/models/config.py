@@ -80,6 +80,11 @@ class MoEConfig:
         _check_shortcut(self)
 
     @property
+    def num_choices(self) -> int:
+        """E + Z: the experts that the router decides over, those that compute nothing included."""
+        return self.num_experts + (self.zero_experts.count if self.zero_experts else 0)
+
+    @property
     def expert_slot(self) -> int:
         """What `shortcut_slot` comes to."""
         assert self.shortcut is not None

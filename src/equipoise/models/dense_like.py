@@ -65,13 +65,12 @@ def mixer_flops(config: DecoderConfig) -> int:
 
 
 def _moe_flops(config: DecoderConfig, moe: MoEConfig, number: int) -> float:
-    router, zero, choices = config.moe_router(number), moe.zero_experts, moe.num_experts
+    router, zero = config.moe_router(number), moe.zero_experts
     computing, extra = float(router.k), 0
     if zero is not None:
-        choices += zero.count
         computing *= sum(zero.fair_shares(moe.num_experts)[: moe.num_experts])
         extra = zero.flops(config.dim)
     matrices = 3 if is_gated(config.expert_activation) else 2
     gate = 2 * config.dim if moe.shared_gate else 0
     experts = 2 * matrices * config.dim * moe.hidden_dim * (computing + moe.shared_experts)
-    return experts + gate + extra + 2 * router_parameters(router, config.dim, choices)
+    return experts + gate + extra + 2 * router_parameters(router, config.dim, moe.num_choices)

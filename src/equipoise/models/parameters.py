@@ -67,8 +67,7 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
         active_experts = sum(each.k for each in routers) * per_expert
         shared = num_moe * (config.moe.shared_experts * per_shared + (D if config.moe.shared_gate else 0))
         zero_experts = config.moe.zero_experts
-        choices = config.moe.num_experts + (zero_experts.count if zero_experts else 0)
-        router = sum(router_parameters(each, D, choices) for each in routers)
+        router = sum(router_parameters(each, D, config.moe.num_choices) for each in routers)
         zero = num_moe * zero_experts.parameters(D) if zero_experts else 0
     parts = {
         "embedding": (config.vocab_size + (config.max_seq_len if config.style == "gpt2" else 0)) * D,
