@@ -169,15 +169,21 @@ class ProductKeyExperts(nn.Module):
         weights_TN = decision.weights_N.view_as(ids_TN)
         weighted_TN = (activate(inner_TN.to(weights_TN.dtype), "gelu") * weights_TN).to(self.up.dtype)
         y_TD = F.embedding_bag(ids_TN, self.up, per_sample_weights=weighted_TN, mode="sum")
-        self.tap(Routed(decision, NeuronPlan(count_assignments(decision.expert_ids_N, self.num_experts)), {}))
+        self.tap(Routed(decision, NeuronPlan(decision.expert_ids_N, self.num_experts), {}))
         return view.restore(y_TD.to(x.dtype))
 
 
 @dataclass(frozen=True, eq=False)
 class NeuronPlan:
-    """How often each neuron is used; nothing is dropped. See `DispatchPlan`."""
+    """Who is used; nothing is dropped. See `DispatchPlan`."""
 
-    counts_e: Tensor
+    expert_ids_N: Tensor
+    num_experts: int
+
+    @property
+    def counts_e(self) -> Tensor:
+        """How often each neuron is used, counted when it is asked for."""
+        return count_assignments(self.expert_ids_N, self.num_experts)
 
     @property
     def drops(self) -> dict[str, Tensor]:

@@ -101,17 +101,19 @@ def _router_sums(decisions: Sequence[Decision]) -> tuple[Tensor, list[Tensor]]:
 def _product_sums(first_TA: Tensor, second_TB: Tensor) -> tuple[Tensor, list[Tensor]]:
     """The same for logits that are sums of two parts, without making all of them: their softmax is a product.
 
-    In fp64, which no autocast rounds.
+    A softmax's entropy is its log-sum-exp less the mean logit under it.
     """
-    first_TA, second_TB = first_TA.double(), second_TB.double()
-    p_TA, q_TB = first_TA.softmax(-1), second_TB.softmax(-1)
     A, B = first_TA.shape[1], second_TB.shape[1]
-    return (p_TA.t() @ q_TB).flatten(), [
+    logsumexp = first_TA.logsumexp(-1).sum() + second_TB.logsumexp(-1).sum()
+    p_TA, q_TB = first_TA.softmax(-1), second_TB.softmax(-1)
+    with torch.autocast(first_TA.device.type, enabled=False):
+        probs_E = (p_TA.t() @ q_TB).flatten()
+    return probs_E, [
         first_TA.new_zeros(()) + len(first_TA),
-        torch.special.entr(p_TA).sum() + torch.special.entr(q_TB).sum(),
+        logsumexp - (p_TA * first_TA).sum() - (q_TB * second_TB).sum(),
         B * first_TA.sum() + A * second_TB.sum(),
         B * first_TA.square().sum() + A * second_TB.square().sum() + 2 * (first_TA.sum(1) * second_TB.sum(1)).sum(),
-        first_TA.logsumexp(-1).sum() + second_TB.logsumexp(-1).sum(),
+        logsumexp,
     ]
 
 
