@@ -107,7 +107,8 @@ def sweep(
 
     Args:
         grid: What to go through.
-        recipe: The run of each cell: demo, tiny, tiny_two_experts, tiny_scmoe or base.
+        recipe: The run of each cell: demo, tiny, tiny_two_experts, tiny_scmoe, tiny_peer, tiny_mamba,
+            tiny_zero_experts or base.
         steps: Optimizer steps of each run. Default: the recipe's.
         corpus: embedded, wikitext-2, or the path of a .txt, .jsonl or .parquet file or of a folder of them.
         out: Folder of the sweep; each run has its own in OUT/cells, which `equipoise watch` can show.
