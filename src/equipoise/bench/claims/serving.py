@@ -1,0 +1,96 @@
+"""Claims about serving: what a small batch costs an MoE, beside a dense model and beside itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+
+from equipoise.bench.claims.arms import BASE
+from equipoise.bench.claims.balance import PRODUCTION
+from equipoise.bench.claims.claim import Bench, Claim, Reading
+from equipoise.bench.claims.statistics import Range, above
+from equipoise.bench.harness import Effort, Variant, time_side_by_side
+from equipoise.models.config import DecoderConfig
+from equipoise.models.decoder import Decoder
+from equipoise.models.generate import generate
+
+THEME = "serving"
+PROMPT, NEW = 4, 8
+ROUNDS = 9
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Decoding with a small and a large batch. dense: compare with a dense model's loss of throughput, too."""
+
+    small: int
+    large: int
+
+
+def _model(dense: bool) -> Decoder:
+    torch.manual_seed(0)
+    assert BASE.model.moe is not None
+    moe = None if dense else replace(BASE.model.moe, hidden_dim=256, balance=())
+    return Decoder(_wide(replace(BASE.model, moe=moe))).eval()
+
+
+def _wide(config: DecoderConfig) -> DecoderConfig:
+    """Large enough for products to take the time, not calls."""
+    return replace(config, dim=256, hidden_dim=512, num_layers=2)
+
+
+def _lost(batches: Batches, dense: bool) -> tuple[float, ...]:
+    """Per round: how much less throughput, in tokens per second, the small batch has than the large one; a share."""
+    model = _model(dense)
+    variants = [
+        Variant(str(index), partial(generate, model, torch.ones(size, PROMPT, dtype=torch.int64), NEW, temperature=0))
+        for index, size in enumerate((batches.small, batches.large))
+    ]
+    seconds = time_side_by_side(variants, Effort(ROUNDS, warmup=1, min_seconds=0.02))
+    pairs = zip(seconds["0"], seconds["1"], strict=True)
+    return tuple(1 - (batches.small / small) / (batches.large / large) for small, large in pairs)
+
+
+def lost_throughput(bench: Bench, batches: Batches) -> list[Reading]:
+    """Of the MoE."""
+    claimed = Range(0.3, 0.5)
+    return [Reading("throughput lost", "", _lost(batches, dense=False), claimed, "bootstrap")]
+
+
+def lost_beyond_dense(bench: Bench, batches: Batches) -> list[Reading]:
+    """Of the MoE, less what the dense model loses."""
+    moe, dense = _lost(batches, dense=False), _lost(batches, dense=True)
+    values = tuple(a - b for a, b in zip(moe, dense, strict=True))
+    return [Reading("throughput lost, MoE minus dense", "", values, above(0.05), "bootstrap")]
+
+
+CLAIMS = (
+    Claim(
+        name="batch-4-loses-40-percent",
+        theme=THEME,
+        hypothesis="A batch of 4 has 40 % less throughput than one of 32",
+        where=f"{PRODUCTION}: 40 % lower throughput with batch 4 than with 32",
+        theirs="40 %",
+        method="decoding with 8 experts, top-2, on this CPU; ratios within a round, 30 to 50 %",
+        control_is="32 in both",
+        measure=lost_throughput,
+        setup=Batches(4, 32),
+        control=Batches(32, 32),
+        seconds=6.0,
+    ),
+    Claim(
+        name="small-batches-hurt-moe-more",
+        theme=THEME,
+        hypothesis="A small batch costs an MoE more throughput than a dense model",
+        where=f"{PRODUCTION}: below 8, experts are underused",
+        theirs="below a batch of 8",
+        method="what batch 4 loses against 32, less what a dense model of the same arithmetic loses: more than 5 points",
+        control_is="32 in both",
+        measure=lost_beyond_dense,
+        setup=Batches(4, 32),
+        control=Batches(32, 32),
+        seconds=10.0,
+    ),
+)
