@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from equipoise.commands import metrics, watching
+from equipoise.commands.claims import claims
 from equipoise.commands.convert import convert, upcycle
 from equipoise.commands.inject import inject
 from equipoise.commands.links import links
@@ -140,7 +141,8 @@ def sweep(
 def bench(
     run: Annotated[
         Annotated[int, tyro.conf.subcommand(name="sweep", constructor=sweep)]
-        | Annotated[int, tyro.conf.subcommand(name="links", constructor=links)],
+        | Annotated[int, tyro.conf.subcommand(name="links", constructor=links)]
+        | Annotated[int, tyro.conf.subcommand(name="claims", constructor=claims)],
         tyro.conf.arg(name=""),
     ],
 ) -> int:

@@ -16,9 +16,7 @@ SHARED_UNBALANCED = arm("with a shared expert, no balancing", shared_experts=1, 
 FINE = arm("16 experts of half the size, top-4", num_experts=16, hidden_dim=HIDDEN // 2, router=TopK(k=4))
 SPARSE = {"num_layers": 4, "moe_layers": (1, 3)}
 EVERY_OTHER = arm("experts in every other layer", model=SPARSE)
-SHORTCUT = arm(
-    "shortcut, one routed and one shared", model=SPARSE, router=TopK(k=1), shared_experts=1, shortcut="pos2"
-)
+SHORTCUT = arm("shortcut, one routed and one shared", model=SPARSE, router=TopK(k=1), shared_experts=1, shortcut="pos2")
 HASHED = arm("hash, random table", router=Hash(vocab_size=VOCAB, k=2), balance=())
 HASH_FIRST = arm("hash in layer 0", first_layers=1, first_router=Hash(vocab_size=VOCAB, k=2))
 CHOICE = arm("expert choice", router=ExpertChoice(k=2, allow_future=True), balance=())
@@ -35,7 +33,9 @@ def capped(factor: float, policy: str) -> Capacity:
 
 
 TIGHT = arm("capacity 0.5", capacity=capped(0.5, "position"))
-POSITION, PROBABILITY = (arm(f"capacity 0.75, {name}", capacity=capped(0.75, name)) for name in ("position", "probability"))
+POSITION, PROBABILITY = (
+    arm(f"capacity 0.75, {name}", capacity=capped(0.75, name)) for name in ("position", "probability")
+)
 
 WORSE = "a run of half the steps in the place of the one that is said to be as good"
 
@@ -69,7 +69,14 @@ SHAPES = (
         control_is="dense in both arms",
     ),
     training_claim(
-        (difference("loss", "loss with a shared expert minus without: 8 % of perplexity and more", below(math.log(0.92)), "nats"),),
+        (
+            difference(
+                "loss",
+                "loss, with a shared expert minus without",
+                below(math.log(0.92)),
+                "nats",
+            ),
+        ),
         {"treated": SHARED, "baseline": BALANCED},
         ABSENT,
         name="shared-expert-15-percent",
@@ -190,7 +197,7 @@ ROUTERS = (
         hypothesis="Expert choice reaches a lower loss in validation",
         where="arXiv 2202.09368: experts take their tokens",
         theirs="twice as fast to the same loss",
-        method="batches as in training, in which later tokens are seen; `r13-expert-choice-leaks` has what that is worth",
+        method="batches as in training, in which experts see later tokens; see `r13-expert-choice-leaks`",
         control_is=NOTHING_DIFFERS,
     ),
     training_claim(
@@ -228,7 +235,7 @@ ROUTERS = (
         hypothesis="Experts in turn are the fallback for a collapsed router",
         where=f"{PRODUCTION}: immediately switch to round-robin",
         theirs="no figure",
-        method="every router sends all to one expert; loss with experts in turn, less that with the next choice that has room",
+        method="all tokens to one expert; loss with experts in turn, less that with the next choice that has room",
         control_is="the same model, not broken: nothing to fall back from",
     ),
     training_claim(

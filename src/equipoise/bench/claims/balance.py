@@ -20,9 +20,7 @@ OVERDONE = arm("Switch loss 1", balance=switch(1.0))
 BIAS = arm("balancing bias, 0.01 a step", balance=(BiasBalance(rate=0.01),))
 QUANTILE = arm("quantile balancing", balance=(QuantileBalance(),))
 Z_ALONE = arm("z-loss 0.01 alone", balance=(ZLoss(coef=0.01),))
-EARLY = arm(
-    "Switch loss 0.1, then 0.001", balance=(SwitchLoss(coef=HighThenLow(0.1, 0.001, hold=75, anneal=75)),)
-)
+EARLY = arm("Switch loss 0.1, then 0.001", balance=(SwitchLoss(coef=HighThenLow(0.1, 0.001, hold=75, anneal=75)),))
 TOP1 = TopK(k=1)
 ONE = arm("top-1, balanced", router=TOP1)
 ONE_UNBALANCED = arm("top-1, no balancing", router=TOP1, balance=switch(0.0))
@@ -124,7 +122,7 @@ COLLAPSE = (
 
 STRENGTH = (
     training_claim(
-        (difference("loss", "loss, coefficient 1 minus 0.01", "more", "nats"), ),
+        (difference("loss", "loss, coefficient 1 minus 0.01", "more", "nats"),),
         {"treated": OVERDONE, "baseline": BALANCED},
         ABSENT,
         name="r2-too-much-balancing-costs-loss",

@@ -128,13 +128,11 @@ def alarmed(bench: Bench, watched: Watched) -> list[Reading]:
 
 def _alarms(bench: Bench, watched: Watched) -> tuple[float, ...]:
     router = watched.router
-    return tuple(
-        float(watched.rule(router, watched.squeeze * router.logits(seed, 0))) for seed in range(bench.trials)
-    )
+    return tuple(float(watched.rule(router, watched.squeeze * router.logits(seed, 0))) for seed in range(bench.trials))
 
 
 SMALL = Router(8)
-SLIGHT = Router(8, blow=1.5)  # the busiest expert has about twice its share
+SLIGHT = Router(8, blow=1.5)  # the busiest expert has about three times its share
 
 CLAIMS = (
     Claim(
@@ -171,7 +169,7 @@ CLAIMS = (
         hypothesis="An alarm at 80 % of the tokens catches a collapse",
         where=f"{PRODUCTION}: alert on expert utilisation above 80 %",
         theirs="80 %",
-        method="an expert of 64 with some 20 times its fair share, 6 logits up less what it takes: 60 % of the tokens",
+        method="one expert of 64 that 56 % of the tokens choose, 18 times its fair share",
         control_is="nothing broken",
         measure=alarmed,
         setup=Watched(above_eighty_percent, Router(blow=2.2)),
@@ -186,7 +184,7 @@ CLAIMS = (
         hypothesis="Sums of the router's probabilities show hot and cold experts",
         where=f"{POST}: its health check adds up probabilities",
         theirs="hot above 1.25 times, cold below a tenth",
-        method="a router of 8 with the busiest expert at twice its share, and small logits: who is chosen is the same",
+        method="a router of 8, its busiest expert at three times its share, logits so small that all seem equal",
         control_is="nothing broken, the same small logits",
         measure=alarmed,
         setup=Watched(hot_or_cold_mass, SLIGHT, squeeze=0.05),

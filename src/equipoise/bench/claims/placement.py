@@ -43,11 +43,9 @@ def fewer_copies(bench: Bench, choices: Choices) -> list[Reading]:
         tuple(tuple(range(rank * per_rank, (rank + 1) * per_rank)) for rank in range(choices.num_ranks))
     )
     values = []
-    for seed in range(max(3, bench.trials // 3)):
+    for seed in range(bench.trials):
         ids_TK = choices.ids(seed)
-        seen, to_come = (
-            traffic_of_ids("0", part, choices.num_experts, WINDOWS) for part in np.array_split(ids_TK, 2)
-        )
+        seen, to_come = (traffic_of_ids("0", part, choices.num_experts, WINDOWS) for part in np.array_split(ids_TK, 2))
         planned = plan_layers([seen], cluster, aim=Aim(slack=1.1))
         fan_outs = [score_layers(each, [to_come])[0].fan_out for each in (planned, {"0": in_order})]
         assert fan_outs[0] is not None

@@ -88,9 +88,7 @@ def exact(value: float) -> Interval:
     return Interval(float(value), float(value), float(value), 1)
 
 
-def bootstrap(
-    values: Sequence[float], statistic: Callable[[np.ndarray], float] = np.median, seed: int = 0
-) -> Interval:
+def bootstrap(values: Sequence[float], statistic: Callable[[np.ndarray], float] = np.median, seed: int = 0) -> Interval:
     """A statistic and its percentile interval over resamples (Efron 1979), for values that are far from normal.
 
     Reproducible: the seed decides the resamples. Too narrow for fewer than about ten values. Raises ValueError.
