@@ -7,7 +7,7 @@ import math
 from equipoise.bench.claims.arms import BALANCED, DENSE, HALF_TRAINED, HIDDEN, SAME_A, VOCAB, arm, switch
 from equipoise.bench.claims.balance import ABSENT, EXPLAINER, MAXVIO, NOTHING_DIFFERS, ONE, PRODUCTION
 from equipoise.bench.claims.contrast import Contrast, as_good, difference, training_claim
-from equipoise.bench.claims.statistics import Range, above, below
+from equipoise.bench.claims.statistics import above, below
 from equipoise.layer import Capacity
 from equipoise.routing import ExpertChoice, Hash, TopK
 
@@ -50,22 +50,6 @@ SHAPES = (
         where=f"{PRODUCTION}: below 1B dense is almost always better",
         theirs="similar perplexity at 350M",
         method="8 experts, top-2, against a dense block of two experts' size: the same arithmetic per token",
-        control_is="dense in both arms",
-    ),
-    training_claim(
-        (
-            difference(
-                "log_tokens_per_s", "log tokens/s, dense minus MoE: 1.5 to 3 times", Range(math.log(1.5), math.log(3.0))
-            ),
-        ),
-        {"treated": DENSE, "baseline": BALANCED},
-        {"treated": DENSE, "baseline": DENSE},
-        name="dense-trains-twice-as-fast",
-        theme="architectures",
-        hypothesis="A dense model of the same active size is about twice as fast",
-        where=f"{PRODUCTION}: a 350M MoE against dense",
-        theirs="2 times",
-        method="training speed on this CPU, the same arithmetic per token; noisy where others compute",
         control_is="dense in both arms",
     ),
     training_claim(

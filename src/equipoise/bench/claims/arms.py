@@ -56,8 +56,9 @@ def arm(label: str, *, probe: str = "plain", model: dict[str, Any] | None = None
 
 
 def dense() -> Arm:
-    """A feed-forward block of two experts' size in place of each MoE."""
-    return Arm("dense", replace(BASE, model=replace(BASE.model, moe=None), interference_every=0))
+    """One expert of two experts' size, which all tokens take with the weight 1: a dense block under another name."""
+    one = {"num_experts": 1, "hidden_dim": 2 * HIDDEN, "router": TopK(k=1), "balance": ()}
+    return of(arm("dense", **one), "dense", interference_every=0)
 
 
 def of(base: Arm, label: str, **run: Any) -> Arm:

@@ -100,7 +100,7 @@ CLAIMS = (
         hypothesis="Recomputing the experts in backward saves 40 % of the memory",
         where=f"{PRODUCTION}: reduced memory by checkpointing the expert forward passes",
         theirs="40 %",
-        method="bytes held for backward by the small model of the training claims, within half of 40 %: 20 to 60 % less",
+        method="bytes held for backward by the model of the training claims, within half of 40 %: 20 to 60 % less",
         control_is="recomputed in neither",
         measure=less_memory,
         setup=Held(recompute=True),

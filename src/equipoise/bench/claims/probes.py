@@ -48,7 +48,8 @@ def plain(trainer: Trainer) -> Numbers:
         return numbers
     history = [store.routing_history(layer) for layer in layers]
     last = [float(np.mean([s.max_violation for s in windows[-LAST_WINDOWS:]])) for windows in history]
-    early = [s.max_violation for windows in history for s in windows if s.step <= config.steps / 4]
+    quarter = max(config.steps / 4, history[0][0].step)
+    early = [s.max_violation for windows in history for s in windows if s.step <= quarter]
     kept = [s for windows in history for s in windows[-LAST_WINDOWS:]]
     return numbers | {
         "max_violation": float(np.mean(last)),

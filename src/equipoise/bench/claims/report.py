@@ -20,7 +20,6 @@ METRICS = {
     "max_violation": "MaxVio, end of the run",
     "early_violation": "MaxVio, first quarter",
     "specialisation": "domain and expert, mutual information [nats]",
-    "log_tokens_per_s": "log tokens/s",
 }
 VERDICTS: tuple[Verdict, ...] = ("supported", "contradicted", "open", "can't be tested here", "not run yet")
 PREFACE = """# What published claims come to here
