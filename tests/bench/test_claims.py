@@ -219,7 +219,7 @@ BY_NUMBER = {  # where numbers of one run are compared, or several are needed
 def test_superiority_needs_more_than_the_noise_floor():
     claim = named("r1-collapse-without-balancing")
     assert find(claim, Planted({UNBALANCED: 1.5}, noise=0.1)).verdict == "supported"
-    assert find(claim, Planted({UNBALANCED: 1.5}, noise=0.6)).verdict == "contradicted"  # within noise, surely
+    assert find(claim, Planted({UNBALANCED: 1.5}, noise=0.6)).verdict == "open"  # more, but within noise
     assert find(claim, Planted({UNBALANCED: 1.5}, noise=0.1, spread=1.0)).verdict == "open"
     assert find(claim, Planted({UNBALANCED: 0.5}, noise=0.1)).verdict == "contradicted"
 

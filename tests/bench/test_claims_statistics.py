@@ -50,6 +50,11 @@ def test_what_is_computed_has_no_spread():
         (0.02, 0.04, below(0.02), "contradicted"),  # worse by the margin at least
         (0.3, 0.5, Range(0.2, 0.6), "supported"),
         (0.1, 0.5, Range(0.2, 0.6), "open"),
+        (0.01, 0.05, above(0.1, noise=0.1), "open"),  # surely more than zero, but no more than noise makes
+        (-0.01, 0.05, above(0.1, noise=0.1), "contradicted"),  # no effect, and none beyond noise
+        (-0.05, -0.01, below(-0.1, noise=0.1), "open"),
+        (-0.05, 0.01, below(-0.1, noise=0.1), "contradicted"),
+        (0.0, 0.0, above(0.1, noise=0.1), "contradicted"),
         (0.6, 0.7, Range(0.2, 0.6), "contradicted"),
     ],
 )

@@ -57,7 +57,7 @@ def arm(label: str, *, probe: str = "plain", model: dict[str, Any] | None = None
 
 def dense() -> Arm:
     """One expert of two experts' size, which all tokens take with the weight 1: a dense block under another name."""
-    one = {"num_experts": 1, "hidden_dim": 2 * HIDDEN, "router": TopK(k=1), "balance": ()}
+    one: dict[str, Any] = {"num_experts": 1, "hidden_dim": 2 * HIDDEN, "router": TopK(k=1), "balance": ()}
     return of(arm("dense", **one), "dense", interference_every=0)
 
 

@@ -42,7 +42,7 @@ class Contrast:
         if isinstance(self.claimed, Range):
             return self.claimed
         floor = bench.floor(self.noise or self.terms[0][2]) * sum(abs(weight) for weight, *_ in self.terms) / 2
-        return above(floor) if self.claimed == "more" else below(-floor)
+        return above(floor, noise=floor) if self.claimed == "more" else below(-floor, noise=floor)
 
 
 def difference(metric: str, name: str, claimed: Range | Literal["more", "less"], unit: str = "") -> Contrast:

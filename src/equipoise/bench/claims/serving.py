@@ -41,26 +41,37 @@ def _wide(config: DecoderConfig) -> DecoderConfig:
     return replace(config, dim=256, hidden_dim=512, num_layers=2)
 
 
-def _lost(batches: Batches, dense: bool) -> tuple[float, ...]:
-    """Per round: how much less throughput, in tokens per second, the small batch has than the large one; a share."""
-    model = _model(dense)
+def _lost(batches: Batches, kinds: tuple[bool, ...]) -> list[tuple[float, ...]]:
+    """Per kind (True is dense) and round: how much less throughput the small batch has than the large one; a share."""
+    sizes = {"small": batches.small, "large": batches.large}
     variants = [
-        Variant(str(index), partial(generate, model, torch.ones(size, PROMPT, dtype=torch.int64), NEW, temperature=0))
-        for index, size in enumerate((batches.small, batches.large))
+        Variant(
+            f"{name} {dense}",
+            partial(generate, _model(dense), torch.ones(size, PROMPT, dtype=torch.int64), NEW, temperature=0),
+        )
+        for dense in kinds
+        for name, size in sizes.items()
     ]
     seconds = time_side_by_side(variants, Effort(ROUNDS, warmup=1, min_seconds=SECONDS))
-    pairs = zip(seconds["0"], seconds["1"], strict=True)
-    return tuple(1 - (batches.small / small) / (batches.large / large) for small, large in pairs)
+    per_token = batches.small / batches.large
+    return [
+        tuple(
+            1 - per_token * large / small
+            for small, large in zip(seconds[f"small {dense}"], seconds[f"large {dense}"], strict=True)
+        )
+        for dense in kinds
+    ]
 
 
 def lost_throughput(bench: Bench, batches: Batches) -> list[Reading]:
     """Of the MoE."""
-    return [Reading("throughput lost", "", _lost(batches, dense=False), above(0.3), "bootstrap")]
+    (moe,) = _lost(batches, (False,))
+    return [Reading("throughput lost", "", moe, above(0.3), "bootstrap")]
 
 
 def lost_beyond_dense(bench: Bench, batches: Batches) -> list[Reading]:
-    """Of the MoE, less what the dense model loses."""
-    moe, dense = _lost(batches, dense=False), _lost(batches, dense=True)
+    """Of the MoE, less what the dense model loses in the same round."""
+    moe, dense = _lost(batches, (False, True))
     values = tuple(a - b for a, b in zip(moe, dense, strict=True))
     return [Reading("throughput lost, MoE minus dense", "", values, above(0.05), "bootstrap")]
 

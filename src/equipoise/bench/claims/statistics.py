@@ -37,10 +37,15 @@ class Interval:
 
 @dataclass(frozen=True)
 class Range:
-    """Where a claim puts a number: between low and high, both left out. Raises ValueError for an empty range."""
+    """Where a claim puts a number: between low and high, both left out.
+
+    noise: how far outside it a number may lie that would still be on the claim's side, were it not for noise: what lies
+    there as a whole neither supports nor contradicts. Raises ValueError for an empty range.
+    """
 
     low: float = -math.inf
     high: float = math.inf
+    noise: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.low < self.high:
@@ -52,14 +57,14 @@ class Range:
         return f"above {self.low:.3g}" if math.isinf(self.high) else f"{self.low:.3g} to {self.high:.3g}"
 
 
-def above(low: float) -> Range:
+def above(low: float, noise: float = 0.0) -> Range:
     """Superiority: more than this."""
-    return Range(low=low)
+    return Range(low=low, noise=noise)
 
 
-def below(high: float) -> Range:
+def below(high: float, noise: float = 0.0) -> Range:
     """Non-inferiority of something that should be small: less than this margin."""
-    return Range(high=high)
+    return Range(high=high, noise=noise)
 
 
 def judge(interval: Interval, claimed: Range) -> Outcome:
@@ -68,6 +73,8 @@ def judge(interval: Interval, claimed: Range) -> Outcome:
         return "open"
     if claimed.low < interval.low and interval.high < claimed.high:
         return "supported"
+    if claimed.low - claimed.noise < interval.low and interval.high < claimed.high + claimed.noise:
+        return "open"  # on the claim's side, but within noise
     if interval.high <= claimed.low or interval.low >= claimed.high:
         return "contradicted"
     return "open"
