@@ -29,11 +29,11 @@ Claims about routing and its collapse, each measured by a small function of this
 
 How to read it. *Claimed* is the range in which a claim puts a number, *ours* the mean (the median of timings) with its
 95 % confidence interval. **Supported**: the whole interval lies in the range. **Contradicted**: no part of it does.
-**Open**: it lies across an end. Loss is compared as non-inferiority, with the margin that is stated; superiority is
-claimed only beyond the noise floor. Each claim has a control in which its effect is absent by set-up, measured by the
-same function: where the control passes too, the claim is open. Where a set-up is at hand in which the effect is present
-for sure, a claim is contradicted only if the measurement finds it there. Of many intervals one in twenty misses by
-chance.
+**Open**: it lies across an end, or on the claim's side but within noise. Loss is compared as non-inferiority, with the
+margin that is stated; superiority is claimed only beyond the noise floor. Each claim has a control in which its effect
+is absent by set-up, measured by the same function: where the control passes too, the claim is open. Where a set-up is
+at hand in which the effect is present for sure, a claim is contradicted only if the measurement finds it there. Of many
+intervals one in twenty misses by chance.
 
 Training is that of a model of half a million parameters on two CPU cores. What holds for it may not hold for one that
 is a million times as large, and the other way round: a verdict is about the claim as tried here.
