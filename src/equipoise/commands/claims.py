@@ -36,7 +36,7 @@ def claims(
 ) -> int:
     """Measure published claims about routing and its collapse, each with a control in which its effect is absent.
 
-    Most train small models, some 20 seconds each on one core; each is trained once and kept in OUT/cells. Ctrl-C loses
+    Most train small models, some 40 seconds each on one core; each is trained once and kept in OUT/cells. Ctrl-C loses
     nothing: the same command goes on. Started twice with the same --out, OMP_NUM_THREADS=1 each, two processes share
     the work: --list says how long it takes.
 

@@ -6,7 +6,7 @@ import math
 
 from equipoise.bench.claims.arms import BALANCED, DENSE, HALF_TRAINED, HIDDEN, SAME_A, VOCAB, arm, switch
 from equipoise.bench.claims.balance import ABSENT, EXPLAINER, MAXVIO, NOTHING_DIFFERS, ONE, PRODUCTION
-from equipoise.bench.claims.contrast import Contrast, as_good, difference, training_claim
+from equipoise.bench.claims.contrast import LOSS_MARGIN, Contrast, as_good, difference, training_claim
 from equipoise.bench.claims.statistics import above, below
 from equipoise.layer import Capacity
 from equipoise.routing import ExpertChoice, Hash, TopK
@@ -74,7 +74,7 @@ SHAPES = (
     training_claim(
         (
             difference("max_violation", MAXVIO, "more"),
-            difference("loss", "loss that collapse costs (margin 0.02)", below(0.02), "nats"),
+            difference("loss", f"loss that collapse costs (margin {LOSS_MARGIN:g})", below(LOSS_MARGIN), "nats"),
         ),
         {"treated": SHARED_UNBALANCED, "baseline": SHARED},
         ABSENT,
@@ -83,7 +83,7 @@ SHAPES = (
         hypothesis="With a shared expert the loss does not show a collapsed router",
         where=f"{PRODUCTION}: the shared expert is a safety net against collapse",
         theirs="no figure",
-        method="no balancing against 0.01, both with a shared expert: uneven, and the loss within 0.02",
+        method="no balancing against 0.01, both with a shared expert: uneven, and the loss within the margin",
         control_is=NOTHING_DIFFERS,
     ),
     training_claim(
@@ -258,7 +258,7 @@ LIMITS = (
         control_is=NOTHING_DIFFERS,
     ),
     training_claim(
-        (difference("loss", "loss, by probability minus by position (margin 0.02)", below(0.02), "nats"),),
+        (as_good(),),
         {"treated": PROBABILITY, "baseline": POSITION},
         {"treated": HALF_TRAINED, "baseline": BALANCED},
         name="r8-dropping-the-least-probable",

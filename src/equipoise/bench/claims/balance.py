@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from equipoise.bench.claims.arms import BALANCED, SAME_A, UNBALANCED, arm, of, switch
+from equipoise.bench.claims.arms import BALANCED, SAME_A, STEPS, UNBALANCED, arm, of, switch
 from equipoise.bench.claims.contrast import Contrast, as_good, difference, training_claim
 from equipoise.bench.claims.statistics import above
 from equipoise.routing import BiasBalance, HighThenLow, QuantileBalance, SwitchLoss, TopK, ZLoss
@@ -20,7 +20,10 @@ OVERDONE = arm("Switch loss 1", balance=switch(1.0))
 BIAS = arm("balancing bias, 0.01 a step", balance=(BiasBalance(rate=0.01),))
 QUANTILE = arm("quantile balancing", balance=(QuantileBalance(),))
 Z_ALONE = arm("z-loss 0.01 alone", balance=(ZLoss(coef=0.01),))
-EARLY = arm("Switch loss 0.1, then 0.001", balance=(SwitchLoss(coef=HighThenLow(0.1, 0.001, hold=75, anneal=75)),))
+EARLY = arm(
+    "Switch loss 0.1, then 0.001",
+    balance=(SwitchLoss(coef=HighThenLow(0.1, 0.001, hold=STEPS // 4, anneal=STEPS // 4)),),
+)
 TOP1 = TopK(k=1)
 ONE = arm("top-1, balanced", router=TOP1)
 ONE_UNBALANCED = arm("top-1, no balancing", router=TOP1, balance=switch(0.0))
