@@ -16,6 +16,7 @@ import tyro
 
 from equipoise.commands import metrics, watching
 from equipoise.commands.architectures import architectures
+from equipoise.commands.claims import claims
 from equipoise.commands.convert import convert, upcycle
 from equipoise.commands.inject import inject
 from equipoise.commands.links import links
@@ -143,6 +144,7 @@ def bench(
     run: Annotated[
         Annotated[int, tyro.conf.subcommand(name="sweep", constructor=sweep)]
         | Annotated[int, tyro.conf.subcommand(name="architectures", constructor=architectures)]
+        | Annotated[int, tyro.conf.subcommand(name="claims", constructor=claims)]
         | Annotated[int, tyro.conf.subcommand(name="links", constructor=links)],
         tyro.conf.arg(name=""),
     ],
