@@ -96,7 +96,7 @@ class MoE(nn.Module):
         if shared_gate and not shared_experts:
             raise ValueError("MoE.shared_gate: there is no shared expert to gate; set shared_experts=1 or more")
         self.num_experts, self.k = num_experts, router.k
-        self.losses, balancer = _sort_balance(tuple(balance))
+        self.losses, balancer = sort_balance(tuple(balance))
         check_fit(router, self.losses, balancer, capacity, shared_experts)
         self.router = router.build(dim, num_experts)
         if any(isinstance(loss, SimilarityLoss) for loss in self.losses):
@@ -272,10 +272,10 @@ class MoE(nn.Module):
         return value_at(loss.coef, step)
 
 
-def _sort_balance(
+def sort_balance(
     balance: tuple[BalanceLoss | BalancerConfig, ...],
 ) -> tuple[tuple[BalanceLoss, ...], BalancerConfig | None]:
-    """(losses, balancer); refuses two balancers, and two losses of one name, of which logs would show one."""
+    """(losses, balancer). Refuses two balancers, and two losses of one name, of which logs would show one."""
     balancers = [item for item in balance if isinstance(item, BalancerConfig)]
     losses = tuple(item for item in balance if not isinstance(item, BalancerConfig))
     if len(balancers) > 1:

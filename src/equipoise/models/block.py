@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from equipoise.layer import FeedForward, MoE
-from equipoise.models.attention import Attention
+from equipoise.models.attention_experts.build import AttentionExperts, build_attention
 from equipoise.models.cache import KVCache
 from equipoise.models.config import DecoderConfig, MoEConfig
-from equipoise.models.latent_attention import LatentAttention
 from equipoise.models.rope import Rotary
 from equipoise.types import BatchScope
 

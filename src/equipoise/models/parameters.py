@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
+from equipoise.models.attention_experts.sizes import attention_moe_parameters
 from equipoise.models.config import DecoderConfig
 from equipoise.ops.activation import is_gated, pre_activation_dim
-from equipoise.routing.router import RouterConfig
+from equipoise.routing.router import num_parameters
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,11 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
         routers = [config.moe_router(number) for number in range(num_moe)]
         active_experts = sum(each.k for each in routers) * per_expert
         shared = num_moe * (config.moe.shared_experts * per_shared + (D if config.moe.shared_gate else 0))
-        router = sum(_router_parameters(each, D, config.moe.num_experts) for each in routers)
+        router = sum(num_parameters(each, D, config.moe.num_experts) for each in routers)
+    attention, unused = attention_moe_parameters(config, _attention(config))
     parts = {
         "embedding": (config.vocab_size + (config.max_seq_len if config.style == "gpt2" else 0)) * D,
-        "attention": L * _attention(config),
+        "attention": L * attention,
         "dense": (L - num_moe) * matrices * D * config.hidden_dim,
         "experts": experts,
         "shared": shared,
@@ -71,7 +71,7 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
         "head": 0 if config.tie_embeddings else config.vocab_size * D,
     }
     total = sum(parts.values())
-    return ParameterCounts(total=total, active=total - experts + active_experts, **parts)
+    return ParameterCounts(total=total, active=total - experts + active_experts - L * unused, **parts)
 
 
 def _attention(config: DecoderConfig) -> int:
@@ -88,8 +88,3 @@ def _attention(config: DecoderConfig) -> int:
     norms = {False: 0, True: 2 * config.head_size, "whole": q_dim + kv_dim}[config.qk_norm]
     biases = (q_dim + 2 * kv_dim) * biased + D * (config.attention_bias == "qkvo")
     return 2 * D * (q_dim + kv_dim) + norms + biases + (h if config.sinks else 0)
-
-
-def _router_parameters(router: RouterConfig, dim: int, num_experts: int) -> int:
-    with torch.device("meta"):  # shapes only
-        return sum(parameter.numel() for parameter in router.build(dim, num_experts).parameters())
