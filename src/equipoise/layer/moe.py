@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,13 @@ from equipoise.routing.schedules import value_at
 from equipoise.routing.similarity import SimilarityLoss, check_similarity
 from equipoise.routing.top_k import TopK, TopKRouter
 from equipoise.types import BatchScope, DispatchPlan, Routed, RoutingDecision
+
+
+class Adapting(Protocol):
+    """A layer with state that adapts once per optimizer step."""
+
+    @property
+    def adaptive(self) -> tuple[Adaptive, ...]: ...  # noqa: D102 - described by the class
 
 
 class Tap(nn.Module):
@@ -335,7 +343,9 @@ def check_fit(
 
 
 @torch.no_grad()
-def reduce_and_update(layers: Iterable[MoE], reduce: Callable[[Tensor], None] | None = None, *, step: int = 0) -> None:
+def reduce_and_update(
+    layers: Iterable[Adapting], reduce: Callable[[Tensor], None] | None = None, *, step: int = 0
+) -> None:
     """Update what adapts in each layer, its balancer above all: call once after each optimizer step.
 
     reduce: sums a tensor over data-parallel ranks, in place; None on one rank. step: for rates that follow a schedule.

@@ -25,6 +25,7 @@ class BatchView:
     positions_BS: int64 (B or 1, S), of the new tokens. rotary: their tables; None with learned positions.
     mask: what they may see; None where causal attention or the cache says it all.
     padding_BS: True = padding, among the new tokens. cache: holds the keys and values of earlier tokens.
+    scope: what the balancing losses of attention experts may know.
     """
 
     tokens_BS: Tensor
@@ -33,6 +34,7 @@ class BatchView:
     mask: Tensor | None
     padding_BS: Tensor | None
     cache: KVCache | None
+    scope: BatchScope | None = None
 
 
 class Block(nn.Module):
@@ -42,7 +44,7 @@ class Block(nn.Module):
         super().__init__()
         moe = config.moe if layer in config.moe_layer_ids else None
         self.input_layernorm = norm_of(config)
-        self.self_attn = Attention(config, layer) if config.latent is None else LatentAttention(config, layer)
+        self.self_attn = build_attention(config, layer)
         self.post_attention_layernorm = norm_of(config)
         self.mlp = (
             FeedForward(config.dim, config.hidden_dim, config.activation)
@@ -58,9 +60,16 @@ class Block(nn.Module):
 
     def forward(self, x_BSD: Tensor, view: BatchView, scope: BatchScope | None) -> Tensor:
         """Add what attention and the feed-forward part make of x; scope goes to the MoE."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), view.rotary, view.mask, view.cache)
+        x_BSD = x_BSD + self.attend(self.input_layernorm(x_BSD), view)
         out_BSD: Tensor = x_BSD + self._feed_forward(self.post_attention_layernorm(x_BSD), view, scope)
         return out_BSD
+
+    def attend(self, x_BSD: Tensor, view: BatchView) -> Tensor:
+        """What attention makes of its normed input."""
+        run: Callable[..., Tensor] = self.self_attn
+        if isinstance(self.self_attn, AttentionExperts):
+            run = partial(self.self_attn, padding_BS=view.padding_BS, scope=view.scope)
+        return run(x_BSD, view.rotary, view.mask, view.cache)
 
     def _feed_forward(self, x_BSD: Tensor, view: BatchView, scope: BatchScope | None) -> Tensor:
         run: Callable[[Tensor], Tensor] = self.mlp

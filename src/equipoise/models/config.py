@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from equipoise.layer import Capacity
 from equipoise.layer.experts import BackendName
+from equipoise.models.attention_experts.configs import ATTENTION_MOES, AttentionMoE
 from equipoise.models.rope import SCALINGS, RopeScaling
 from equipoise.ops.activation import Activation
 from equipoise.routing import BALANCERS, COEFFICIENTS, LOSSES, ROUTERS, TopK
@@ -118,7 +119,8 @@ class DecoderConfig:
     OLMoE). attention_bias: of the projections to queries, keys and values, and of that of the output. sinks: a learned
     logit per head that takes part in each softmax (gpt-oss). window: in `window_layers` (None: all) a token sees the
     last so many, itself included. latent: attention over a latent, in place of num_kv_heads and head_dim.
-    rope_scaling: how positions are stretched to a longer context.
+    rope_scaling: how positions are stretched to a longer context. attention_moe: attention whose heads or projections
+    are experts, in every layer (docs/attention-experts.md).
     """
 
     vocab_size: int
@@ -143,6 +145,7 @@ class DecoderConfig:
     window_layers: tuple[int, ...] | None = None
     latent: Latent | None = None
     rope_scaling: RopeScaling | None = None
+    attention_moe: AttentionMoE | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "hidden_dim", "max_seq_len"):
@@ -153,6 +156,8 @@ class DecoderConfig:
         _check_attention(self)
         _check_moe_layers(self)
         _check_routers(self)
+        if self.attention_moe is not None:
+            self.attention_moe.check(self)
 
     @property
     def kv_heads(self) -> int:
@@ -375,7 +380,7 @@ def _decode(data: Any) -> Any:
 
 def _known_type(name: object) -> type[Any]:
     """The class of a type tag. The table is the whole list of what a configuration file may name."""
-    known = {cls.__name__: cls for cls in (DecoderConfig, MoEConfig, Latent, *SCALINGS, *STRATEGIES)}
+    known = {cls.__name__: cls for cls in (DecoderConfig, MoEConfig, Latent, *ATTENTION_MOES, *SCALINGS, *STRATEGIES)}
     if not isinstance(name, str) or name not in known:
         raise ValueError(
             f"config: unknown type {name!r}, expected one of {sorted(known)}. "

@@ -36,7 +36,8 @@ class Grouping:
 def grouped_linear(x_MD: Tensor, source_R: Tensor, counts_e: Tensor, weight_eHD: Tensor) -> Tensor:
     """(R, H): row r is x[source_r] W[e]^T with the weight of the expert that the row belongs to.
 
-    x_MD: any number of rows. source_R: int64 in [0, M), sorted by expert. counts_e: int64, sum R. weight_eHD: (e, H, D).
+    x_MD: any number of rows. source_R: int64 in [0, M), sorted by expert. counts_e: int64, their sum is R.
+    weight_eHD: one matrix per expert.
     Runs in autocast's dtype where autocast is on.
     """
     device = x_MD.device.type

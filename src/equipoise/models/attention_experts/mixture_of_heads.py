@@ -40,7 +40,7 @@ class MixtureOfHeadsLayer(nn.Module):
         self.shared_weight = nn.Parameter(torch.empty(moh.shared_heads, config.dim)) if moh.shared_heads else None
         self.parts_weight = nn.Parameter(torch.empty(2, config.dim)) if moh.shared_heads else None
 
-    def forward(  # noqa: PLR0913 - what `Attention` takes, and what a router needs
+    def forward(
         self,
         x_BSD: Tensor,
         rotary: Rotary | None,

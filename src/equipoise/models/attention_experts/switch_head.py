@@ -45,7 +45,7 @@ class SwitchHeadLayer(nn.Module):
         self.k_norm = nn.RMSNorm(d, eps=config.norm_eps) if config.qk_norm else None
         self.window = config.window_of(layer)
 
-    def forward(  # noqa: PLR0913 - what `Attention` takes, and what a router needs
+    def forward(
         self,
         x_BSD: Tensor,
         rotary: Rotary | None,
