@@ -72,7 +72,7 @@ class SwitchHead:
             )
         if any(isinstance(loss, LoadLoss) for loss in self.balance):
             raise ValueError(
-                "balance: expected no LoadLoss with SwitchHead, got one. It compares a token's experts with all others, "
+                "balance: expected no LoadLoss with SwitchHead, got one. It compares experts with all others, "
                 "and here each head chooses among its own: use SwitchLoss."
             )
 
@@ -121,6 +121,4 @@ def check_plain(name: str, config: DecoderConfig) -> None:
     }
     if any(bad.values()):
         found = ", ".join(each for each, is_set in bad.items() if is_set)
-        raise ValueError(
-            f"attention_moe: {name} expects neither {', '.join(bad)}, got {found}. Leave that out, or take MixtureOfHeads."
-        )
+        raise ValueError(f"attention_moe: {name} expects none of {', '.join(bad)}, got {found}. Use MixtureOfHeads.")

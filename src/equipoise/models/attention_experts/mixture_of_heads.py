@@ -1,6 +1,6 @@
 """Mixture of heads (MoH, arXiv 2410.11842 section 3.2): multi-head attention whose heads are weighted, or left out.
 
-y_t = sum_h g_th head_th W_o^h. Shared heads: g = a_1 S softmax(W_s x), routed ones: a_2 K w, with w the router's weights
+y_t = sum_h g_th head_th W_o^h. Shared heads: g = a_1 S softmax(W_s x), routed ones: a_2 K w, with w the weights
 of the K chosen heads and 0 for the others, (a_1, a_2) = 2 softmax(W_a x). The factors are those of the authors' code
 (SkyworkAI/MoH): all weights are 1 where nothing is preferred. All heads are computed, as there; only a kernel that
 skips heads token by token would save their arithmetic.

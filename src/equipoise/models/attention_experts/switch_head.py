@@ -23,7 +23,7 @@ from equipoise.types import BatchScope
 
 
 class SwitchHeadLayer(nn.Module):
-    """SwitchHead of one layer. values, outputs: choose the experts of each side, and are watched. forward as `Attention`.
+    """SwitchHead of one layer. values, outputs: choose each side's experts, and are watched. forward as `Attention`.
 
     v_experts: (H E, d, D), head by head. o_experts: (H E, D, d).
     """
