@@ -178,7 +178,8 @@ def test_counts_are_exact_beside_an_moe(config):
     recorder = Recorder(model)
     model(torch.randint(0, 50, (2, 7)))
     stats = recorder.flush(1)
-    assert {each.layer for each in stats} == set(seen) and any(".mlp" in name for name in seen)
+    assert {each.layer for each in stats} == set(seen)
+    assert any(".mlp" in name for name in seen)
     for each in stats:
         ids = seen[each.layer].tolist()
         assert each.counts_E.tolist() == [ids.count(e) for e in range(each.num_experts)]
@@ -200,13 +201,15 @@ def test_losses_reach_the_router_by_their_share_and_balancers_move_once(kind):
 
 
 @pytest.mark.parametrize("config", [PLAIN, replace(PLAIN, sinks=True, num_kv_heads=2), *KINDS.values()])
-@pytest.mark.parametrize("moe", [None, MoEConfig(num_experts=4, hidden_dim=8, shared_experts=1, backend="reference")])
+@pytest.mark.parametrize("moe", [None, MoEConfig(num_experts=4, hidden_dim=8, shared_experts=1)])
 def test_flops_are_those_that_torch_counts(config, moe):
     config = replace(config, moe=moe, moe_layers=None if moe is None else (1,))
     model = Decoder(config).eval()
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(torch.randint(0, 50, (1, 11)))
-    assert active_flops(config, 11).total == counter.get_total_flops()
+    # Routed experts run inside operators that the counter does not look into: 11 tokens, 2 experts, 3 matrices of 16 x 8.
+    unseen = 0 if moe is None else 2 * 11 * 2 * 3 * 16 * 8
+    assert active_flops(config, 11).total == counter.get_total_flops() + unseen
 
 
 def test_flops_of_a_latent():
@@ -281,7 +284,7 @@ LATENT = Latent(kv_rank=8, nope_dim=4, rope_dim=2, value_dim=4)
     ("change", "message"),
     [
         ({"attention_moe": MixtureOfAttention(num_experts=4)}, r"num_heads: expected .* = 8 .* got 4"),
-        ({"attention_moe": MixtureOfAttention(num_experts=1), "num_kv_heads": 2}, "k: expected at most num_experts = 1"),
+        ({"attention_moe": MixtureOfAttention(num_experts=1), "num_kv_heads": 2}, "expected at most num_experts = 1"),
         ({"attention_moe": SwitchHead(num_experts=4), "num_kv_heads": 2}, "num_kv_heads: expected None"),
         ({"attention_moe": SwitchHead(num_experts=4), "sinks": True}, "got sinks"),
         ({"attention_moe": SwitchHead(num_experts=4), "attention_bias": "qkv"}, "got attention_bias"),
@@ -290,7 +293,7 @@ LATENT = Latent(kv_rank=8, nope_dim=4, rope_dim=2, value_dim=4)
         ({"attention_moe": SwitchHead(num_experts=4), "latent": LATENT}, "got latent"),
         ({"attention_moe": MixtureOfHeads(shared_heads=1), "latent": LATENT}, "None with latent"),
         ({"attention_moe": MixtureOfHeads(shared_heads=4)}, "shared_heads: expected 0 to num_heads - 1 = 3, got 4"),
-        ({"attention_moe": MixtureOfHeads(shared_heads=1, router=ExpertChoice())}, "router: expected one that is causal"),
+        ({"attention_moe": MixtureOfHeads(shared_heads=1, router=ExpertChoice())}, "expected one that is causal"),
         ({"attention_moe": MixtureOfHeads(shared_heads=1, balance=GLOBAL)}, "got switch_global"),
     ],
 )  # fmt: skip
