@@ -49,6 +49,6 @@ def grouped_linear(x_MD: Tensor, source_R: Tensor, counts_e: Tensor, weight_eHD:
         y_RH: Tensor = grouped_mm(x_RD, weight_eHD, counts_e.cumsum(0).to(torch.int32))
         return y_RH
     weights = weight_eHD.unbind()  # one stack in backward; indexing would fill a whole gradient per expert
-    parts = zip(x_RD.split(counts_e.tolist()), weights, strict=True)
+    parts = zip(torch.split(x_RD, counts_e.tolist()), weights, strict=True)
     products = [rows @ weight_HD.t() for rows, weight_HD in parts if len(rows)]
     return torch.cat(products) if products else x_RD @ weights[0].t()

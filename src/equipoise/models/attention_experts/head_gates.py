@@ -48,7 +48,7 @@ class HeadGatesRouter(LinearRouter):
         ranking_TE = logits_TE.detach() if bias_E is None else gates_TE.detach() + bias_E
         E = logits_TE.shape[1] // H
         first_H1 = torch.arange(0, H * E, E, device=x_TD.device)[:, None]
-        ids_TN = (ranking_TE.unflatten(1, (H, E)).topk(K, dim=-1).indices + first_H1).flatten(1)
+        ids_TN = (ranking_TE.view(-1, H, E).topk(K, dim=-1).indices + first_H1).flatten(1)
         return RoutingDecision.from_topk(
             ids_TN,
             gates_TE.gather(1, ids_TN),

@@ -60,7 +60,7 @@ class MixtureOfHeadsLayer(nn.Module):
             shared_TS = self.shared_heads * router_linear(view.x_TD, self.shared_weight).softmax(-1)
             gates_TH = torch.cat((parts_T2[:, :1] * shared_TS, parts_T2[:, 1:] * gates_TH), dim=1)
         y_TX = view.pick(self.attention.heads(x_BSD, rotary, mask, cache))
-        y_TX = (y_TX.unflatten(1, (gates_TH.shape[1], -1)) * gates_TH.to(y_TX.dtype)[..., None]).flatten(1)
+        y_TX = (y_TX.view(*gates_TH.shape, self.attention.head_dim) * gates_TH.to(y_TX.dtype)[..., None]).flatten(1)
         counts_e = count_assignments(decision.expert_ids_N, self.heads.num_experts)
         out_TD = self.heads.finish(self.attention.o_proj(y_TX), decision, counts_e, view, scope)
         return view.restore(out_TD)

@@ -60,7 +60,7 @@ class MixtureOfAttentionLayer(nn.Module):
         groups = Grouping.of(decision.expert_ids_N, self.heads.num_experts)
         q_RX = grouped_linear(view.x_TD, decision.token_ids_N[groups.order_R], groups.counts_e, self.q_experts)
         q_TY = q_RX.index_select(0, groups.rows_N).reshape(view.x_TD.shape[0], K * q_RX.shape[1])
-        q_BSKGd = view.restore(q_TY).unflatten(-1, (K, self.kv_heads, self.head_dim))
+        q_BSKGd = view.restore(q_TY).view(*x_BSD.shape[:2], K, self.kv_heads, self.head_dim)
         q = q_BSKGd.permute(0, 3, 2, 1, 4).flatten(1, 2)  # a key/value head's K query heads lie together
         k, v = (_by_head(each, self.head_dim) for each in (self.k_proj(x_BSD), self.v_proj(x_BSD)))
         q, k = normed(q, self.q_norm), normed(k, self.k_norm)
@@ -69,7 +69,7 @@ class MixtureOfAttentionLayer(nn.Module):
         q, k = q.to(v.dtype), k.to(v.dtype)
         sight = Sight(self.window)
         y = attend(q, k, v, mask, sight) if cache is None else cache.attend(self.layer, q, k, v, mask, sight)
-        y_BSY = y.unflatten(1, (self.kv_heads, K)).permute(0, 3, 2, 1, 4).flatten(2)
+        y_BSY = y.reshape(len(y), self.kv_heads, K, *y.shape[2:]).permute(0, 3, 2, 1, 4).flatten(2)
         y_NX = view.pick(y_BSY).reshape(-1, self.kv_heads * self.head_dim)
         y_NX = y_NX * decision.weights_N.to(y_NX.dtype)[:, None]
         out_RD = grouped_linear(y_NX, groups.order_R, groups.counts_e, self.o_experts)
@@ -88,4 +88,4 @@ class MixtureOfAttentionLayer(nn.Module):
 
 
 def _by_head(x_BSX: Tensor, head_dim: int) -> Tensor:
-    return x_BSX.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    return x_BSX.view(*x_BSX.shape[:2], -1, head_dim).transpose(1, 2)

@@ -101,4 +101,4 @@ class SwitchHeadLayer(nn.Module):
         return self.outputs.finish(out_TD, decision, groups.counts_e, view, scope)
 
     def _by_head(self, x_BSX: Tensor) -> Tensor:
-        return x_BSX.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x_BSX.view(*x_BSX.shape[:2], -1, self.head_dim).transpose(1, 2)
