@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from equipoise.train.run import RunResult
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
-RecipeName = Literal["demo", "tiny", "tiny_two_experts", "tiny_scmoe", "base"]
+RecipeName = Literal[
+    "demo", "tiny", "tiny_two_experts", "tiny_scmoe", "tiny_moa", "tiny_switch_head", "tiny_moh", "base"
+]
 
 
 def train(
@@ -48,7 +50,7 @@ def train(
     `equipoise train finetune --from runs/demo --data my.jsonl --freeze-router 100`.
 
     Args:
-        recipe: demo, tiny, tiny_two_experts, tiny_scmoe, base or finetune. Not needed with --resume.
+        recipe: demo, tiny, tiny_two_experts, tiny_scmoe, tiny_moa, tiny_switch_head, tiny_moh, base or finetune. Not needed with --resume.
         change: What to change in the recipe.
         tune: For the recipe finetune: what it begins with, and what it trains.
         alerts: Where alerts and repairs go, beside the run folder.
