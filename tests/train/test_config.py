@@ -87,7 +87,8 @@ def test_recipes_come_back_from_json(name):
 def test_unknown_recipe():
     with pytest.raises(
         ValueError,
-        match=r"recipe: expected one of demo, tiny, tiny_two_experts, tiny_scmoe, tiny_moa, tiny_switch_head, tiny_moh, base, got 'huge'; see ",
+        match=r"recipe: expected one of demo, tiny, tiny_two_experts, tiny_scmoe, tiny_moa, tiny_switch_head, "
+        r"tiny_moh, base, got 'huge'; see ",
     ):
         recipe("huge")
 

@@ -45,12 +45,14 @@ def train(
 
     Recipes: demo (4 layers of 16 experts, minutes), tiny (2 layers of 8, seconds), tiny_two_experts (2 layers of 2
     experts on two domains: shows whether the router divides them, under a minute), tiny_scmoe (4 layers, 2 of them
-    with 8 experts behind a shortcut, seconds), base (8 layers, 4 of them with 32 experts and a shared one, days on two
+    with 8 experts behind a shortcut, seconds), tiny_moa, tiny_switch_head and tiny_moh (attention experts, seconds),
+    base (8 layers, 4 of them with 32 experts and a shared one, days on two
     cores). And finetune, which goes on from the model of another run folder, on text of your own:
     `equipoise train finetune --from runs/demo --data my.jsonl --freeze-router 100`.
 
     Args:
-        recipe: demo, tiny, tiny_two_experts, tiny_scmoe, tiny_moa, tiny_switch_head, tiny_moh, base or finetune. Not needed with --resume.
+        recipe: demo, tiny, tiny_two_experts, tiny_scmoe, tiny_moa, tiny_switch_head, tiny_moh, base or finetune.
+            Not needed with --resume.
         change: What to change in the recipe.
         tune: For the recipe finetune: what it begins with, and what it trains.
         alerts: Where alerts and repairs go, beside the run folder.
