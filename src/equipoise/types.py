@@ -33,13 +33,14 @@ class Preferences:
 
     ranking_TE: fp32, without gradient: the K largest of a row are the decision; -inf marks experts it may not use.
     values_TE: fp32, with gradient: weights are made of the values of the experts that are chosen.
-    rule: "raw" takes the values as they are, "sum" divides them by their sum, "softmax" takes their softmax.
+    rule: "raw" takes the values as they are, "sum" divides them by their sum, "detached" by their sum as a constant
+    (no gradient flows through it), "softmax" takes their softmax.
     scale: the weights are multiplied with it at the end.
     """
 
     ranking_TE: Tensor
     values_TE: Tensor
-    rule: Literal["raw", "sum", "softmax"]
+    rule: Literal["raw", "sum", "detached", "softmax"]
     scale: float = 1.0
 
     def weights(self, ids_TK: Tensor) -> Tensor:
@@ -47,8 +48,9 @@ class Preferences:
         weights_TK = self.values_TE.gather(1, ids_TK)
         if self.rule == "softmax":
             weights_TK = weights_TK.softmax(-1)
-        elif self.rule == "sum":
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp_min(1e-38)  # fp32's smallest
+        elif self.rule != "raw":
+            sum_T1 = weights_TK.sum(-1, keepdim=True).clamp_min(1e-38)  # fp32's smallest
+            weights_TK = weights_TK / (sum_T1.detach() if self.rule == "detached" else sum_T1)
         return weights_TK if self.scale == 1.0 else self.scale * weights_TK
 
 

@@ -15,6 +15,7 @@ from tests.serve.small import (
     tiny_model,
 )
 
+from equipoise.models.attention_experts.configs import MixtureOfAttention, MixtureOfHeads, SwitchHead
 from equipoise.models.config import Latent, MoEConfig
 from equipoise.models.tokenizer import Tokenizer
 from equipoise.routing import Hash, Threshold, TopK
@@ -50,6 +51,9 @@ MODELS = {
     "windows, sinks, biases": {"window": 5, "window_layers": (0,), "sinks": True, "attention_bias": "qkvo"},
     "latent": {"latent": Latent(kv_rank=12, nope_dim=8, rope_dim=4, value_dim=8), "num_kv_heads": None},
     "dense": {"moe": None},
+    "moa": {"attention_moe": MixtureOfAttention(num_experts=4)},
+    "switch head": {"attention_moe": SwitchHead(num_experts=3), "num_kv_heads": None},
+    "mixture of heads, dense": {"attention_moe": MixtureOfHeads(shared_heads=1), "moe": None},
     "mixed": {"moe": MoEConfig(num_experts=8, hidden_dim=16, first_layers=1, first_router=Hash(vocab_size=257, k=1))},
 }
 

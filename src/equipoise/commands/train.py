@@ -21,7 +21,17 @@ if TYPE_CHECKING:
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 RecipeName = Literal[
-    "demo", "tiny", "tiny_two_experts", "tiny_scmoe", "tiny_peer", "tiny_mamba", "tiny_zero_experts", "base"
+    "demo",
+    "tiny",
+    "tiny_two_experts",
+    "tiny_scmoe",
+    "tiny_peer",
+    "tiny_mamba",
+    "tiny_zero_experts",
+    "tiny_moa",
+    "tiny_switch_head",
+    "tiny_moh",
+    "base",
 ]
 
 
@@ -46,9 +56,10 @@ def train(
     Recipes: demo (4 layers of 16 experts, minutes), tiny (2 layers of 8, seconds), tiny_two_experts (2 layers of 2
     experts on two domains: shows whether the router divides them, under a minute), tiny_scmoe (4 layers, 2 of them
     with 8 experts behind a shortcut, seconds), tiny_peer (1024 single-neuron experts), tiny_mamba (Mamba in place of
-    attention), tiny_zero_experts (4 of 12 experts compute nothing), base (8 layers, 4 of them with 32 experts and a
-    shared one, days on two cores). And finetune, which goes on from the model of another run folder, on text of your
-    own: `equipoise train finetune --from runs/demo --data my.jsonl --freeze-router 100`.
+    attention), tiny_zero_experts (4 of 12 experts compute nothing), tiny_moa, tiny_switch_head and tiny_moh (attention
+    experts), base (8 layers, 4 of them with 32 experts and a shared one, days on two cores). And finetune, which goes
+    on from the model of another run folder, on text of your own:
+    `equipoise train finetune --from runs/demo --data my.jsonl --freeze-router 100`.
 
     Args:
         recipe: One of these. Not needed with --resume.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,13 @@ from equipoise.routing.schedules import value_at
 from equipoise.routing.similarity import SimilarityLoss, check_similarity
 from equipoise.routing.top_k import TopK, TopKRouter
 from equipoise.types import BatchScope, DispatchPlan, Routed, RoutingDecision
+
+
+class Adapting(Protocol):
+    """A layer with state that adapts once per optimizer step."""
+
+    @property
+    def adaptive(self) -> tuple[Adaptive, ...]: ...  # noqa: D102 - described by the class
 
 
 class Tap(nn.Module):
@@ -101,7 +109,7 @@ class MoE(nn.Module):
             raise ValueError("MoE.shared_gate: there is no shared expert to gate; set shared_experts=1 or more")
         num_choices = num_experts + (zero_experts.count if zero_experts else 0)
         self.num_experts, self.k = num_choices, router.k
-        self.losses, balancer = _sort_balance(tuple(balance))
+        self.losses, balancer = sort_balance(tuple(balance))
         check_fit(router, self.losses, balancer, capacity, shared_experts)
         if zero_experts is not None:
             check_zero_experts(zero_experts, self.losses, balancer, capacity)
@@ -296,10 +304,10 @@ class MoE(nn.Module):
         return value_at(loss.coef, step)
 
 
-def _sort_balance(
+def sort_balance(
     balance: tuple[BalanceLoss | BalancerConfig, ...],
 ) -> tuple[tuple[BalanceLoss, ...], BalancerConfig | None]:
-    """(losses, balancer); refuses two balancers, and two losses of one name, of which logs would show one."""
+    """(losses, balancer). Refuses two balancers, and two losses of one name, of which logs would show one."""
     balancers = [item for item in balance if isinstance(item, BalancerConfig)]
     losses = tuple(item for item in balance if not isinstance(item, BalancerConfig))
     if len(balancers) > 1:
@@ -375,7 +383,9 @@ def check_zero_experts(
 
 
 @torch.no_grad()
-def reduce_and_update(layers: Iterable[MoE], reduce: Callable[[Tensor], None] | None = None, *, step: int = 0) -> None:
+def reduce_and_update(
+    layers: Iterable[Adapting], reduce: Callable[[Tensor], None] | None = None, *, step: int = 0
+) -> None:
     """Update what adapts in each layer, its balancer above all: call once after each optimizer step.
 
     reduce: sums a tensor over data-parallel ranks, in place; None on one rank. step: for rates that follow a schedule.

@@ -37,11 +37,12 @@ class TokenView:
         return ids_T if self.kept_T is None else ids_T[self.kept_T]
 
     def restore(self, y_TD: Tensor) -> Tensor:
-        """y in the batch's shape, 0 at padding."""
+        """y in the batch's shape, 0 at padding. Its rows may have another width than x's."""
+        shape = (*self.shape[:-1], y_TD.shape[-1])
         if self.kept_T is None:
-            return y_TD.view(self.shape)
-        flat = y_TD.new_zeros(self.shape[:-1].numel(), self.shape[-1])
-        return flat.index_copy(0, self.kept_T, y_TD).view(self.shape)
+            return y_TD.view(shape)
+        flat = y_TD.new_zeros(self.shape[:-1].numel(), y_TD.shape[-1])
+        return flat.index_copy(0, self.kept_T, y_TD).view(shape)
 
 
 def tokens_of(x: Tensor, padding_mask: Tensor | None, token_ids: Tensor | None) -> TokenView:

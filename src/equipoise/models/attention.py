@@ -44,6 +44,13 @@ class Attention(nn.Module):
         self, x_BSD: Tensor, rotary: Rotary | None, mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """Attend from the S tokens of x to themselves and to what the cache holds."""
+        out: Tensor = self.o_proj(self.heads(x_BSD, rotary, mask, cache))
+        return out
+
+    def heads(
+        self, x_BSD: Tensor, rotary: Rotary | None, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """(B, S, heads * head_dim): what each head brings, before the output projection."""
         q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
         if self.norm_whole:
             q, k = normed(q, self.q_norm), normed(k, self.k_norm)
@@ -55,8 +62,7 @@ class Attention(nn.Module):
         q, k = q.to(v.dtype), k.to(v.dtype)
         sight = Sight(self.window, self.sinks)
         y = attend(q, k, v, mask, sight) if cache is None else cache.attend(self.layer, q, k, v, mask, sight)
-        out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))
-        return out
+        return y.transpose(1, 2).flatten(2)
 
     def init_weights(self, std: float, output_std: float) -> None:
         """Draw the projections from normal(0, std), the output projection from normal(0, output_std)."""

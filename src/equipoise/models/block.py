@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from equipoise.layer import FeedForward, MoE, ProductKeyExperts
-from equipoise.models.attention import Attention
+from equipoise.models.attention_experts.build import AttentionExperts, build_attention
 from equipoise.models.cache import KVCache
 from equipoise.models.config import DecoderConfig, MoEConfig
-from equipoise.models.latent_attention import LatentAttention
 from equipoise.models.mamba import KeepsStates, MambaMixer
 from equipoise.models.rope import Rotary
 from equipoise.types import BatchScope
@@ -27,6 +26,7 @@ class BatchView:
     positions_BS: int64 (B or 1, S), of the new tokens. rotary: their tables; None with learned positions.
     mask: what they may see; None where causal attention or the cache says it all.
     padding_BS: True = padding, among the new tokens. cache: holds the keys and values of earlier tokens.
+    scope: what the balancing losses of attention experts may know.
     """
 
     tokens_BS: Tensor
@@ -35,6 +35,7 @@ class BatchView:
     mask: Tensor | None
     padding_BS: Tensor | None
     cache: KVCache | None
+    scope: BatchScope | None = None
 
 
 class Block(nn.Module):
@@ -50,7 +51,7 @@ class Block(nn.Module):
         mamba = config.mamba if layer in config.mamba_layer_ids else None
         self.mamba = None if mamba is None else MambaMixer(config.dim, mamba, layer)
         if self.mamba is None:
-            self.self_attn = Attention(config, layer) if config.latent is None else LatentAttention(config, layer)
+            self.self_attn = build_attention(config, layer)
         self.post_attention_layernorm = norm_of(config)
         self.mlp = _feed_forward(config, layer)
         self.checkpoint_experts = moe is not None and moe.checkpoint_experts
@@ -69,8 +70,7 @@ class Block(nn.Module):
     def mix(self, x_BSD: Tensor, view: BatchView) -> Tensor:
         """What the block's attention, or its Mamba layer, makes of the normed stream."""
         if self.mamba is None:
-            y_BSD: Tensor = self.self_attn(x_BSD, view.rotary, view.mask, view.cache)
-            return y_BSD
+            return self._attend(x_BSD, view)
         if view.cache is not None and not isinstance(view.cache, KeepsStates):
             raise ValueError(
                 f"cache: expected one that keeps the states of Mamba layers, got {type(view.cache).__name__}, which "
@@ -78,6 +78,12 @@ class Block(nn.Module):
             )
         mixed_BSD: Tensor = self.mamba(x_BSD, view.padding_BS, view.cache)
         return mixed_BSD
+
+    def _attend(self, x_BSD: Tensor, view: BatchView) -> Tensor:
+        run: Callable[..., Tensor] = self.self_attn
+        if isinstance(self.self_attn, AttentionExperts):
+            run = partial(self.self_attn, padding_BS=view.padding_BS, scope=view.scope)
+        return run(x_BSD, view.rotary, view.mask, view.cache)
 
     def _feed_forward(self, x_BSD: Tensor, view: BatchView, scope: BatchScope | None) -> Tensor:
         run: Callable[[Tensor], Tensor] = self.mlp

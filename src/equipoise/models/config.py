@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from equipoise.layer import Capacity, Peer, ZeroExperts
 from equipoise.layer.experts import BackendName
+from equipoise.models.attention_experts.configs import ATTENTION_MOES, AttentionMoE
 from equipoise.models.json_types import decode, encode
 from equipoise.models.mamba import Mamba
 from equipoise.models.rope import SCALINGS, RopeScaling
@@ -129,6 +130,7 @@ class DecoderConfig:
     last so many, itself included. latent: attention over a latent, in place of num_kv_heads and head_dim.
     rope_scaling: how positions are stretched to a longer context. mamba: state spaces in place of the attention of
     `mamba_layers` (None: all). peer: single-neuron experts in place of the feed-forward of `peer_layers` (None: all).
+    attention_moe: attention whose heads or projections are experts, in every layer (docs/attention-experts.md).
     """
 
     vocab_size: int
@@ -157,6 +159,7 @@ class DecoderConfig:
     mamba_layers: tuple[int, ...] | None = None
     peer: Peer | None = None
     peer_layers: tuple[int, ...] | None = None
+    attention_moe: AttentionMoE | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "hidden_dim", "max_seq_len"):
@@ -169,6 +172,8 @@ class DecoderConfig:
         _check_layers(self, "mamba")
         _check_layers(self, "peer")
         _check_routers(self)
+        if self.attention_moe is not None:
+            self.attention_moe.check(self)
 
     @property
     def kv_heads(self) -> int:
@@ -384,4 +389,4 @@ def _check_layers(config: DecoderConfig, kind: str) -> None:
 
 def _known_types() -> tuple[type[Any], ...]:
     """The whole list of what a configuration file may name."""
-    return (DecoderConfig, MoEConfig, Latent, Mamba, Peer, ZeroExperts, *SCALINGS, *STRATEGIES)
+    return (DecoderConfig, MoEConfig, Latent, Mamba, Peer, ZeroExperts, *ATTENTION_MOES, *SCALINGS, *STRATEGIES)

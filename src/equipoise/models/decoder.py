@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that torch's own d
 from torch.utils.checkpoint import checkpoint
 
 from equipoise.layer import MoE
+from equipoise.layer.choice import Choice
 from equipoise.models.attend import attention_mask, token_positions
 from equipoise.models.block import BatchView, Block, norm_of
 from equipoise.models.cache import KVCache
@@ -52,6 +54,11 @@ class Decoder(nn.Module):
         """The MoE layers in order, by their name among the model's modules ("layers.3.mlp")."""
         return {f"layers.{i}.mlp": block.mlp for i, block in enumerate(self._blocks()) if isinstance(block.mlp, MoE)}
 
+    @property
+    def routed_layers(self) -> dict[str, MoE | Choice]:
+        """All that routes, by name: the MoE layers, and what chooses attention experts ("layers.3.self_attn.heads")."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, MoE | Choice)}
+
     def forward(
         self,
         tokens_BS: Tensor,
@@ -70,7 +77,7 @@ class Decoder(nn.Module):
         Raises ValueError for tokens of a wrong dtype, shape or (on the CPU) range, for more than max_seq_len tokens,
         and for a padding mask of a wrong shape or dtype.
         """
-        view = self._view(tokens_BS, padding_mask, cache)
+        view = replace(self._view(tokens_BS, padding_mask, cache), scope=scope)
         x_BSD = self.embed_tokens(tokens_BS)
         if self.embed_positions is not None:
             x_BSD = x_BSD + self.embed_positions(view.positions_BS)

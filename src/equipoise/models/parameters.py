@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
+from equipoise.models.attention_experts.sizes import attention_moe_parameters
 from equipoise.models.config import DecoderConfig
 from equipoise.ops.activation import is_gated, pre_activation_dim
-from equipoise.routing.router import RouterConfig
+from equipoise.routing.router import num_parameters
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,13 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
         active_experts = sum(each.k for each in routers) * per_expert
         shared = num_moe * (config.moe.shared_experts * per_shared + (D if config.moe.shared_gate else 0))
         zero_experts = config.moe.zero_experts
-        router = sum(router_parameters(each, D, config.moe.num_choices) for each in routers)
+        router = sum(num_parameters(each, D, config.moe.num_choices) for each in routers)
         zero = num_moe * zero_experts.parameters(D) if zero_experts else 0
+    attention, unused = attention_moe_parameters(config, _attention(config))
+    num_attention = L - len(config.mamba_layer_ids)
     parts = {
         "embedding": (config.vocab_size + (config.max_seq_len if config.style == "gpt2" else 0)) * D,
-        "attention": (L - len(config.mamba_layer_ids)) * _attention(config),
+        "attention": num_attention * attention,
         "mamba": len(config.mamba_layer_ids) * config.mamba.parameters(D) if config.mamba else 0,
         "dense": (L - num_moe - num_peer) * matrices * D * config.hidden_dim,
         "experts": experts,
@@ -83,7 +84,7 @@ def parameter_counts(config: DecoderConfig) -> ParameterCounts:
         "head": 0 if config.tie_embeddings else config.vocab_size * D,
     }
     total = sum(parts.values())
-    idle = experts - active_experts
+    idle = experts - active_experts + num_attention * unused
     if config.peer is not None:
         idle += num_peer * (config.peer.parameters(D) - config.peer.active_parameters(D))
     return ParameterCounts(total=total, active=total - idle, **parts)
@@ -103,9 +104,3 @@ def _attention(config: DecoderConfig) -> int:
     norms = {False: 0, True: 2 * config.head_size, "whole": q_dim + kv_dim}[config.qk_norm]
     biases = (q_dim + 2 * kv_dim) * biased + D * (config.attention_bias == "qkvo")
     return 2 * D * (q_dim + kv_dim) + norms + biases + (h if config.sinks else 0)
-
-
-def router_parameters(router: RouterConfig, dim: int, num_experts: int) -> int:
-    """Of one router over so many experts."""
-    with torch.device("meta"):  # shapes only
-        return sum(parameter.numel() for parameter in router.build(dim, num_experts).parameters())

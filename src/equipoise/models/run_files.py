@@ -115,7 +115,7 @@ def read_held_out(folder: Path) -> Tensor | None:
 
 def cast(model: Decoder, dtype: torch.dtype) -> None:
     """Give the weights another floating-point type. Routers and balancers stay fp32: a rounded router is another."""
-    routers = {id(p) for layer in model.moe_layers.values() for p in layer.router.parameters()}
+    routers = {id(p) for layer in model.routed_layers.values() for p in layer.router.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in routers:
             parameter.data = parameter.data.to(dtype)
@@ -123,7 +123,7 @@ def cast(model: Decoder, dtype: torch.dtype) -> None:
 
 def fill(model: Decoder, tensors: Mapping[str, Tensor], checkpoint: Path) -> None:
     """Take over parameters and persistent buffers; what balancers gather between steps begins empty."""
-    for layer in model.moe_layers.values():
+    for layer in model.routed_layers.values():
         for state in layer.adaptive:
             state.reset()
     try:

@@ -51,8 +51,7 @@ def ragged_plan(
 ) -> RaggedPlan:
     """Sort assignments by expert (stable: token order within an expert); those with keep_N False go last."""
     keys_N = expert_ids_N if keep_N is None else torch.where(keep_N, expert_ids_N, num_experts)
-    on_host = keys_N.device.type == "cpu" and len(keys_N) <= _FEW and not torch.compiler.is_compiling()
-    order_R, rows_N, counts = (sort_on_host if on_host else sort_on_device)(keys_N, num_experts + 1)
+    order_R, rows_N, counts = sort_rows(keys_N, num_experts + 1)
     return RaggedPlan(
         token_ids_R=token_ids_N.index_select(0, order_R),
         weights_R=weights_N.index_select(0, order_R),
@@ -61,6 +60,12 @@ def ragged_plan(
         may_drop=keep_N is not None,
         drops={} if drops is None else drops,
     )
+
+
+def sort_rows(keys_N: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`sort_on_device`, or `sort_on_host` where that is faster."""
+    on_host = keys_N.device.type == "cpu" and len(keys_N) <= _FEW and not torch.compiler.is_compiling()
+    return (sort_on_host if on_host else sort_on_device)(keys_N, num_keys)
 
 
 def sort_on_device(keys_N: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -107,6 +107,12 @@ def build_on(config: RouterConfig, weight_ED: Tensor) -> Router:
     return router
 
 
+def num_parameters(config: RouterConfig, dim: int, num_experts: int) -> int:
+    """Of the router, without making it."""
+    with torch.device("meta"):  # shapes only
+        return sum(parameter.numel() for parameter in config.build(dim, num_experts).parameters())
+
+
 Init = Literal["normal", "truncated", "orthogonal"]
 
 

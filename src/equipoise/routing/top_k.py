@@ -39,7 +39,9 @@ class TopK:
     order: "pre" scores all experts and then selects; "post" selects and then takes the softmax over the selected
         logits (Mixtral). "post" equals "pre" with renormalize=True for softmax.
     renormalize: divide the selected weights by their sum. None means True for k > 1. Refused for k = 1: the weight
-        would be the constant 1, and the router would get no gradient from the task.
+        would be the constant 1, and the router would get no gradient from the task. "detached" divides by the sum as
+        a constant: the same weights, with a gradient that also says how much the whole is to count (MoA, arXiv
+        2210.05144 equation 8); it works for k = 1.
     scale: the weights are multiplied with it at the end (DeepSeek-V3: 2.5).
     temperature, eval_temperature: weights are made of z / temperature; the selection never depends on it. A
         different eval_temperature (None: the same) changes the outputs the model was trained for.
@@ -57,7 +59,7 @@ class TopK:
     k: int = 2
     score: Score = "softmax"
     order: Literal["pre", "post"] = "pre"
-    renormalize: bool | None = None
+    renormalize: bool | Literal["detached"] | None = None
     scale: float = 1.0
     temperature: float = 1.0
     eval_temperature: float | None = None
@@ -90,7 +92,14 @@ class TopK:
         """Combinations that are well-formed and wrong."""
         if self.order == "post" and self.score != "softmax":
             raise ValueError(f'TopK.order: "post" is a softmax over the selected logits, got score={self.score!r}')
-        if self.k == 1 and (self.renormalize or self.order == "post"):
+        if self.renormalize not in (None, True, False, "detached") or (
+            self.renormalize == "detached" and self.order == "post"
+        ):
+            raise ValueError(
+                f'TopK.renormalize: expected None, True, False, or "detached" with order="pre", got '
+                f"{self.renormalize!r} with order={self.order!r}"
+            )
+        if self.k == 1 and (self.renormalize is True or self.order == "post"):
             raise ValueError(
                 f"TopK: k=1 with renormalize={self.renormalize}, order={self.order!r} makes every weight the constant "
                 '1, so the router gets no gradient from the task; use renormalize=False and order="pre", or k >= 2'
@@ -144,7 +153,7 @@ class TopK:
     @property
     def renormalizes(self) -> bool:
         """What `renormalize` comes to."""
-        return self.k > 1 if self.renormalize is None else self.renormalize
+        return self.k > 1 if self.renormalize is None else bool(self.renormalize)
 
 
 def scores_of(logits_TE: Tensor, score: Score) -> Tensor:
@@ -234,8 +243,10 @@ class TopKRouter(Router):
             temperature = self.temperature_in_force
         if temperature != 1.0:
             logits_TE = logits_TE / temperature
-        if config.score == "softmax" and (config.order == "post" or config.renormalizes):
+        detached = config.renormalize == "detached"
+        if config.score == "softmax" and not detached and (config.order == "post" or config.renormalizes):
             return Preferences(ranking_TE, logits_TE, "softmax", config.scale)  # equals "sum", and can't underflow
         if temperature != 1.0:
             scores_TE = scores_of(logits_TE, config.score)
-        return Preferences(ranking_TE, scores_TE, "sum" if config.renormalizes else "raw", config.scale)
+        rule: Literal["raw", "sum", "detached"] = "detached" if detached else "sum" if config.renormalizes else "raw"
+        return Preferences(ranking_TE, scores_TE, rule, config.scale)

@@ -160,7 +160,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.tuning.push()
-        reduce_and_update(self.model.moe_layers.values(), self.spread.reduce, step=step)
+        reduce_and_update(self.model.routed_layers.values(), self.spread.reduce, step=step)
         self.step_number = step
         measured |= self.tuning.compare(step, self.watch.recorder)
         with self._store.transaction():
@@ -262,7 +262,7 @@ class Trainer:
         if not done or done[-1].state != "kept":
             raise self._diverged(step, what, where())
         self.optimizer.zero_grad(set_to_none=True)  # the optimizer passes over parameters without a gradient
-        for layer in self.model.moe_layers.values():
+        for layer in self.model.routed_layers.values():
             for state in layer.adaptive:
                 state.pending.zero_()
 

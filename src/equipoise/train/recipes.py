@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from equipoise.layer import Peer, ZeroExperts
+from equipoise.models.attention_experts.configs import MixtureOfAttention, MixtureOfHeads, SwitchHead
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.models.mamba import Mamba
 from equipoise.routing import HighThenLow, QuantileBalance, SwitchLoss, TopK, ZLoss
@@ -150,6 +151,28 @@ def tiny_zero_experts() -> TrainConfig:
     return replace(like, name="tiny_zero_experts", model=replace(like.model, moe=moe))
 
 
+def tiny_moa() -> TrainConfig:
+    """`tiny` with a mixture of attention heads: 8 experts of one head, 4 per token, beside the MoE layers."""
+    balance = (SwitchLoss(coef=0.01), ZLoss(coef=0.001))
+    moa = MixtureOfAttention(num_experts=8, router=TopK(k=4, renormalize="detached"), balance=balance)
+    like = tiny()
+    return replace(like, name="tiny_moa", model=replace(like.model, num_kv_heads=1, attention_moe=moa))
+
+
+def tiny_switch_head() -> TrainConfig:
+    """`tiny` with two heads whose values and outputs are mixtures of 2 of 4 experts, beside the MoE layers."""
+    like, switch = tiny(), SwitchHead(num_experts=4, k=2)
+    model = replace(like.model, num_heads=2, num_kv_heads=None, attention_moe=switch)
+    return replace(like, name="tiny_switch_head", model=model)
+
+
+def tiny_moh() -> TrainConfig:
+    """`tiny` with 8 attention heads, 2 of them always on and 4 of the others chosen, beside the MoE layers."""
+    moh = MixtureOfHeads(shared_heads=2, router=TopK(k=4), balance=(SwitchLoss(coef=0.01),))
+    like = tiny()
+    return replace(like, name="tiny_moh", model=replace(like.model, num_heads=8, attention_moe=moh))
+
+
 def base() -> TrainConfig:
     """8 layers, every second one with 32 fine-grained experts, top-4, and a shared expert: days on two cores.
 
@@ -198,6 +221,9 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "tiny_peer": tiny_peer,
     "tiny_mamba": tiny_mamba,
     "tiny_zero_experts": tiny_zero_experts,
+    "tiny_moa": tiny_moa,
+    "tiny_switch_head": tiny_switch_head,
+    "tiny_moh": tiny_moh,
     "base": base,
 }
 

@@ -47,6 +47,11 @@ def architecture(config: Fields, name: str) -> Architecture:
     """Of a JSON object of type DecoderConfig. Raises ValueError for one that is incomplete or contradicts itself."""
     _refuse_unknown(config)
     dim, layers, heads = config.size("dim"), config.size("num_layers"), config.size("num_heads")
+    if config.has("attention_moe"):
+        raise ValueError(
+            f"{config.source}: attention_moe: expected none, got attention experts, whose memory the planner doesn't "
+            "know yet; plan the same model with plain attention"
+        )
     attention = _latent(config, heads) if config.has("latent") else _grouped(config, dim, layers, heads)
     gpt2 = config.text("style", "modern") == "gpt2"
     context = config.size("max_seq_len")

@@ -1,0 +1,116 @@
+"""Who chooses among experts that are not feed-forward networks: a router, its balance, and a tap to watch it by.
+
+The experts themselves are whoever's it is; this knows only the decision. See `models/attention_experts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from equipoise.layer.dispatch import WholePlan
+from equipoise.layer.moe import Tap, check_fit, sort_balance
+from equipoise.layer.tokens import TokenView
+from equipoise.ops.attach_loss import attach_loss
+from equipoise.routing.adaptive import Adaptive
+from equipoise.routing.balancers import Balancer, BalancerConfig
+from equipoise.routing.coefficients import AdaptiveCoef, AdaptiveCoefConfig
+from equipoise.routing.losses import BalanceLoss, LossInputs
+from equipoise.routing.router import RouterConfig
+from equipoise.routing.schedules import value_at
+from equipoise.types import BatchScope, Routed, RoutingDecision
+
+
+class Choice(nn.Module):
+    """An `Observable`: decides with `route`, and with `finish` counts, balances and shows what was decided.
+
+    router: with a fixed number of experts per token. balance: losses of micro-batch or sequence scope, and at most one
+    balancer. Raises ValueError for parts that do not fit together.
+    """
+
+    def __init__(
+        self,
+        router: RouterConfig,
+        dim: int,
+        num_experts: int,
+        balance: Iterable[BalanceLoss | BalancerConfig] = (),
+    ) -> None:
+        super().__init__()
+        self.losses, balancer = check_choice(router, balance)
+        self.num_experts, self.k = num_experts, router.k
+        self.router = router.build(dim, num_experts)
+        self.balancer: Balancer | None = balancer.build(num_experts, router.k) if balancer else None
+        adaptive = [loss for loss in self.losses if isinstance(loss.coef, AdaptiveCoefConfig)]
+        self.coefs = nn.ModuleDict({loss.name: loss.coef.build(num_experts, router.k) for loss in adaptive})  # type: ignore[union-attr]
+        self.tap = Tap()
+        self._adaptive = self.adaptive
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The names of the balancing losses, as in `Routed.losses`."""
+        return tuple(loss.name for loss in self.losses)
+
+    @property
+    def adaptive(self) -> tuple[Adaptive, ...]:
+        """All state that adapts once per optimizer step."""
+        return tuple(module for module in self.modules() if isinstance(module, Adaptive))
+
+    def init_weights(self, std: float) -> None:
+        """Draw the router; reset what adapts."""
+        self.router.init_weights(std)
+        for state in self.adaptive:
+            state.reset()
+
+    def route(self, view: TokenView) -> RoutingDecision:
+        """The router's decision, under the balancer's bias if there is one."""
+        bias_E = None if self.balancer is None else self.balancer.bias_E
+        decision: RoutingDecision = self.router(view.x_TD, bias_E, None)
+        return decision
+
+    def finish(
+        self, y_TD: Tensor, decision: RoutingDecision, counts_e: Tensor, view: TokenView, scope: BatchScope | None
+    ) -> Tensor:
+        """y_TD, to which the balancing losses are attached in training; observers see the decision."""
+        if self.training:
+            for state in self._adaptive:
+                state.observe(decision, {})
+        values: dict[str, Tensor] = {}
+        if self.training and torch.is_grad_enabled() and self.losses:
+            scope = scope or BatchScope()
+            inputs = LossInputs(decision, view.sequence_ids_T, view.num_sequences, self.k, self.router.weight)
+            values = {loss.name: loss(inputs) for loss in self.losses}
+            terms = [scope.share * self._coef(loss, scope.step) * values[loss.name] for loss in self.losses]
+            y_TD = attach_loss(y_TD, torch.stack(terms).sum())
+        losses = {name: value.detach() for name, value in values.items()}
+        self.tap(Routed(decision, WholePlan(counts_e, {}), losses))
+        return y_TD
+
+    def _coef(self, loss: BalanceLoss, step: int) -> float | Tensor:
+        if isinstance(loss.coef, AdaptiveCoefConfig):
+            state = self.coefs[loss.name]
+            assert isinstance(state, AdaptiveCoef)
+            return state.value
+        return value_at(loss.coef, step)
+
+
+def check_choice(
+    router: RouterConfig, balance: Iterable[BalanceLoss | BalancerConfig]
+) -> tuple[tuple[BalanceLoss, ...], BalancerConfig | None]:
+    """(losses, balancer). Raises ValueError for a router or a balance that a `Choice` can't work with."""
+    name, traits = type(router).__name__, router.traits
+    if not (traits.causal and traits.fixed_k and traits.batch_invariant) or traits.needs_token_ids:
+        raise ValueError(
+            f"router: expected one that is causal and gives every token the same number of experts by what it is, "
+            f"without token ids, such as TopK, got {name}. Take TopK."
+        )
+    losses, balancer = sort_balance(tuple(balance))
+    check_fit(router, losses, balancer, None, 0)
+    wide = [loss.name for loss in losses if loss.scope == "global"]
+    if wide:
+        raise ValueError(
+            f'balance: expected losses of scope "micro" or "sequence" on attention experts, got {", ".join(wide)}. '
+            'The counts of the global batch are kept for MoE layers only: use SwitchLoss(scope="micro").'
+        )
+    return losses, balancer
