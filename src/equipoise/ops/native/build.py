@@ -27,7 +27,7 @@ import torch
 
 SOURCES = Path(__file__).parent
 COMPILERS = ("g++", "c++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp", "-Wall")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp")
 SECONDS = 120  # that a compiler may take
 
 
