@@ -248,9 +248,9 @@ class TestWhoTakesIt:
         assert reason in why
         x = torch.randn(6, experts.dim, dtype=experts.dtype)
         weights = torch.rand(12).requires_grad_()
-        plan = ragged_plan(torch.arange(6).repeat_interleave(2), torch.arange(12) % 4, weights, 4, top_k=2)
         results = []
         for run in (native_experts, lean_experts, lambda x, plan, *_: experts(x, plan)):
+            plan = ragged_plan(torch.arange(6).repeat_interleave(2), torch.arange(12) % 4, weights, 4, top_k=2)
             y = run(x, plan, experts.up, experts.down_proj, experts.activation)
             results.append([y, *torch.autograd.grad(y.sum(), [*experts.parameters(), weights])])
         for result in results[1:]:
