@@ -9,7 +9,7 @@ PIP := $(PYTHON) -m pip install -qq --disable-pip-version-check --no-input -c co
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format bench clean
+.PHONY: help setup demo test test-slow check format bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -71,7 +71,11 @@ bench: $(STAMP) ## time the layer on this machine, beside dense blocks and trans
 	@$(PYTHON) -c "import transformers" 2>/dev/null || { echo "bench: installing transformers to compare with"; $(PIP) -e '.[dev,bench]'; }
 	@$(PYTHON) -m benchmarks.layer $(ARGS)
 
+docs: $(STAMP) ## build the documentation into site/, with broken links as errors
+	@$(VENV)/bin/zensical --version >/dev/null 2>&1 || { echo "docs: installing the generator"; $(PIP) -e '.[docs]'; }
+	@$(VENV)/bin/zensical build --clean --strict
+
 clean: ## remove the environment, caches and builds; runs/ is kept
-	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist site
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 	@echo "clean: done (runs/ is kept)"

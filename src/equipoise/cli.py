@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from equipoise.commands import metrics, watching
+from equipoise.commands.architectures import architectures
 from equipoise.commands.convert import convert, upcycle
 from equipoise.commands.inject import inject
 from equipoise.commands.links import links
@@ -106,7 +107,8 @@ def sweep(
 
     Args:
         grid: What to go through.
-        recipe: The run of each cell: demo, tiny, tiny_two_experts, tiny_scmoe or base.
+        recipe: The run of each cell: demo, tiny, tiny_two_experts, tiny_scmoe, tiny_peer, tiny_mamba,
+            tiny_zero_experts or base.
         steps: Optimizer steps of each run. Default: the recipe's.
         corpus: embedded, wikitext-2, or the path of a .txt, .jsonl or .parquet file or of a folder of them.
         out: Folder of the sweep; each run has its own in OUT/cells, which `equipoise watch` can show.
@@ -140,6 +142,7 @@ def sweep(
 def bench(
     run: Annotated[
         Annotated[int, tyro.conf.subcommand(name="sweep", constructor=sweep)]
+        | Annotated[int, tyro.conf.subcommand(name="architectures", constructor=architectures)]
         | Annotated[int, tyro.conf.subcommand(name="links", constructor=links)],
         tyro.conf.arg(name=""),
     ],

@@ -140,6 +140,78 @@ class RoutingDecision:
         return int(self.probs_TE.shape[1])
 
 
+@dataclass(frozen=True, eq=False)
+class ProductDecision:
+    """As `RoutingDecision`, of a router whose logits are sums of two: expert a B + b has first_TA[a] + second_TB[b].
+
+    Experts may be so many that nobody wants all their logits; what is asked of them follows from the two parts.
+    first_TA, second_TB: fp32 (T, A) and (T, B), with gradient. top_k: every token has so many experts.
+    """
+
+    token_ids_N: Tensor
+    expert_ids_N: Tensor
+    weights_N: Tensor
+    first_TA: Tensor
+    second_TB: Tensor
+    top_k: int | None
+
+    @property
+    def logits_TE(self) -> Tensor:
+        """(T, A B), made when it is asked for."""
+        return (self.first_TA[:, :, None] + self.second_TB[:, None, :]).flatten(1)
+
+    @property
+    def probs_TE(self) -> Tensor:
+        """(T, A B), the softmax over all experts, made when it is asked for."""
+        return self.logits_TE.softmax(-1)
+
+    @property
+    def selection_TE(self) -> Tensor:
+        """The logits: no bias moves the selection."""
+        return self.logits_TE
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the rows that were routed."""
+        return int(self.first_TA.shape[0])
+
+    @property
+    def num_experts(self) -> int:
+        """E = A B."""
+        return int(self.first_TA.shape[1] * self.second_TB.shape[1])
+
+
+class Decision(Protocol):
+    """What observers use of a decision; `RoutingDecision` says what each is."""
+
+    @property
+    def token_ids_N(self) -> Tensor: ...  # noqa: D102 - described by the class
+
+    @property
+    def expert_ids_N(self) -> Tensor: ...  # noqa: D102 - described by the class
+
+    @property
+    def weights_N(self) -> Tensor: ...  # noqa: D102 - described by the class
+
+    @property
+    def probs_TE(self) -> Tensor: ...  # noqa: D102 - described by the class
+
+    @property
+    def logits_TE(self) -> Tensor: ...  # noqa: D102 - described by the class
+
+    @property
+    def selection_TE(self) -> Tensor: ...  # noqa: D102 - described by the class
+
+    @property
+    def top_k(self) -> int | None: ...  # noqa: D102 - described by the class
+
+    @property
+    def num_tokens(self) -> int: ...  # noqa: D102 - described by the class
+
+    @property
+    def num_experts(self) -> int: ...  # noqa: D102 - described by the class
+
+
 @runtime_checkable
 class DispatchPlan(Protocol):
     """What `combine` needs to undo `dispatch`. Each dispatcher has its own; these two fields are public.
@@ -164,7 +236,7 @@ class Routed:
     spilled_T: fp32, the combine weight of each token that the stand-in takes over from experts; None where nothing is.
     """
 
-    decision: RoutingDecision
+    decision: Decision
     plan: DispatchPlan
     losses: Mapping[str, Tensor]
     spilled_T: Tensor | None = None

@@ -184,6 +184,14 @@ def test_mistakes_are_named(run, tmp_path, monkeypatch, words, says):
     assert says in " ".join(said.err.replace("│", " ").split())
 
 
+def test_the_three_numbers_that_scripts_ask_for(asked):
+    """At the top, in parameters and bytes: 46.7 B and 12.9 B are what Mixtral's authors state."""
+    found = asked("mixtral-8x7b", "--precision", "bf16")
+    assert round(found["total_params"] / 1e9, 1) == 46.7
+    assert round(found["active_params"] / 1e9, 1) == 12.9
+    assert found["memory_bytes"] == found["memory"]["total"] > 2 * found["total_params"]
+
+
 def test_planning_imports_no_torch():
     code = """if True:
         import sys, types

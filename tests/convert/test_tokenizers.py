@@ -76,6 +76,21 @@ def test_sentence_pieces_and_bytes(tmp_path):
     assert (read.bytes_of(2), read.bytes_of(3), read.eot_id) == (b" the", b"\n", 1)
 
 
+def test_a_text_is_begun_as_the_model_expects_it(published, tmp_path):
+    """As transformers does by default."""
+    from tokenizers import Tokenizer, processors
+
+    assert HubTokenizer.load(published).opening == ()
+    copy_tokenizer(published, tmp_path)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    id = tokenizer.token_to_id(EOT)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{EOT} $A", special_tokens=[(EOT, id)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    read = HubTokenizer.load(tmp_path)
+    assert [*read.opening, *read.encode(TEXT)] == transformers.AutoTokenizer.from_pretrained(tmp_path).encode(TEXT)
+    assert (read.opening, read.encode("").tolist()) == ((id,), [])
+
+
 class TestBad:
     def test_none(self, tmp_path):
         with pytest.raises(TokenizerError, match=r"expected byte_pairs.json or tokenizer.json, found neither"):

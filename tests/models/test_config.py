@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 
 from equipoise.layer import Capacity
-from equipoise.models.config import STRATEGIES, DecoderConfig, MoEConfig, _decode, _encode
+from equipoise.models.config import STRATEGIES, DecoderConfig, MoEConfig
+from equipoise.models.json_types import decode, encode
 from equipoise.routing import BiasBalance, HighThenLow, SwitchLoss, TopK, ZLoss
 
 
@@ -65,7 +66,7 @@ class TestJson:
     def test_every_strategy_survives(self, make_config, strategy):
         required = {"Constant": (0.1,), "LinearAnneal": (0.1, 0.0, 9), "CosineAnneal": (0.1, 0.0, 9)}
         value = strategy(*required.get(strategy.__name__, ()))
-        assert _decode(json.loads(json.dumps(_encode(value)))) == value
+        assert decode(json.loads(json.dumps(encode(value, STRATEGIES))), STRATEGIES) == value
 
     def test_is_plain_and_tagged(self, make_config):
         data = json.loads(make_config().to_json())

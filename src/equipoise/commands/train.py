@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from equipoise.train.run import RunResult
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
-RecipeName = Literal["demo", "tiny", "tiny_two_experts", "tiny_scmoe", "base"]
+RecipeName = Literal[
+    "demo", "tiny", "tiny_two_experts", "tiny_scmoe", "tiny_peer", "tiny_mamba", "tiny_zero_experts", "base"
+]
 
 
 def train(
@@ -43,12 +45,13 @@ def train(
 
     Recipes: demo (4 layers of 16 experts, minutes), tiny (2 layers of 8, seconds), tiny_two_experts (2 layers of 2
     experts on two domains: shows whether the router divides them, under a minute), tiny_scmoe (4 layers, 2 of them
-    with 8 experts behind a shortcut, seconds), base (8 layers, 4 of them with 32 experts and a shared one, days on two
-    cores). And finetune, which goes on from the model of another run folder, on text of your own:
-    `equipoise train finetune --from runs/demo --data my.jsonl --freeze-router 100`.
+    with 8 experts behind a shortcut, seconds), tiny_peer (1024 single-neuron experts), tiny_mamba (Mamba in place of
+    attention), tiny_zero_experts (4 of 12 experts compute nothing), base (8 layers, 4 of them with 32 experts and a
+    shared one, days on two cores). And finetune, which goes on from the model of another run folder, on text of your
+    own: `equipoise train finetune --from runs/demo --data my.jsonl --freeze-router 100`.
 
     Args:
-        recipe: demo, tiny, tiny_two_experts, tiny_scmoe, base or finetune. Not needed with --resume.
+        recipe: One of these. Not needed with --resume.
         change: What to change in the recipe.
         tune: For the recipe finetune: what it begins with, and what it trains.
         alerts: Where alerts and repairs go, beside the run folder.
@@ -62,8 +65,7 @@ def train(
 
     if recipe is None and not resume:
         raise ValueError(
-            "train: name a recipe (demo, tiny, tiny_two_experts, tiny_scmoe, base, finetune), or go on with "
-            "--resume --out FOLDER"
+            f"train: name a recipe ({', '.join(get_args(RecipeName))}, finetune), or go on with --resume --out FOLDER"
         )
     if resume and (change != Overrides() or tune != FinetuneConfig()):
         raise ValueError(

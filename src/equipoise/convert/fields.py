@@ -83,6 +83,12 @@ def common_fields(config: DecoderConfig, model_type: str, architecture: str) -> 
         raise Unfit("style is gpt2; the families have RMSNorm, rotary positions and SwiGLU")
     if config.moe is not None and config.moe.shortcut is not None:
         raise Unfit("its experts are behind a shortcut")
+    if config.mamba_layer_ids:
+        raise Unfit("some of its layers are Mamba's, without attention")
+    if config.peer_layer_ids:
+        raise Unfit("some of its layers have single-neuron experts (PEER)")
+    if config.moe is not None and config.moe.zero_experts is not None:
+        raise Unfit("some of its experts compute nothing (zero_experts)")
     return {
         "architectures": [architecture],
         "model_type": model_type,

@@ -28,14 +28,19 @@ class Dropless:
 
 
 class Capped:
-    """Each expert takes at most its capacity; what does not fit is moved, spilled or dropped, and counted."""
+    """Each expert takes at most its capacity; what does not fit is moved, spilled or dropped, and counted.
 
-    def __init__(self, capacity: Capacity) -> None:
-        self.capacity = capacity
+    shares: of the assignments, that capacities are of; None is the same for all experts.
+    """
+
+    def __init__(self, capacity: Capacity, shares: tuple[float, ...] | None = None) -> None:
+        self.capacity, self.shares = capacity, shares
 
     def admit(self, decision: RoutingDecision, training: bool) -> Fitted:
         """What fits."""
-        return fit(decision, self.capacity, training) if self.capacity.active(training) else Fitted(decision)
+        if not self.capacity.active(training):
+            return Fitted(decision)
+        return fit(decision, self.capacity, training, self.shares)
 
 
 class Diverted:

@@ -52,8 +52,11 @@ class Capacity:
                 expected = f"{', '.join(known[:-1])} or {known[-1]}"
                 raise ValueError(f"Capacity.{name}: expected {expected}, got {getattr(self, name)!r}")
 
-    def limit(self, num_tokens: int, num_assignments: int, num_experts: int) -> int:
-        """Assignments per expert by the factor, for num_assignments = T K assignments of T tokens."""
+    def limit(self, num_tokens: int, num_assignments: int, num_experts: float) -> int:
+        """Assignments per expert by the factor, for num_assignments = T K assignments of T tokens.
+
+        num_experts: E; for an expert whose fair share is another, 1 over that share.
+        """
         if self.factor is None:
             return max(num_tokens, 1)
         fair = self.factor * num_assignments / num_experts
@@ -64,7 +67,7 @@ class Capacity:
         """Whether anything can overflow in this mode."""
         return training or self.at_inference or self.max_tokens is not None
 
-    def limits(self, num_tokens: int, num_assignments: int, num_experts: int, training: bool) -> tuple[int, int]:
+    def limits(self, num_tokens: int, num_assignments: int, num_experts: float, training: bool) -> tuple[int, int]:
         """(limit by the factor, limit by factor and hard cap) that hold in this mode."""
         by_factor = max(num_tokens, 1)
         if training or self.at_inference:

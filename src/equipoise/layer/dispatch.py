@@ -99,13 +99,13 @@ def whole_plan(plans: Sequence[RaggedPlan]) -> DispatchPlan:
 
 
 def plan_of(fitted: Fitted) -> RaggedPlan:
-    """The rows of what is computed, by expert."""
+    """The rows of what is computed, by expert that computes."""
     decision = fitted.decision
     return ragged_plan(
         decision.token_ids_N,
         decision.expert_ids_N,
         decision.weights_N,
-        decision.num_experts,
+        decision.num_experts if fitted.num_computing is None else fitted.num_computing,
         top_k=decision.top_k,
         keep_N=fitted.keep_N,
         drops=fitted.drops,

@@ -21,6 +21,7 @@ from equipoise.layer.feed_forward import FeedForward
 from equipoise.layer.mode import Bypass, InForce, Mode, in_force
 from equipoise.layer.overflow import Fitted
 from equipoise.layer.tokens import TokenView, tokens_of
+from equipoise.layer.zero_experts import ZeroComputation, ZeroExperts
 from equipoise.ops.attach_loss import attach_loss
 from equipoise.ops.ragged import RaggedPlan
 from equipoise.routing.adaptive import Adaptive
@@ -72,6 +73,8 @@ class MoE(nn.Module):
     shared_experts: experts that every token uses besides; one block of hidden size shared_experts * F.
     shared_gate: weight the shared block with sigmoid(w x), as Qwen2-MoE does.
     activation: "swiglu", "gelu" or "clamped_swiglu". expert_bias, backend: see `Experts`.
+    zero_experts: experts that compute nothing, beside the num_experts that do, or None. Router, balance and observers
+    see all of them: the layer's own num_experts is E + Z.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class MoE(nn.Module):
         activation: str = "swiglu",
         expert_bias: bool = False,
         backend: BackendName = "auto",
+        zero_experts: ZeroExperts | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("dim", dim), ("hidden_dim", hidden_dim), ("num_experts", num_experts)):
@@ -95,25 +99,32 @@ class MoE(nn.Module):
                 raise ValueError(f"MoE.{name}: expected at least 1, got {value}")
         if shared_gate and not shared_experts:
             raise ValueError("MoE.shared_gate: there is no shared expert to gate; set shared_experts=1 or more")
-        self.num_experts, self.k = num_experts, router.k
+        num_choices = num_experts + (zero_experts.count if zero_experts else 0)
+        self.num_experts, self.k = num_choices, router.k
         self.losses, balancer = _sort_balance(tuple(balance))
         check_fit(router, self.losses, balancer, capacity, shared_experts)
-        self.router = router.build(dim, num_experts)
+        if zero_experts is not None:
+            check_zero_experts(zero_experts, self.losses, balancer, capacity)
+        self.router = router.build(dim, num_choices)
         if any(isinstance(loss, SimilarityLoss) for loss in self.losses):
             check_similarity(self.router.weight)
-        self.balancer: Balancer | None = balancer.build(num_experts, router.k) if balancer else None
+        self.balancer: Balancer | None = balancer.build(num_choices, router.k) if balancer else None
         self.coefs = nn.ModuleDict(
             {
-                loss.name: loss.coef.build(num_experts, router.k)
+                loss.name: loss.coef.build(num_choices, router.k)
                 for loss in self.losses
                 if isinstance(loss.coef, AdaptiveCoefConfig)
             }
         )
-        self.admission: Admission = Capped(capacity) if capacity else Dropless()
+        uneven = zero_experts is not None and zero_experts.weight != 1
+        shares = zero_experts.fair_shares(num_experts) if zero_experts is not None and uneven else None
+        self.admission: Admission = Capped(capacity, shares) if capacity else Dropless()
         self.dispatcher: Dispatcher = LocalDispatcher()
         self.experts = Experts(num_experts, dim, hidden_dim, activation, backend, expert_bias)
         self.shared = FeedForward(dim, shared_experts * hidden_dim, activation) if shared_experts else None
         self.shared_gate = nn.Linear(dim, 1, bias=False) if shared_gate else None
+        self.zero = ZeroComputation(dim, num_experts, zero_experts) if zero_experts else None
+        self.expert_weights = zero_experts.loss_weights(num_experts) if zero_experts and uneven else None
         self.tap = Tap()
         self._force = InForce()
         self._adaptive = self.adaptive  # found once: a forward has no time to look
@@ -136,6 +147,8 @@ class MoE(nn.Module):
             self.shared.init_weights(std, output_std)
         if self.shared_gate is not None:
             nn.init.normal_(self.shared_gate.weight, std=std)
+        if self.zero is not None:
+            self.zero.init_weights(std, output_std)
         for state in self.adaptive:
             state.reset()
 
@@ -163,7 +176,8 @@ class MoE(nn.Module):
         view = tokens_of(x, padding_mask, token_ids)
         decision = self.route(view, force)
         fitted = (force.admission or self.admission).admit(decision, self.training)
-        return Begun(view, force, decision, fitted, self.dispatcher.dispatch(view.x_TD, fitted))
+        to_compute = fitted if self.zero is None else self.zero.split(fitted)
+        return Begun(view, force, decision, fitted, self.dispatcher.dispatch(view.x_TD, to_compute))
 
     def compute(self, begun: Begun) -> Computed:
         """What this rank's experts have to do, chunk by chunk as they come, each sent on its way home at once."""
@@ -187,6 +201,8 @@ class MoE(nn.Module):
         y_TD = parts[0] if len(parts) == 1 else torch.cat(parts)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
+        if self.zero is not None:
+            y_TD = y_TD + self.zero(view.x_TD, begun.fitted)
         if force.dense is not None and spilled_T is not None:
             y_TD = y_TD + spilled_T.to(y_TD.dtype)[:, None] * force.dense(view.x_TD).to(y_TD.dtype)
         if self.training:  # also without gradients: reentrant checkpointing starts so
@@ -256,7 +272,15 @@ class MoE(nn.Module):
         self, y_TD: Tensor, decision: RoutingDecision, view: TokenView, scope: BatchScope, boost: float
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """(output with the losses attached, losses for observers)."""
-        inputs = LossInputs(decision, view.sequence_ids_T, view.num_sequences, self.k, self.router.weight, scope.counts)
+        inputs = LossInputs(
+            decision,
+            view.sequence_ids_T,
+            view.num_sequences,
+            self.k,
+            self.router.weight,
+            scope.counts,
+            self.expert_weights,
+        )
         values = {loss.name: loss(inputs) for loss in self.losses}
         if values:
             scale = scope.share * boost
@@ -332,6 +356,22 @@ def check_fit(
         )
     if capacity and capacity.overflow == "shared" and not shared_experts:
         raise ValueError('Capacity.overflow: "shared" needs a shared expert to spill to; set shared_experts=1 or more')
+
+
+def check_zero_experts(
+    zero: ZeroExperts, losses: tuple[BalanceLoss, ...], balancer: BalancerConfig | None, capacity: Capacity | None
+) -> None:
+    """Raise ValueError for parts that even loads out where zero-computation experts are to have more than others."""
+    if zero.weight == 1:
+        return
+    even = [type(loss).__name__ for loss in losses if isinstance(loss, ImportanceLoss | LoadLoss)]
+    even += [type(balancer).__name__] if balancer else []
+    even += ["Capacity(overflow='next_choice')"] if capacity and capacity.overflow == "next_choice" else []
+    if even:
+        raise ValueError(
+            f"zero_experts.weight: expected 1 with {', '.join(even)}, which knows one load for all experts, got "
+            f"{zero.weight}. Balance with SwitchLoss, which weighs them, or set weight=1."
+        )
 
 
 @torch.no_grad()

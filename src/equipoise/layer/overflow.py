@@ -23,25 +23,38 @@ class Fitted:
 
     decision: the router's, with moved assignments at their new experts. keep_N: bool, what is computed; None is all.
     spilled_T: fp32, the combine weight that the shared expert takes over for each token; None where nothing spills.
-    drops: scalar int64 tensors by reason, see `DispatchPlan`.
+    drops: scalar int64 tensors by reason, see `DispatchPlan`. num_computing: the first so many experts have rows, and
+    keep_N keeps theirs alone; None is all.
     """
 
     decision: RoutingDecision
     keep_N: Tensor | None = None
     spilled_T: Tensor | None = None
     drops: Mapping[str, Tensor] = field(default_factory=dict)
+    num_computing: int | None = None
 
 
-def fit(decision: RoutingDecision, capacity: Capacity, training: bool) -> Fitted:
-    """Fit the decision into the capacity. No host synchronisation on a GPU, but for overflow="next_choice"."""
+def fit(
+    decision: RoutingDecision, capacity: Capacity, training: bool, shares: tuple[float, ...] | None = None
+) -> Fitted:
+    """Fit the decision into the capacity. No host synchronisation on a GPU, but for overflow="next_choice".
+
+    shares: each expert's share of the assignments that the factor is of, sum 1; None is 1 / E. Not with next_choice.
+    """
     N, T, E = len(decision.expert_ids_N), decision.num_tokens, decision.num_experts
+    by_factor: int | Tensor
+    limit: int | Tensor
     by_factor, limit = capacity.limits(T, N, E, training)
+    if shares is not None:
+        limits = [capacity.limits(T, N, 1 / share, training) for share in shares]
+        by_factor, limit = torch.tensor(limits, device=decision.expert_ids_N.device)[decision.expert_ids_N].unbind(1)
     place_N = _places(decision, capacity)
     rank_N = _ranks(decision.expert_ids_N, place_N, E)
     keep_N = rank_N < limit
     none = keep_N.new_zeros((), dtype=torch.int64)
     drops = {"moved": none, "spilled": none}
     if capacity.overflow == "next_choice":
+        assert isinstance(limit, int), "check_fit refuses next_choice with limits that differ"
         first_N = keep_N
         decision, keep_N = _moved(decision, keep_N, place_N, limit)
         drops["moved"] = (keep_N & ~first_N).sum()

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from equipoise.layer import FeedForward, MoE
+from equipoise.layer import FeedForward, MoE, ProductKeyExperts
 from equipoise.models.attention import Attention
 from equipoise.models.cache import KVCache
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.models.latent_attention import LatentAttention
+from equipoise.models.mamba import KeepsStates, MambaMixer
 from equipoise.models.rope import Rotary
 from equipoise.types import BatchScope
 
@@ -37,19 +38,21 @@ class BatchView:
 
 
 class Block(nn.Module):
-    """One pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)), where mlp is an MoE or a FeedForward."""
+    """One pre-norm block: x + mixer(norm(x)), then x + mlp(norm(x)), where mlp is an MoE, PEER or a FeedForward.
+
+    The mixer is `self_attn`, or `mamba` in a Mamba layer, which has no attention.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         moe = config.moe if layer in config.moe_layer_ids else None
         self.input_layernorm = norm_of(config)
-        self.self_attn = Attention(config, layer) if config.latent is None else LatentAttention(config, layer)
+        mamba = config.mamba if layer in config.mamba_layer_ids else None
+        self.mamba = None if mamba is None else MambaMixer(config.dim, mamba, layer)
+        if self.mamba is None:
+            self.self_attn = Attention(config, layer) if config.latent is None else LatentAttention(config, layer)
         self.post_attention_layernorm = norm_of(config)
-        self.mlp = (
-            FeedForward(config.dim, config.hidden_dim, config.activation)
-            if moe is None
-            else _moe(config, moe, config.moe_layer_ids.index(layer))
-        )
+        self.mlp = _feed_forward(config, layer)
         self.checkpoint_experts = moe is not None and moe.checkpoint_experts
 
     @property
@@ -59,13 +62,26 @@ class Block(nn.Module):
 
     def forward(self, x_BSD: Tensor, view: BatchView, scope: BatchScope | None) -> Tensor:
         """Add what attention and the feed-forward part make of x; scope goes to the MoE."""
-        x_BSD = x_BSD + self.self_attn(self.input_layernorm(x_BSD), view.rotary, view.mask, view.cache)
+        x_BSD = x_BSD + self.mix(self.input_layernorm(x_BSD), view)
         out_BSD: Tensor = x_BSD + self._feed_forward(self.post_attention_layernorm(x_BSD), view, scope)
         return out_BSD
 
+    def mix(self, x_BSD: Tensor, view: BatchView) -> Tensor:
+        """What the block's attention, or its Mamba layer, makes of the normed stream."""
+        if self.mamba is None:
+            y_BSD: Tensor = self.self_attn(x_BSD, view.rotary, view.mask, view.cache)
+            return y_BSD
+        if view.cache is not None and not isinstance(view.cache, KeepsStates):
+            raise ValueError(
+                f"cache: expected one that keeps the states of Mamba layers, got {type(view.cache).__name__}, which "
+                "keeps keys and values only. Use ContiguousCache, or `generate`."
+            )
+        mixed_BSD: Tensor = self.mamba(x_BSD, view.padding_BS, view.cache)
+        return mixed_BSD
+
     def _feed_forward(self, x_BSD: Tensor, view: BatchView, scope: BatchScope | None) -> Tensor:
         run: Callable[[Tensor], Tensor] = self.mlp
-        if isinstance(self.mlp, MoE):
+        if isinstance(self.mlp, MoE | ProductKeyExperts):
             run = partial(self.mlp, token_ids=view.tokens_BS, padding_mask=view.padding_BS, scope=scope)
         recompute = self.checkpoint_experts and self.training and torch.is_grad_enabled()
         return checkpoint(run, x_BSD, use_reentrant=False) if recompute else run(x_BSD)
@@ -74,7 +90,7 @@ class Block(nn.Module):
         """Draw the weights afresh; output_std is for the two projections that end in the residual stream."""
         self.input_layernorm.reset_parameters()
         self.post_attention_layernorm.reset_parameters()
-        self.self_attn.init_weights(std, output_std)
+        (self.self_attn if self.mamba is None else self.mamba).init_weights(std, output_std)
         self.mlp.init_weights(std, output_std)
 
 
@@ -82,6 +98,14 @@ def norm_of(config: DecoderConfig) -> nn.RMSNorm | nn.LayerNorm:
     """The norm of the model's style."""
     make = nn.LayerNorm if config.style == "gpt2" else nn.RMSNorm
     return make(config.dim, eps=config.norm_eps)
+
+
+def _feed_forward(config: DecoderConfig, layer: int) -> MoE | ProductKeyExperts | FeedForward:
+    if config.peer is not None and layer in config.peer_layer_ids:
+        return ProductKeyExperts(config.dim, config.peer)
+    if config.moe is not None and layer in config.moe_layer_ids:
+        return _moe(config, config.moe, config.moe_layer_ids.index(layer))
+    return FeedForward(config.dim, config.hidden_dim, config.activation)
 
 
 def _moe(config: DecoderConfig, moe: MoEConfig, number: int) -> MoE:
@@ -98,4 +122,5 @@ def _moe(config: DecoderConfig, moe: MoEConfig, number: int) -> MoE:
         activation=config.expert_activation,
         expert_bias=moe.expert_bias,
         backend=moe.backend,
+        zero_experts=moe.zero_experts,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from equipoise.models.attend import WHOLE, Sight, attend, attention_mask, token_positions
 from equipoise.models.config import DecoderConfig
+from equipoise.models.mamba import MambaState
 
 
 class KVCache(Protocol):
@@ -39,7 +40,8 @@ class KVCache(Protocol):
 class ContiguousCache:
     """One preallocated block of (L, B, H, max_len, D) for the keys and one for the values. Inference only.
 
-    A forward that fails half-way leaves `length` as it was, so it can be repeated.
+    L counts the layers with attention. Of the others it keeps a state of fixed size (`KeepsStates`). A forward that
+    fails half-way leaves `length` and states as they were, so it can be repeated.
     """
 
     def __init__(
@@ -51,9 +53,14 @@ class ContiguousCache:
         device: torch.device | str = "cpu",
     ) -> None:
         heads, width = config.cache_shape
-        shape = (config.num_layers, batch_size, heads, max_len, width)
+        attending = [layer for layer in range(config.num_layers) if layer not in config.mamba_layer_ids]
+        self._slots = {layer: slot for slot, layer in enumerate(attending)}
+        shape = (len(attending), batch_size, heads, max_len, width)
         self._keys_LBHSD = torch.zeros(shape, dtype=dtype, device=device)
         self._values_LBHSD = torch.zeros(shape, dtype=dtype, device=device)
+        self._states: dict[int, MambaState] = {}
+        self._coming: dict[int, MambaState] = {}
+        self._batch_size = batch_size
         self._length = 0
 
     @property
@@ -88,16 +95,31 @@ class ContiguousCache:
         Raises ValueError when the cache is full, when batch, heads or dtype differ from those it was made for, or
         when the keys carry gradients.
         """
-        end = self._length + k_BHSD.shape[2]
+        end, slot = self._length + k_BHSD.shape[2], self._slots[layer]
         self._check(k_BHSD, end)
-        keys_BHSD, values_BHSD = self._keys_LBHSD[layer, :, :, :end], self._values_LBHSD[layer, :, :, :end]
+        keys_BHSD, values_BHSD = self._keys_LBHSD[slot, :, :, :end], self._values_LBHSD[slot, :, :, :end]
         keys_BHSD[:, :, self._length :] = k_BHSD
         values_BHSD[:, :, self._length :] = v_BHSD
         return keys_BHSD, values_BHSD
 
     def advance(self, num_tokens: int) -> None:
-        """Count `num_tokens` new slots as filled."""
+        """Count `num_tokens` new slots as filled, and let the states of this forward be those that the next finds."""
         self._length += num_tokens
+        self._states |= self._coming
+        self._coming = {}
+
+    def state(self, layer: int) -> MambaState | None:
+        """What the tokens so far left behind in a layer without attention; None at the beginning."""
+        return self._states.get(layer)
+
+    def keep(self, layer: int, state: MambaState) -> None:
+        """Take a layer's state, which counts from `advance` on. Raises ValueError for another batch."""
+        if state.h_BIN.shape[0] != self._batch_size:
+            raise ValueError(
+                f"cache: expected a state of batch {self._batch_size}, got {state.h_BIN.shape[0]}. Make one cache per "
+                "batch, from the config of the model that uses it."
+            )
+        self._coming[layer] = state
 
     def _check(self, k_BHSD: Tensor, end: int) -> None:
         if end > self.max_len:

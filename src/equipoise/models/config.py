@@ -7,11 +7,13 @@ to JSON with their type's name.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from equipoise.layer import Capacity
+from equipoise.layer import Capacity, Peer, ZeroExperts
 from equipoise.layer.experts import BackendName
+from equipoise.models.json_types import decode, encode
+from equipoise.models.mamba import Mamba
 from equipoise.models.rope import SCALINGS, RopeScaling
 from equipoise.ops.activation import Activation
 from equipoise.routing import BALANCERS, COEFFICIENTS, LOSSES, ROUTERS, TopK
@@ -42,6 +44,7 @@ class MoEConfig:
     experts have one (gpt-oss).
     shortcut_slot: how many sub-blocks after that place the experts are computed; None is half of those that there
     are before the shared experts' end (`SHORTCUT_WINDOW`). It changes when, never what.
+    zero_experts: experts that compute nothing, beside the num_experts that do (docs/alternatives.md).
     """
 
     num_experts: int
@@ -55,6 +58,7 @@ class MoEConfig:
     expert_bias: bool = False
     backend: BackendName = "auto"
     checkpoint_experts: bool = False
+    zero_experts: ZeroExperts | None = None
     first_layers: int = 0
     first_router: RouterConfig | None = None
     shortcut: ShortcutName | None = None
@@ -74,6 +78,11 @@ class MoEConfig:
                 "Set MoEConfig.shared_experts, or leave shared_gate off."
             )
         _check_shortcut(self)
+
+    @property
+    def num_choices(self) -> int:
+        """E + Z: the experts that the router decides over, those that compute nothing included."""
+        return self.num_experts + (self.zero_experts.count if self.zero_experts else 0)
 
     @property
     def expert_slot(self) -> int:
@@ -118,7 +127,8 @@ class DecoderConfig:
     OLMoE). attention_bias: of the projections to queries, keys and values, and of that of the output. sinks: a learned
     logit per head that takes part in each softmax (gpt-oss). window: in `window_layers` (None: all) a token sees the
     last so many, itself included. latent: attention over a latent, in place of num_kv_heads and head_dim.
-    rope_scaling: how positions are stretched to a longer context.
+    rope_scaling: how positions are stretched to a longer context. mamba: state spaces in place of the attention of
+    `mamba_layers` (None: all). peer: single-neuron experts in place of the feed-forward of `peer_layers` (None: all).
     """
 
     vocab_size: int
@@ -143,6 +153,10 @@ class DecoderConfig:
     window_layers: tuple[int, ...] | None = None
     latent: Latent | None = None
     rope_scaling: RopeScaling | None = None
+    mamba: Mamba | None = None
+    mamba_layers: tuple[int, ...] | None = None
+    peer: Peer | None = None
+    peer_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "dim", "num_layers", "num_heads", "hidden_dim", "max_seq_len"):
@@ -152,6 +166,8 @@ class DecoderConfig:
         _check_heads(self)
         _check_attention(self)
         _check_moe_layers(self)
+        _check_layers(self, "mamba")
+        _check_layers(self, "peer")
         _check_routers(self)
 
     @property
@@ -181,11 +197,19 @@ class DecoderConfig:
         return self.window if self.window_layers is None or layer in self.window_layers else None
 
     @property
+    def mamba_layer_ids(self) -> tuple[int, ...]:
+        """The layers with a state space in place of attention, ascending."""
+        return _layer_ids(self, "mamba")
+
+    @property
+    def peer_layer_ids(self) -> tuple[int, ...]:
+        """The layers with single-neuron experts, ascending."""
+        return _layer_ids(self, "peer")
+
+    @property
     def moe_layer_ids(self) -> tuple[int, ...]:
         """The layers with an MoE, ascending; empty for a dense model."""
-        if self.moe is None:
-            return ()
-        return tuple(range(self.num_layers)) if self.moe_layers is None else self.moe_layers
+        return _layer_ids(self, "moe")
 
     def moe_router(self, number: int) -> RouterConfig:
         """The router of the MoE layer with that number, counted from 0 among the MoE layers."""
@@ -204,12 +228,12 @@ class DecoderConfig:
 
     def to_json(self) -> str:
         """The configuration as JSON text. Each nested object carries its type's name."""
-        return json.dumps(_encode(self), indent=2)
+        return json.dumps(encode(self, _known_types()), indent=2)
 
     @staticmethod
     def from_json(text: str) -> DecoderConfig:
         """The configuration that `to_json` wrote. Raises ValueError for an unknown type, field or structure."""
-        config = _decode(json.loads(text))
+        config = decode(json.loads(text), _known_types())
         if not isinstance(config, DecoderConfig):
             raise ValueError(
                 f"config: expected a JSON object of type 'DecoderConfig', got {type(config).__name__}. "
@@ -318,6 +342,11 @@ def _check_routers(config: DecoderConfig) -> None:
 
 def _check_moe_layers(config: DecoderConfig) -> None:
     ids = config.moe_layer_ids
+    if both := sorted(set(ids) & set(config.peer_layer_ids)):
+        raise ValueError(
+            f"peer_layers: expected other layers than those with an MoE, got {both} for both. Set moe_layers and "
+            "peer_layers apart: a block has one feed-forward part."
+        )
     if config.moe is not None and config.moe.shortcut in ("pos2", "pos3"):
         bare = [layer for layer in ids if layer == 0 or layer - 1 in ids]
         if bare:
@@ -325,14 +354,27 @@ def _check_moe_layers(config: DecoderConfig) -> None:
                 f"shortcut: expected a dense layer before each MoE layer for {config.moe.shortcut}, got none before "
                 f"{bare}. Set moe_layers, such as every second one (1, 3, ...), or take pos1."
             )
-    layers = config.moe_layers
+    _check_layers(config, "moe")
+
+
+def _layer_ids(config: DecoderConfig, kind: str) -> tuple[int, ...]:
+    """The layers that have this kind of part: those of the field `<kind>_layers`, None being all."""
+    if getattr(config, kind) is None:
+        return ()
+    layers: tuple[int, ...] | None = getattr(config, f"{kind}_layers")
+    return tuple(range(config.num_layers)) if layers is None else layers
+
+
+def _check_layers(config: DecoderConfig, kind: str) -> None:
+    layers, part = getattr(config, f"{kind}_layers"), getattr(config, kind)
     if layers is None:
         return
-    if config.moe is None:
-        raise ValueError(f"moe_layers: expected None without moe, got {layers}. Set moe=MoEConfig(...) as well.")
+    if part is None:
+        name = {"moe": "MoEConfig", "mamba": "Mamba", "peer": "Peer"}[kind]
+        raise ValueError(f"{kind}_layers: expected None without {kind}, got {layers}. Set {kind}={name}(...) as well.")
     if list(layers) != sorted(set(layers)) or (layers and not 0 <= layers[0] <= layers[-1] < config.num_layers):
         raise ValueError(
-            f"moe_layers: expected ascending layer numbers in [0, num_layers={config.num_layers}), got {layers}. "
+            f"{kind}_layers: expected ascending layer numbers in [0, num_layers={config.num_layers}), got {layers}. "
             "Number the layers from 0, each once."
         )
 
@@ -340,45 +382,6 @@ def _check_moe_layers(config: DecoderConfig) -> None:
 # ---------------------------------------------------------------------------------------------- JSON
 
 
-def _encode(value: Any) -> Any:
-    """Plain JSON data: a dataclass becomes an object with its type's name, a tuple a list."""
-    if is_dataclass(value) and not isinstance(value, type):
-        name = type(value).__name__
-        _known_type(name)
-        return {"type": name} | {each.name: _encode(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise ValueError(
-        f"config: expected numbers, strings, tuples and known strategies, got {type(value).__name__}. "
-        "Use a strategy object of equipoise, or keep this configuration as Python."
-    )
-
-
-def _decode(data: Any) -> Any:
-    """Undo `_encode`. Every strategy's constructor checks its own values."""
-    if isinstance(data, list):
-        return tuple(_decode(item) for item in data)
-    if not isinstance(data, dict):
-        return data
-    cls = _known_type(data.get("type"))
-    names = {each.name for each in fields(cls)}
-    values = {name: _decode(value) for name, value in data.items() if name != "type"}
-    if unknown := values.keys() - names:
-        raise ValueError(
-            f"config: {cls.__name__} has no {sorted(unknown)}, expected fields among {sorted(names)}. "
-            "The file may come from another version of equipoise."
-        )
-    return cls(**values)
-
-
-def _known_type(name: object) -> type[Any]:
-    """The class of a type tag. The table is the whole list of what a configuration file may name."""
-    known = {cls.__name__: cls for cls in (DecoderConfig, MoEConfig, Latent, *SCALINGS, *STRATEGIES)}
-    if not isinstance(name, str) or name not in known:
-        raise ValueError(
-            f"config: unknown type {name!r}, expected one of {sorted(known)}. "
-            "The file may come from another version of equipoise."
-        )
-    return known[name]
+def _known_types() -> tuple[type[Any], ...]:
+    """The whole list of what a configuration file may name."""
+    return (DecoderConfig, MoEConfig, Latent, Mamba, Peer, ZeroExperts, *SCALINGS, *STRATEGIES)

@@ -7,6 +7,7 @@ whoever wants one puts its id.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -44,6 +45,12 @@ class HubTokenizer:
     def vocab_size(self) -> int:
         """One more than the highest id."""
         return max(self._published.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def opening(self) -> tuple[int, ...]:
+        """What a model of this tokenizer expects before a text: <s> for Llama and Mixtral, nothing for others."""
+        ids = self._published.encode("a", add_special_tokens=True).ids
+        return tuple(itertools.takewhile(self._special.__contains__, ids))
 
     @property
     def controls(self) -> dict[str, int]:

@@ -66,7 +66,7 @@ class Shortcut:
         parts: list[Part] = []
         for block in self.blocks:
             norms += [block.input_layernorm, block.post_attention_layernorm]
-            parts += [partial(block.self_attn, rotary=view.rotary, mask=view.mask, cache=view.cache), block.mlp]
+            parts += [partial(block.mix, view=view), block.mlp]
         return norms, parts[:-1]
 
 

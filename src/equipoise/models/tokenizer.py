@@ -64,6 +64,11 @@ class Tokenizer:
         return self.eot_id
 
     @property
+    def opening(self) -> tuple[int, ...]:
+        """What a model of this tokenizer expects before a text: nothing."""
+        return ()
+
+    @property
     def controls(self) -> dict[str, int]:
         """Ids of tokens that no text encodes to, by what they are called."""
         return {EOT: self.eot_id}

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from equipoise.ops.count import accumulate, accumulate_pairs, accumulate_ragged_pairs
-from equipoise.types import CoSelection, Observable, RoutingDecision
+from equipoise.types import CoSelection, Decision, Observable
+
+MOST_EXPERTS = 1024  # of more the pairs are not counted: 8 MB per layer, and a picture of them that nobody could read
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +30,8 @@ class _Layer:
 class PairCounts:
     """The pairs of all layers since the last `take`. words: int64, one block, which ranks may sum.
 
-    tokens: S, the most that a forward samples in each layer. Raises ValueError below 1.
+    tokens: S, the most that a forward samples in each layer. Layers of more than `MOST_EXPERTS` are left out. Raises
+    ValueError for tokens below 1.
     """
 
     def __init__(self, layers: Mapping[str, Observable], tokens: int, device: torch.device) -> None:
@@ -37,6 +40,7 @@ class PairCounts:
                 f"tokens: expected at least 1 per forward to count pairs of experts, got {tokens}; 256 are enough"
             )
         self._tokens = tokens
+        layers = {name: layer for name, layer in layers.items() if layer.num_experts <= MOST_EXPERTS}
         sizes = [layer.num_experts for layer in layers.values()]
         self.words = torch.zeros(sum(1 + E * E for E in sizes), dtype=torch.int64, device=device)
         parts = torch.split(self.words, [size for E in sizes for size in (1, E * E)])
@@ -45,10 +49,10 @@ class PairCounts:
             for i, (name, E) in enumerate(zip(layers, sizes, strict=True))
         }
 
-    def add(self, name: str, decision: RoutingDecision) -> None:
+    def add(self, name: str, decision: Decision) -> None:
         """Count the pairs of one forward of one layer."""
-        layer, T = self._layers[name], decision.num_tokens
-        if T == 0:
+        layer, T = self._layers.get(name), decision.num_tokens
+        if layer is None or T == 0:
             return
         stride = -(-T // self._tokens)
         ids_N = decision.expert_ids_N.to(layer.counts_EE.device)

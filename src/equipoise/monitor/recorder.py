@@ -20,7 +20,16 @@ from equipoise.monitor.adapters.transformers_moe import attach, experts_layers
 from equipoise.monitor.co_selection import PairCounts
 from equipoise.monitor.stats import RoutingSums, all_routing_stats
 from equipoise.ops.count import accumulate, accumulate_counts, inside_backward
-from equipoise.types import DROP_REASONS, REROUTE_REASONS, CoSelection, Observable, Routed, RoutingStats
+from equipoise.types import (
+    DROP_REASONS,
+    REROUTE_REASONS,
+    CoSelection,
+    Decision,
+    Observable,
+    ProductDecision,
+    Routed,
+    RoutingStats,
+)
 
 _REASONS = DROP_REASONS + REROUTE_REASONS
 _MOMENTS = 5  # tokens, token entropies, logits, squared logits, log-sum-exps
@@ -58,25 +67,54 @@ class _Sums:
             for drops in with_drops:
                 if reason in drops:
                     accumulate(total, drops[reason].to(device))
-        logits_TE = _cat([decision.logits_TE for decision in decisions]).detach()
-        probs_TE = _cat([decision.probs_TE for decision in decisions]).detach()
-        zero = logits_TE.new_zeros(())
-        moments = [
-            zero + len(probs_TE),
-            torch.special.entr(probs_TE).sum(),
-            logits_TE.sum(),
-            logits_TE.square().sum(),
-            logits_TE.logsumexp(-1).sum(),
-        ]
+        probs_E, moments = _router_sums(decisions)
+        zero = moments[0].new_zeros(())
         losses = [
             sum((routed.losses[name] * routed.decision.num_tokens for routed in seen if name in routed.losses), zero)
             for name in self.loss_names
         ]
-        accumulate(self.floats, torch.cat([probs_TE.sum(0), torch.stack(moments + losses)]).to(device))
+        accumulate(self.floats, torch.cat([probs_E, torch.stack(moments + losses)]).to(device))
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _router_sums(decisions: Sequence[Decision]) -> tuple[Tensor, list[Tensor]]:
+    """Sums over tokens: of the probabilities (E,), and the moments, scalars."""
+    products = [decision for decision in decisions if isinstance(decision, ProductDecision)]
+    if len(products) == len(decisions):
+        return _product_sums(
+            _cat([each.first_TA for each in products]).detach(), _cat([each.second_TB for each in products]).detach()
+        )
+    logits_TE = _cat([decision.logits_TE for decision in decisions]).detach()
+    probs_TE = _cat([decision.probs_TE for decision in decisions]).detach()
+    return probs_TE.sum(0), [
+        logits_TE.new_zeros(()) + len(probs_TE),
+        torch.special.entr(probs_TE).sum(),
+        logits_TE.sum(),
+        logits_TE.square().sum(),
+        logits_TE.logsumexp(-1).sum(),
+    ]
+
+
+def _product_sums(first_TA: Tensor, second_TB: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The same for logits that are sums of two parts, without making all of them: their softmax is a product.
+
+    A softmax's entropy is its log-sum-exp less the mean logit under it.
+    """
+    A, B = first_TA.shape[1], second_TB.shape[1]
+    logsumexp = first_TA.logsumexp(-1).sum() + second_TB.logsumexp(-1).sum()
+    p_TA, q_TB = first_TA.softmax(-1), second_TB.softmax(-1)
+    with torch.autocast(first_TA.device.type, enabled=False):
+        probs_E = (p_TA.t() @ q_TB).flatten()
+    return probs_E, [
+        first_TA.new_zeros(()) + len(first_TA),
+        logsumexp - (p_TA * first_TA).sum() - (q_TB * second_TB).sum(),
+        B * first_TA.sum() + A * second_TB.sum(),
+        B * first_TA.square().sum() + A * second_TB.square().sum() + 2 * (first_TA.sum(1) * second_TB.sum(1)).sum(),
+        logsumexp,
+    ]
 
 
 class _Backlog:
@@ -90,12 +128,13 @@ class _Backlog:
 
     def add(self, routed: Routed) -> None:
         """Now, or later together with others. What a backward pass is waiting for is not kept."""
-        probs_TE = routed.decision.probs_TE
-        if torch.compiler.is_compiling() or probs_TE.requires_grad or probs_TE.numel() > self.SMALL:
+        decision = routed.decision
+        scores = decision.first_TA if isinstance(decision, ProductDecision) else decision.probs_TE
+        if torch.compiler.is_compiling() or scores.requires_grad or scores.numel() > self.SMALL:
             self._sums.add([routed])
             return
         self._waiting.append(routed)
-        self._size += probs_TE.numel()
+        self._size += scores.numel()
         if self._size >= self.MAX_WAITING:
             self.settle()
 
@@ -176,14 +215,14 @@ def _sums_of(integers: np.ndarray, floats: np.ndarray, layer: Observable) -> Rou
     )
 
 
-def observable_layers(model: nn.Module) -> dict[str, Observable]:
+def observable_layers(model: nn.Module, required: bool = True) -> dict[str, Observable]:
     """The layers of the model that can be watched, by name: equipoise's in the model's order, then others'.
 
-    Raises ValueError when there is none.
+    Raises ValueError when there is none and at least one is required.
     """
     layers: dict[str, Observable] = {n: module for n, module in model.named_modules() if isinstance(module, Observable)}
     layers |= experts_layers(model)
-    if not layers:
+    if required and not layers:
         raise ValueError(
             f"model: expected at least one layer with a routing tap, found none in {type(model).__name__}; "
             "build its experts with equipoise.MoE, or as those of transformers 5: a module that is called with "
@@ -196,14 +235,17 @@ class Recorder:
     """Counts every real token of every MoE layer once. Outputs are bit-identical with and without it.
 
     reduce: sums a float64 tensor over data-parallel ranks in place, once per `flush`; None on one rank.
+    required: refuse a model in which nothing is routed.
     """
 
-    def __init__(self, model: nn.Module, reduce: Callable[[Tensor], object] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, reduce: Callable[[Tensor], object] | None = None, *, required: bool = True
+    ) -> None:
         self._reduce = reduce
         self._paused = False
         self._pairs: PairCounts | None = None
         self.co_selection: list[CoSelection] = []
-        layers = observable_layers(model)
+        layers = observable_layers(model, required)
         devices = [p.device for p in model.parameters() if p.device.type != "meta"]  # meta: weights kept elsewhere
         self._buffers = _Buffers.allocate(layers, devices[0] if devices else torch.device("cpu"))
         self._sums = self._buffers.by_layer()

@@ -31,6 +31,7 @@ class Watch:
     reduce: sums a tensor over data-parallel ranks in place, once per flush: torch.distributed.all_reduce, with a group
     partial(all_reduce, group=...). Each rank then sees the whole batch, and each must flush at the same steps: give the
     sinks to one of them. None counts this rank alone. clock: seconds.
+    A model that routes nothing has nothing to say; `watch` refuses it.
     Use it as a context manager, or call `detach` when done.
     """
 
@@ -52,8 +53,8 @@ class Watch:
         self._detectors = (rules_of(profile) if profile else ()) + self._rules
         self._literal = profile == "absolute"
         self._span, self._clock = TimeWindow(window_s), clock
-        self._layers = tuple(observable_layers(model))
-        self.recorder = Recorder(model, reduce)
+        self._layers = tuple(observable_layers(model, required=False))
+        self.recorder = Recorder(model, reduce, required=False)
         self._every = every
         self._sinks = tuple(sinks)
         self._book = AlertBook()
@@ -183,6 +184,7 @@ def watch(
 
     Raises ValueError when the model has no layer that can be watched, and for baselines of another one.
     """
+    observable_layers(model)
     watching = Watch(model, every=every, window_s=window_s, profile=profile, rules=rules, sinks=sinks, reduce=reduce)
     try:
         watching.use_baselines(baselines)

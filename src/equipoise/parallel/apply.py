@@ -75,6 +75,11 @@ def apply_expert_parallel(
                 f"{name}: expected experts that are in memory as they were trained, got {type(experts).__name__}; "
                 "spread the model before it is quantised or offloaded"
             )
+        if layer.zero is not None:
+            raise ValueError(
+                f"{name}: expected no zero_experts in a layer that is spread over ranks, got {layer.zero.config}; "
+                "train it on one rank"
+            )
     world = ranks.config.expert
     if placements is None:
         placements = {name: Placement.even(layer.num_experts, world) for name, layer in layers.items()}

@@ -142,12 +142,13 @@ def _finite_weights(layer: MoE, expert: int, needed: bool) -> tuple[Tensor, Tens
 
 
 def _shares(layer: MoE, counts_E: np.ndarray) -> np.ndarray:
-    """float64 (E,), the load shares; even where nothing was counted."""
+    """float64 (E,), the load shares of the experts that have weights; even where nothing was counted."""
     counts_E = np.asarray(counts_E, dtype=np.float64)
     if counts_E.shape != (layer.num_experts,):
         raise ValueError(f"counts_E: expected {layer.num_experts} numbers, got shape {counts_E.shape}")
     total = counts_E.sum()
-    return counts_E / total if total > 0 else np.full(layer.num_experts, 1 / layer.num_experts)
+    share_E = counts_E / total if total > 0 else np.full(layer.num_experts, 1 / layer.num_experts)
+    return share_E[: layer.experts.num_experts]
 
 
 def _even_groups(share_E: np.ndarray, num_groups: int) -> list[list[int]]:

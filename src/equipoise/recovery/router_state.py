@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from equipoise.layer import MoE
+from equipoise.layer import MoE, ProductKeyExperts
 from equipoise.monitor.adapters.transformers_moe import ROUTER_NAMES, experts_layers
 
 
@@ -20,7 +20,7 @@ def router_state(model: nn.Module) -> dict[str, Tensor]:
     """
     parts: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, MoE):
+        if isinstance(module, MoE | ProductKeyExperts):
             parts += [_join(name, part) for part in ("router.", "balancer.", "coefs.")]
     for name in experts_layers(model):
         block = model.get_submodule(name)

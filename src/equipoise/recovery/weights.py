@@ -153,19 +153,20 @@ def apply_reseed(patient: Patient, finding: Finding) -> Change:
 
 
 def _hot_and_dead(patient: Patient, layer: MoE, finding: Finding) -> tuple[int, list[int]]:
-    finite_E = torch.ones(layer.num_experts, dtype=torch.bool)
+    num_experts = layer.experts.num_experts  # those that have weights
+    finite_E = torch.ones(num_experts, dtype=torch.bool)
     for tensor in layer.experts.parameters():
         finite_E &= torch.isfinite(tensor.detach()).flatten(1).all(1).cpu()
     dead = (~finite_E).nonzero()[:, 0].tolist()
     stats = patient.health.stats.get(finding.layer) if patient.health else None
     if stats is not None:
-        dead = sorted({*dead, *stats.dead_experts})
+        dead = sorted({*dead, *(expert for expert in stats.dead_experts if expert < num_experts)})
     if not dead:
         raise ValueError(f"reseed: {finding.layer} has no dead expert on held-out text, and none that is not finite")
-    if len(dead) == layer.num_experts:
+    if len(dead) == num_experts:
         raise ValueError(f"reseed: no expert of {finding.layer} is left to copy; go back to a checkpoint")
-    counts = stats.counts_E.tolist() if stats is not None else [0] * layer.num_experts
-    return max(set(range(layer.num_experts)) - set(dead), key=lambda expert: counts[expert]), dead
+    counts = stats.counts_E.tolist() if stats is not None else [0] * num_experts
+    return max(set(range(num_experts)) - set(dead), key=lambda expert: counts[expert]), dead
 
 
 def _forget_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, experts: list[int]) -> None:

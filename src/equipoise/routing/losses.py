@@ -23,7 +23,8 @@ class LossInputs:
 
     sequence_ids_T: int64, the sequence of each token, in [0, num_sequences).
     k: experts per token, as the router's config has it. router_weight_ED: the linear router, None where there is none.
-    global_counts_E: assignments of the whole global batch, or None when the decision covers it.
+    global_counts_E: assignments of the whole global batch, or None when the decision covers it. expert_weights: what
+    each expert's load counts, E numbers; None where all count 1.
     """
 
     decision: RoutingDecision
@@ -32,6 +33,11 @@ class LossInputs:
     k: int
     router_weight_ED: Tensor | None = None
     global_counts_E: Tensor | None = None
+    expert_weights: tuple[float, ...] | None = None
+
+    def weigh(self, shares: Tensor) -> Tensor:
+        """Shares of the load (..., E), each times what its expert counts."""
+        return shares if self.expert_weights is None else shares * shares.new_tensor(self.expert_weights)
 
 
 Scope = Literal["micro", "sequence", "global"]
@@ -94,7 +100,7 @@ class SwitchLoss:
         counts_E = inputs.global_counts_E if self.scope == "global" else None
         if counts_E is None:
             counts_E = count_assignments(decision.expert_ids_N, decision.num_experts)
-        return switch_loss(decision.probs_TE, counts_E / counts_E.sum().clamp_min(1))
+        return switch_loss(decision.probs_TE, inputs.weigh(counts_E / counts_E.sum().clamp_min(1)))
 
 
 def _sequence_loss(inputs: LossInputs) -> Tensor:
@@ -102,7 +108,7 @@ def _sequence_loss(inputs: LossInputs) -> Tensor:
     T, E = decision.probs_TE.shape
     sequence_ids_N = inputs.sequence_ids_T[decision.token_ids_N]
     counts_BE = count_assignments(sequence_ids_N * E + decision.expert_ids_N, B * E).view(B, E)
-    share_BE = counts_BE / counts_BE.sum(1, keepdim=True).clamp_min(1)
+    share_BE = inputs.weigh(counts_BE / counts_BE.sum(1, keepdim=True).clamp_min(1))
     # sum_s T_s/T * E * sum_e f_se P_se, with T_s P_se the plain sum of probabilities over the sequence
     share_TE = share_BE.to(decision.probs_TE.dtype)[inputs.sequence_ids_T]
     return E * (share_TE * decision.probs_TE).sum() / T

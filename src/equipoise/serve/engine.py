@@ -69,7 +69,7 @@ class Engine:
     """Continuous batching over one model.
 
     num_blocks, block_size: of the cache. on_step: is told about each forward that did not fail, and must not raise.
-    Raises ValueError for sizes out of range.
+    Raises ValueError for sizes out of range, and for a model with Mamba layers.
     """
 
     def __init__(
@@ -83,6 +83,11 @@ class Engine:
         prefix_reuse: bool = True,
         on_step: Callable[[StepReport], None] = lambda report: None,
     ) -> None:
+        if model.config.mamba_layer_ids:
+            raise ValueError(
+                f"model: expected attention in every layer, got Mamba in layers {list(model.config.mamba_layer_ids)}. "
+                "The engine keeps keys and values in blocks, which a state is not: continue text with `generate`."
+            )
         self.model, self.tokenizer, self.limits = model.eval(), tokenizer, limits
         weight = model.embed_tokens.weight
         self.pool = BlockPool(num_blocks, block_size, reuse=prefix_reuse)

@@ -15,7 +15,7 @@ from equipoise.serve.request import FinishReason, Logprob, Output, Request, Requ
 from equipoise.serve.sampling import Row, choose, logprobs_of
 from equipoise.serve.text import TextStream
 from equipoise.serve.trace import ExpertTrace, experts_of_any
-from equipoise.types import RoutingDecision
+from equipoise.types import Decision
 
 
 @torch.inference_mode()
@@ -73,7 +73,7 @@ def _answer(model: Decoder, tokenizer: AnyTokenizer, request: Request, trace: Ex
     )
 
 
-def _experts(decisions: list[RoutingDecision], num_tokens: int) -> np.ndarray:
+def _experts(decisions: list[Decision], num_tokens: int) -> np.ndarray:
     return experts_of_any(decisions) if decisions else np.empty((0, num_tokens, 0), dtype=np.int16)
 
 

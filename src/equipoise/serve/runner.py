@@ -51,7 +51,7 @@ class Runner:
 
     def __init__(self, model: Decoder, kv: PagedKV, num_ids: int) -> None:
         self.model, self.kv, self._num_ids = model, kv, num_ids
-        self._num_experts = model.config.moe.num_experts if model.config.moe else 0
+        self._num_experts = model.config.moe.num_choices if model.config.moe else 0
         self._trace = ExpertTrace(model.moe_layers)
 
     @torch.inference_mode()

@@ -10,20 +10,20 @@ import torch
 from torch import nn
 
 from equipoise.layer import MoE
-from equipoise.types import Routed, RoutingDecision
+from equipoise.types import Decision, Routed
 
 
 class ExpertTrace:
     """Attached to the layers until `detach`. Sees the forwards inside `watching`; others use the model too."""
 
     def __init__(self, layers: Mapping[str, MoE]) -> None:
-        self._seen: list[RoutingDecision] | None = None
+        self._seen: list[Decision] | None = None
         self._handles = [layer.tap.register_forward_hook(self._see) for layer in layers.values()]
 
     @contextmanager
-    def watching(self) -> Iterator[list[RoutingDecision]]:
+    def watching(self) -> Iterator[list[Decision]]:
         """A list that gets one decision per MoE layer as the forward inside goes on."""
-        self._seen = seen = list[RoutingDecision]()
+        self._seen = seen = list[Decision]()
         try:
             yield seen
         finally:
@@ -39,7 +39,7 @@ class ExpertTrace:
             self._seen.append(routed.decision)
 
 
-def experts_of(decisions: Sequence[RoutingDecision], num_tokens: int) -> np.ndarray:
+def experts_of(decisions: Sequence[Decision], num_tokens: int) -> np.ndarray:
     """int16 (L, T, K): the experts of each token in each layer; -1 fills up where it has fewer than others."""
     if not decisions:
         return np.empty((0, num_tokens, 0), dtype=np.int16)
@@ -50,7 +50,7 @@ def experts_of(decisions: Sequence[RoutingDecision], num_tokens: int) -> np.ndar
     return ids_LN.view(len(decisions), num_tokens, top_k).numpy()
 
 
-def experts_of_any(decisions: Sequence[RoutingDecision]) -> np.ndarray:
+def experts_of_any(decisions: Sequence[Decision]) -> np.ndarray:
     """The slow twin of `experts_of`, for routers that give tokens different numbers of experts."""
     layers = [_experts(each) for each in decisions]
     width = max(each.shape[1] for each in layers)
@@ -82,7 +82,7 @@ def as_bits(experts_LTK: np.ndarray, num_experts: int) -> list[int]:
     return [int.from_bytes(row.tobytes(), "big") for row in packed]
 
 
-def _experts(decision: RoutingDecision) -> np.ndarray:
+def _experts(decision: Decision) -> np.ndarray:
     """int16 (T, K) of one layer."""
     ids_N = decision.expert_ids_N.to("cpu", torch.int16).numpy()
     tokens_N = decision.token_ids_N.cpu().numpy()

@@ -12,6 +12,7 @@ import tyro
 from equipoise.models.config import DecoderConfig
 from equipoise.recovery.policy import PolicyName, policy_of
 from equipoise.train.finetune.config import FinetuneConfig
+from equipoise.train.flag import Flag
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,13 +217,13 @@ class Overrides:
     """Of weights, data order and noise."""
     device: str | None = None
     """cpu, cuda, or auto for a GPU where there is one."""
-    bf16: bool | None = None
+    bf16: Flag = None
     """Compute in bfloat16 where it is safe; the router always stays fp32."""
-    recover: bool | None = None
+    recover: Flag = None
     """Repair a router in trouble, not only propose to."""
     policy: PolicyName | None = None
     """Which repairs, in which order: ladder (the gentlest first) or round_robin_then_reload."""
-    accept_faults: bool | None = None
+    accept_faults: Flag = None
     """Obey `equipoise inject OUT ...` while it runs, for trying out monitor and repairs."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; 0 writes one at the end only."""
@@ -232,7 +233,7 @@ class Overrides:
     """Tokens of each forward for which it is counted which experts they go to together; 0 is none."""
     interference_every: int | None = None
     """Steps between measurements of how balancing losses pull against the task; each costs about two steps."""
-    specialisation: bool | None = None
+    specialisation: Flag = None
     """Show at the end how the routers divide the domains of the text between the experts."""
 
     def apply(self, config: TrainConfig) -> TrainConfig:

@@ -25,9 +25,10 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int) -> float:
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether weight decay is for this parameter of a model: the matrices of attention and experts alone.
 
-    Not norms and embeddings, as usual; not routers, whose logits decay would pull towards an even, undecided routing.
+    Not norms and embeddings, as usual; not routers, whose logits decay would pull towards an even, undecided routing;
+    not the decay rates of a state space, which it would pull towards 1.
     """
-    return parameter.dim() >= 2 and "embed" not in name and ".router." not in name
+    return parameter.dim() >= 2 and "embed" not in name and ".router." not in name and not name.endswith(".A_log")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+from equipoise.layer import Peer, ZeroExperts
 from equipoise.models.config import DecoderConfig, MoEConfig
+from equipoise.models.mamba import Mamba
 from equipoise.routing import HighThenLow, QuantileBalance, SwitchLoss, TopK, ZLoss
 from equipoise.train.config import DataConfig, OptimConfig, TrainConfig
 
@@ -123,6 +125,31 @@ def tiny_scmoe() -> TrainConfig:
     return replace(like, name="tiny_scmoe", model=replace(like.model, num_layers=4, moe=moe, moe_layers=(1, 3)))
 
 
+def tiny_peer() -> TrainConfig:
+    """`tiny` with 1024 single-neuron experts (PEER) in each layer, 32 of them per token, in place of the MoE."""
+    like = tiny()
+    peer = Peer(num_experts=1024, heads=4, k=8, key_dim=16)
+    return replace(like, name="tiny_peer", model=replace(like.model, moe=None, peer=peer))
+
+
+def tiny_mamba() -> TrainConfig:
+    """`tiny` with Mamba in place of attention: Mamba and MoE layers alternate (MoE-Mamba, arXiv 2401.04081)."""
+    like = tiny()
+    return replace(like, name="tiny_mamba", model=replace(like.model, mamba=Mamba()))
+
+
+def tiny_zero_experts() -> TrainConfig:
+    """`tiny` with 4 zero-computation experts beside the 8 of each layer (MoE++), which get 4/3 of the others' load.
+
+    Without the balancer that stands by in `tiny`: it would even out what is to differ.
+    """
+    like = tiny()
+    assert like.model.moe is not None
+    zero = ZeroExperts(zero=1, copy=1, constant=2, weight=0.75)
+    moe = replace(like.model.moe, balance=(SwitchLoss(coef=0.1),), zero_experts=zero)
+    return replace(like, name="tiny_zero_experts", model=replace(like.model, moe=moe))
+
+
 def base() -> TrainConfig:
     """8 layers, every second one with 32 fine-grained experts, top-4, and a shared expert: days on two cores.
 
@@ -168,6 +195,9 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "tiny": tiny,
     "tiny_two_experts": tiny_two_experts,
     "tiny_scmoe": tiny_scmoe,
+    "tiny_peer": tiny_peer,
+    "tiny_mamba": tiny_mamba,
+    "tiny_zero_experts": tiny_zero_experts,
     "base": base,
 }
 

@@ -6,11 +6,16 @@ import json
 import math
 from dataclasses import replace
 
+import httpx
 import numpy as np
 import openai
 import pytest
-from tests.serve.api.serving import EOT_ID, MAX_TOKENS, expected, running, wait_until
+import tokenizers
+from tests.serve.api.serving import EOT_ID, MAX_TOKENS, byte_tokenizer, expected, running, wait_until
 
+from equipoise.models.hub_tokenizer import HUB_FILE, HubTokenizer
+from equipoise.models.tokenizer import EOT
+from equipoise.models.tokenizers import publish_tokenizer
 from equipoise.serve.api.completions import plan_completions
 from equipoise.serve.api.plan import Caller
 from equipoise.serve.api.served import Bounds
@@ -87,6 +92,32 @@ def test_prompts_may_be_texts_or_tokens(client, model):
     assert texts("one") == texts(list(b"one")) == texts(["one"]) == texts([list(b"one")]) == [one]
     assert texts(["other", "one"]) == texts([list(b"other"), list(b"one")]) == [other, one]
     assert texts("") == [expected(model, [EOT_ID], 4, temperature=0).text]
+
+
+def test_a_text_is_begun_as_the_checkpoint_expects_it(model, tmp_path):
+    """Token ids are taken as they are; the text of an answer does not show the beginning."""
+    tokenizer = begins_texts(byte_tokenizer(), tmp_path)
+    with running(model, change=lambda served: replace(served, tokenizer=tokenizer)) as server:
+        client = server.client()
+        said = client.completions.create(model="tiny", prompt="abc", temperature=0, echo=True)
+        as_ids = client.completions.create(model="tiny", prompt=[EOT_ID, *b"abc"], temperature=0, echo=True)
+        bare = client.completions.create(model="tiny", prompt=list(b"abc"), temperature=0)
+        assert said.choices[0].text == as_ids.choices[0].text
+        assert said.choices[0].text.startswith("abc")
+        assert (said.usage.prompt_tokens, bare.usage.prompt_tokens) == (4, 3)
+        tokens = httpx.post(f"{server.url}/tokenize", json={"model": "tiny", "prompt": "abc"}).json()["tokens"]
+        assert tokens == [EOT_ID, *b"abc"]
+
+
+def begins_texts(tokenizer, folder) -> HubTokenizer:
+    """The same tokens, published so that each text begins with the end of a document, as Llama's do with <s>."""
+    publish_tokenizer(tokenizer, folder)
+    published = tokenizers.Tokenizer.from_file(str(folder / HUB_FILE))
+    published.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{EOT} $A", special_tokens=[(EOT, EOT_ID)]
+    )
+    published.save(str(folder / HUB_FILE))
+    return HubTokenizer.load(folder)
 
 
 def test_choices_of_several_prompts_come_in_order_of_prompts(client, model):

@@ -163,10 +163,10 @@ def test_a_collapse_under_load_is_repaired_and_no_request_is_lost(server):
             fault = {"fault": "collapse", "layer": LAYER, "expert": 3, "intensity": 30.0}
             assert admin.post("faults", json={"fault": fault}).status_code == 200
             with RunStore.open_readonly(server.out) as store:
-                repaired = _wait_for(
+                repaired = wait_for(
                     lambda: [a for a in store.actions() if a.state == "kept" and a.reason != "operator"]
                 )
-                resolved = _wait_for(lambda: [a for a in store.alerts() if a.state == "resolved"])
+                resolved = wait_for(lambda: [a for a in store.alerts() if a.state == "resolved"])
             assert repaired[0].layer == LAYER
             assert resolved[0].finding.rule == "collapse"
             assert admin.post("faults/remove", json={}).status_code == 200
@@ -198,7 +198,7 @@ def test_a_slow_expert_is_named_and_shut_alone(trained, tmp_path):
             each.start()
         try:
             with operator(server) as admin:
-                assert _wait_for(lambda: group in admin.get("state").json()["experts_ms"])
+                assert wait_for(lambda: group in admin.get("state").json()["experts_ms"])
                 fault = {"fault": "slow-expert", "layer": LAYER, "expert": 3, "seconds": 0.1}
                 assert admin.post("faults", json={"fault": fault}).status_code == 200
 
@@ -206,7 +206,7 @@ def test_a_slow_expert_is_named_and_shut_alone(trained, tmp_path):
                     state = admin.get("state").json()
                     return state if any(alert["rule"] == "expert_p99" for alert in state["alerts"]) else None
 
-                state = _wait_for(named)
+                state = wait_for(named)
         finally:
             stop.set()
             for each in users:
@@ -228,7 +228,7 @@ def test_a_slow_expert_is_named_and_shut_alone(trained, tmp_path):
             assert any(action.kind == "breaker" and action.note.startswith(group) for action in store.actions())
 
 
-def _wait_for(look, seconds=60.0):
+def wait_for(look, seconds=60.0):
     until = time.monotonic() + seconds
     while not (found := look()):
         assert time.monotonic() < until

@@ -45,6 +45,7 @@ ROUTERS: dict[str, Callable[[Fields, int, int], int]] = {
 
 def architecture(config: Fields, name: str) -> Architecture:
     """Of a JSON object of type DecoderConfig. Raises ValueError for one that is incomplete or contradicts itself."""
+    _refuse_unknown(config)
     dim, layers, heads = config.size("dim"), config.size("num_layers"), config.size("num_heads")
     attention = _latent(config, heads) if config.has("latent") else _grouped(config, dim, layers, heads)
     gpt2 = config.text("style", "modern") == "gpt2"
@@ -68,6 +69,18 @@ def architecture(config: Fields, name: str) -> Architecture:
         positions=context if gpt2 else 0,
         context=context,
     )
+
+
+def _refuse_unknown(config: Fields) -> None:
+    """A plan that leaves a part out is worse than none."""
+    unplanned = [name for name in ("mamba", "peer") if config.has(name)]
+    if config.has("moe") and config.part("moe").has("zero_experts"):
+        unplanned.append("zero_experts")
+    if unplanned:
+        raise ValueError(
+            f"{config.source}: expected attention and experts that compute, got {', '.join(unplanned)}: the planner "
+            "has no arithmetic for it. equipoise.models.parameters.parameter_counts says how many parameters there are."
+        )
 
 
 def _grouped(config: Fields, dim: int, layers: int, heads: int) -> GroupedQuery:

@@ -39,6 +39,9 @@ class Plan:
     def fields(self) -> dict[str, Any]:
         """For JSON: bytes, seconds, counts."""
         return {
+            "total_params": self.parameters.total,
+            "active_params": self.parameters.active,
+            "memory_bytes": self.memory.total,  # of a rank, at its fullest
             "model": asdict(self.model),
             "work": "training" if isinstance(self.setup.work, Training) else "serving",
             "setup": asdict(self.setup),

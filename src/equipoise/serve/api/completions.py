@@ -17,7 +17,7 @@ from equipoise.serve.api.plan import Caller, Plan, Prompts, Wanted, check_model,
 from equipoise.serve.api.read import read
 from equipoise.serve.api.served import Served
 from equipoise.serve.api.tally import Usage
-from equipoise.serve.api.tokens import Offsets, alternatives, encode, finite, name_of
+from equipoise.serve.api.tokens import Offsets, alternatives, encode_prompt, finite, name_of
 from equipoise.serve.request import Logprob, Output
 
 DEFAULT_TOKENS = 16
@@ -107,7 +107,7 @@ def _prompts(
 
 def _tokens(served: Served, prompt: str | Sequence[int]) -> tuple[int, ...]:
     if isinstance(prompt, str):
-        return tuple(encode(served.tokenizer, "prompt", prompt)) or (served.tokenizer.eot_id,)
+        return tuple(encode_prompt(served.tokenizer, prompt)) or (served.tokenizer.eot_id,)
     if not prompt:
         raise invalid("prompt", "expected at least one token id, got none; an empty text begins a document")
     check_tokens(served, "prompt", tuple(prompt))

@@ -21,7 +21,7 @@ from equipoise.serve.api.plan import Caller, Plan, check_model, check_tokens
 from equipoise.serve.api.read import read
 from equipoise.serve.api.served import Served
 from equipoise.serve.api.tally import Tally
-from equipoise.serve.api.tokens import encode
+from equipoise.serve.api.tokens import encode_prompt
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ async def _tokenize(served: Served, call: Call) -> Reply:
     def work() -> Tokens:
         body = read(TokenizeBody, call.body)
         check_model(served, body.model)
-        ids = encode(served.tokenizer, "prompt", body.prompt)
+        ids = encode_prompt(served.tokenizer, body.prompt)
         return {"tokens": ids, "count": len(ids), "max_model_len": served.max_tokens}
 
     return Reply(await asyncio.to_thread(work))

@@ -26,6 +26,11 @@ def encode(tokenizer: AnyTokenizer, field: str, text: str) -> list[int]:
     return ids
 
 
+def encode_prompt(tokenizer: AnyTokenizer, text: str) -> list[int]:
+    """Tokens of a text to go on with, begun as the model expects it. Raises as `encode`."""
+    return [*tokenizer.opening, *encode(tokenizer, "prompt", text)]
+
+
 def id_of(tokenizer: AnyTokenizer, control: Control) -> int:
     """Of a control token; the end of a document where the tokenizer has no beginning of its own."""
     if control == END:

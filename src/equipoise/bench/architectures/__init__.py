@@ -1,0 +1,1 @@
+"""Architectures side by side: same data, same tokens, same active arithmetic, seeds paired."""

@@ -1,0 +1,87 @@
+"""`equipoise bench architectures`: dense, MoE and the others, at the same active arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Json = Annotated[bool, tyro.conf.arg(name="json")]
+
+
+def architectures(
+    *,
+    only: tuple[str, ...] = (),
+    seeds: int = 3,
+    steps: int = 300,
+    batches: tuple[int, ...] = (1, 4, 16, 32),
+    contexts: tuple[int, ...] = (1024, 8192),
+    quick: bool = False,
+    out: Path = Path("runs/architectures"),
+    json_: Json = False,
+) -> int:
+    """Architectures side by side: the same text, batches and active FLOPs per token, seeds paired.
+
+    Each is trained on the embedded corpus; then training steps are timed in turns, decoding by the number of answers
+    at once with p50 and p99 of a step, and long prompts. A width of each architecture is fitted so that torch counts
+    the same FLOPs for all. A difference in loss comes with its 95 % interval: "not worse" means all of it below 0.02
+    nats. Writes OUT/architectures.json, .md and .png.
+
+    Ctrl-C loses nothing: trainings that are done are kept in --out, and the same command goes on.
+
+    Args:
+        only: Architectures, by parts of their names; the baseline, MoE top-2, is always there. Default: all.
+        seeds: Trainings of each.
+        steps: Of each training, of 2,048 tokens; 300 take about half a minute.
+        batches: Answers at once.
+        contexts: Lengths of long prompts.
+        quick: One seed, few steps, short prompts: does it run? Its figures say nothing.
+        out: Folder of the results.
+        json_: Print what is in architectures.json, and nothing else.
+    """
+    from equipoise.bench.architectures.arms import ARMS
+    from equipoise.bench.architectures.compare import Comparison, compare
+    from equipoise.bench.architectures.plot import plot
+    from equipoise.bench.report import Report, as_json, markdown, print_tables
+    from equipoise.disk.atomic import atomic_write
+    from equipoise.train.sources import require
+
+    require("matplotlib.figure", "plot")  # before the runs, not after
+    names = tuple(name for name in ARMS if not only or any(part in name for part in only))
+    if not names:
+        raise ValueError(f"bench architectures: expected --only to name some of {', '.join(ARMS)}; got {only}")
+    wanted = Comparison(names, seeds, steps, batches, contexts=contexts)
+    if quick:
+        wanted = Comparison(names, 1, 4, (1, 2), decode_tokens=4, contexts=(64,), rounds=1)
+    with _progress(wanted.num_pieces, not json_) as tick:
+        found = compare(wanted, out / "cells", tick)
+    report = Report({"seeds": wanted.seeds, "steps": wanted.steps}, found.tables)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in (("json", as_json(report)), ("md", markdown(report))):
+        with atomic_write(out / f"architectures.{name}") as file:
+            file.write(text.encode())
+    picture = plot(found, wanted.batches, out / "architectures.png")
+    if json_:
+        print(as_json(report))
+    else:
+        print_tables(report)
+        print(f"picture  {picture}\nnumbers  {out / 'architectures.json'}")
+    return 0
+
+
+@contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
+    """A bar on stderr with pieces done and time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
+        task = progress.add_task("starting", total=total)
+        yield lambda what: progress.update(task, advance=1, description=what)
