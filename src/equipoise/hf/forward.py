@@ -17,9 +17,10 @@ from equipoise.ops.custom_experts import ExpertWeights, grouped_custom_experts, 
 from equipoise.ops.few_rows import few_rows, few_rows_experts
 from equipoise.ops.grouped_experts import grouped_experts, grouped_mm_supports
 from equipoise.ops.lean_experts import lean_experts
+from equipoise.ops.native.experts import native_experts, why_not_native
 from equipoise.ops.ragged import RaggedPlan, ragged_plan
 
-PLAIN = {"lean": lean_experts, "few": few_rows_experts, "grouped": grouped_experts}
+PLAIN = {"lean": lean_experts, "native": native_experts, "few": few_rows_experts, "grouped": grouped_experts}
 # Nothing to trace in the lean one: it reads counts on the host.
 _lean = torch.compiler.disable(lean_custom_experts)  # type: ignore[no-untyped-call]  # torch's
 CUSTOM = {"lean": _lean, "grouped": grouped_custom_experts}
@@ -52,13 +53,16 @@ def equipoise_experts_forward(
 def backend_for(plain: bool, x_TD: Tensor, weights: ExpertWeights, num_rows: int) -> str:
     """A key of PLAIN or CUSTOM. The rule is that of `layer.experts.backend_for`, measured there.
 
-    On a CPU the lean loop, which keeps the least for backward; without gradients, the fewest operators for few rows. On
-    a GPU one kernel for all experts, where it can run. A custom loop can't be traced, so a graph gets the kernel too.
+    On a CPU the products in C++ or else the lean loop, which keep the least for backward; without gradients, the fewest
+    operators for few rows. On a GPU one kernel for all experts, where it can run. A custom loop can't be traced, so a
+    graph gets the kernel too.
     """
     compiling = torch.compiler.is_compiling()
     if x_TD.device.type == "cpu" and (plain or not compiling):
-        is_decode = plain and not compiling and not torch.is_grad_enabled() and few_rows(num_rows, weights.up_eHD)
-        return "few" if is_decode else "lean"
+        if plain and not compiling and not torch.is_grad_enabled() and few_rows(num_rows, weights.up_eHD):
+            return "few"
+        is_native = plain and why_not_native(x_TD, weights.up_eHD, weights.down_eDF, "swiglu") is None
+        return "native" if is_native else "lean"
     return "lean" if grouped_mm_supports(x_TD, weights.up_eHD, weights.down_eDF) else "grouped"
 
 

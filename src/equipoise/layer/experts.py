@@ -20,9 +20,10 @@ from equipoise.ops.custom_experts import ExpertWeights, lean_custom_experts
 from equipoise.ops.few_rows import few_rows, few_rows_experts
 from equipoise.ops.grouped_experts import grouped_experts, grouped_mm_supports
 from equipoise.ops.lean_experts import lean_experts
+from equipoise.ops.native.experts import native_experts, why_not_native
 from equipoise.ops.ragged import RaggedPlan
 
-BackendName = Literal["auto", "lean", "few", "grouped", "reference"]
+BackendName = Literal["auto", "lean", "native", "few", "grouped", "reference"]
 Backend = Callable[[Tensor, RaggedPlan, Tensor, Tensor, str], Tensor]
 
 
@@ -43,6 +44,7 @@ def reference_experts(x_TD: Tensor, plan: RaggedPlan, up_eHD: Tensor, down_eDF: 
 
 BACKENDS: dict[str, Backend] = {
     "lean": lean_experts,
+    "native": native_experts,
     "few": few_rows_experts,
     "grouped": grouped_experts,
     "reference": reference_experts,
@@ -50,20 +52,30 @@ BACKENDS: dict[str, Backend] = {
 
 
 def backend_for(
-    name: BackendName, x_TD: Tensor, up_eHD: Tensor, down_eDF: Tensor, num_rows: int | None = None
+    name: BackendName,
+    x_TD: Tensor,
+    up_eHD: Tensor,
+    down_eDF: Tensor,
+    num_rows: int | None = None,
+    activation: str = "swiglu",
 ) -> tuple[str, str]:
     """(backend, reason) that `name` means for these tensors. num_rows: R; None is many.
 
-    The rule for "auto" comes from `python -m benchmarks.layer`: on a CPU the lean loop is fastest in training and
-    for many rows, and 10 to 35 % behind for 1 to 64 tokens, where each operator counts; on a GPU a loop over experts
-    would wait for the host, so grouped_mm is taken where it can run.
+    The rule for "auto" comes from `python -m benchmarks.layer`: on a CPU the products in C++ are fastest where they can
+    run (docs/native.md), then the lean loop in training and for many rows, which is 10 to 35 % behind for 1 to 64
+    tokens, where each operator counts; on a GPU a loop over experts would wait for the host, so grouped_mm is taken
+    where it can run. "native" is "lean" where it can't run.
     """
+    if name == "native" and (missing := why_not_native(x_TD, up_eHD, down_eDF, activation)):
+        return "lean", f"native was asked for, but {missing}"
     if name != "auto":
         return name, "asked for"
     if x_TD.device.type == "cpu":
         if num_rows is not None and few_rows(num_rows, up_eHD) and not _keeps_gradients_or_graph():
             return "few", "fewest operators, without gradients"
-        return "lean", "fastest in training on a CPU, keeps the least for backward"
+        if missing := why_not_native(x_TD, up_eHD, down_eDF, activation):
+            return "lean", f"fastest in training on a CPU, keeps the least for backward; {missing}"
+        return "native", "C++, fastest on a CPU, keeps the least for backward"
     if reason := grouped_mm_supports(x_TD, up_eHD, down_eDF):
         return "lean", reason
     return "grouped", "one kernel for all experts, no host synchronisation"
@@ -172,11 +184,11 @@ class Experts(nn.Module):
             weights = ExpertWeights(up_c, down_c, *biases)
             y_TD: Tensor = lean_custom_experts(x, plan, weights, partial(activate, activation=self.activation))
             return y_TD.to(out_dtype)
-        name, _ = backend_for(self.backend, x, up_c, down_c, len(plan.token_ids_R))
+        name, _ = backend_for(self.backend, x, up_c, down_c, len(plan.token_ids_R), self.activation)
         return BACKENDS[name](x, plan, up_c, down_c, self.activation).to(out_dtype)
 
     def extra_repr(self) -> str:
         """Shown by print(module): sizes, and which backend these parameters get and why."""
         e, D, F = self.num_experts, self.dim, self.hidden_dim
-        name, reason = backend_for(self.backend, self.up[0], self.up, self.down_proj)
+        name, reason = backend_for(self.backend, self.up[0], self.up, self.down_proj, activation=self.activation)
         return f"num_experts={e}, dim={D}, hidden_dim={F}, activation={self.activation}, backend={name} ({reason})"
