@@ -12,8 +12,8 @@ arithmetic done on it).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -155,6 +155,7 @@ class _LeanExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        operators: Operators,
         x_TD: Tensor,
         weights_R: Tensor,
         up_eHD: Tensor,
@@ -164,19 +165,25 @@ class _LeanExperts(torch.autograd.Function):
         counts_e: Tensor,
         activation: str,
     ) -> Tensor:
-        y_TD: Tensor
-        y_TD, z_RH = lean_forward(
+        y_TD, z_RH = operators.forward(
             x_TD, weights_R, up_eHD, down_eDF, token_ids_R, rows_TK, counts_e, activation, save=True
         )
         ctx.save_for_backward(x_TD, z_RH, weights_R, up_eHD, down_eDF, token_ids_R, rows_TK, counts_e)
-        ctx.activation = activation
+        ctx.activation, ctx.operator = activation, operators.backward
         return y_TD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = lean_backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.activation)
-        return *gradients, None, None, None, None
+        gradients = ctx.operator(grads[0].contiguous(), *ctx.saved_tensors, ctx.activation)
+        return None, *gradients, None, None, None, None
+
+
+class Operators(NamedTuple):
+    """A forward and the backward that belongs to it, of the signatures of `lean_forward` and `lean_backward`."""
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def lean_experts(x_TD: Tensor, plan: RaggedPlan, up_eHD: Tensor, down_eDF: Tensor, activation: str) -> Tensor:
@@ -184,9 +191,16 @@ def lean_experts(x_TD: Tensor, plan: RaggedPlan, up_eHD: Tensor, down_eDF: Tenso
 
     x_TD, up_eHD, down_eDF share one floating dtype (fp16 has no fast CPU path); plan.weights_R is fp32 or fp64.
     """
+    return experts_by(Operators(lean_forward, lean_backward), x_TD, plan, up_eHD, down_eDF, activation)
+
+
+def experts_by(
+    operators: Operators, x_TD: Tensor, plan: RaggedPlan, up_eHD: Tensor, down_eDF: Tensor, activation: str
+) -> Tensor:
+    """The same by other operators that keep the same for backward."""
     args = (x_TD, plan.weights_R, up_eHD, down_eDF, plan.token_ids_R, plan.rows_TK, plan.counts_e, activation)
     if torch.is_grad_enabled() and any(t.requires_grad for t in args[:4] if isinstance(t, Tensor)):
-        y_TD: Tensor = _LeanExperts.apply(*args)  # type: ignore[no-untyped-call]  # torch's
+        y_TD: Tensor = _LeanExperts.apply(operators, *args)  # type: ignore[no-untyped-call]  # torch's
     else:
-        y_TD, _ = lean_forward(*args, save=False)
+        y_TD, _ = operators.forward(*args, save=False)
     return y_TD
