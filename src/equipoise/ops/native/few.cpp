@@ -85,12 +85,13 @@ struct Bf16 {
 
 struct Int8 {
     using Weight = int8_t;
-    using In = float;
-    static constexpr int STEP = 16;
-    static Vec load(const int8_t* w) {
+    using In = bf16;
+    static constexpr int STEP = 32;
+    static __m512bh load(const int8_t* w) { return _mm512_cvtne2ps_pbh(half(w + 16), half(w)); }
+    static Vec half(const int8_t* w) {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)w)));
     }
-    static Vec add(Vec sum, Vec w, const float* x) { return _mm512_fmadd_ps(w, _mm512_loadu_ps(x), sum); }
+    static Vec add(Vec sum, __m512bh w, const bf16* x) { return Bf16::add(sum, w, x); }
 };
 
 constexpr long AHEAD = 2048;  // bytes
@@ -102,13 +103,14 @@ void dots(const typename K::Weight* w, long length, const typename K::In* const*
     Vec even[C][N], odd[C][N];
     for (int c = 0; c < C; c++)
         for (int n = 0; n < N; n++) even[c][n] = odd[c][n] = _mm512_setzero_ps();
+    const long rows_ahead = C * length, ahead = (AHEAD / long(sizeof(*w)) / rows_ahead + 1) * rows_ahead;
     long i = 0;
     for (; i + 2 * STEP <= length; i += 2 * STEP) {
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
             const auto* at = w + c * length + i;
-            _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
-            if (2 * STEP * sizeof(*w) > 64) _mm_prefetch((const char*)at + AHEAD + 64, _MM_HINT_T0);
+            _mm_prefetch((const char*)(at + ahead), _MM_HINT_T0);
+            if (2 * STEP * sizeof(*w) > 64) _mm_prefetch((const char*)(at + ahead) + 64, _MM_HINT_T0);
             auto first = K::load(at), second = K::load(at + STEP);
 #pragma GCC unroll 4
             for (int n = 0; n < N; n++) {
@@ -240,7 +242,7 @@ struct Rows {
 using Buffer = std::unique_ptr<char[]>;
 Buffer buffer(size_t bytes) { return Buffer(new char[bytes]); }
 
-bool takes_bf16(int kind) { return kind == BF16 || kind == INT4; }
+bool takes_bf16(int kind) { return kind != FP32; }
 
 size_t bytes_of(int kind, long out_dim, long in_dim) {
     size_t weights = size_t(out_dim) * in_dim;
@@ -279,7 +281,7 @@ void channels_of(const Call& call, const char* w, const char* scales, long out_d
         return product<Bf16>((const bf16*)w + first * in_dim, channels, in_dim, (const bf16* const*)x, rows, out,
                              stride);
     if (call.kind == INT8) {
-        product<Int8>((const int8_t*)w + first * in_dim, channels, in_dim, (const float* const*)x, rows, out, stride);
+        product<Int8>((const int8_t*)w + first * in_dim, channels, in_dim, (const bf16* const*)x, rows, out, stride);
         for (long n = 0; n < rows; n++)
             for (long c = 0; c < channels; c++) out[n * stride + c] *= to_float(((const bf16*)scales)[first + c]);
         return;
