@@ -94,7 +94,7 @@ struct Int8 {
     static Vec add(Vec sum, __m512bh w, const bf16* x) { return Bf16::add(sum, w, x); }
 };
 
-constexpr long AHEAD = 2048;  // bytes
+constexpr long AHEAD = 4096;  // bytes
 
 // out[n * stride + c]: dot product of C consecutive rows of w with N rows x.
 template <class K, int C, int N>
@@ -103,14 +103,13 @@ void dots(const typename K::Weight* w, long length, const typename K::In* const*
     Vec even[C][N], odd[C][N];
     for (int c = 0; c < C; c++)
         for (int n = 0; n < N; n++) even[c][n] = odd[c][n] = _mm512_setzero_ps();
-    const long rows_ahead = C * length, ahead = (AHEAD / long(sizeof(*w)) / rows_ahead + 1) * rows_ahead;
     long i = 0;
     for (; i + 2 * STEP <= length; i += 2 * STEP) {
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
             const auto* at = w + c * length + i;
-            _mm_prefetch((const char*)(at + ahead), _MM_HINT_T0);
-            if (2 * STEP * sizeof(*w) > 64) _mm_prefetch((const char*)(at + ahead) + 64, _MM_HINT_T0);
+            _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
+            if (2 * STEP * sizeof(*w) > 64) _mm_prefetch((const char*)at + AHEAD + 64, _MM_HINT_T0);
             auto first = K::load(at), second = K::load(at + STEP);
 #pragma GCC unroll 4
             for (int n = 0; n < N; n++) {
@@ -140,7 +139,8 @@ void product(const typename K::Weight* w, long channels, long length, const type
         auto* rest = out + n * stride + c;
         if (rows - n == 3) dots<K, PAIR, 3>(at, length, x + n, rest, stride);
         if (rows - n == 2) dots<K, PAIR, 2>(at, length, x + n, rest, stride);
-        if (rows - n == 1) dots<K, PAIR, 1>(at, length, x + n, rest, stride);
+        if (rows - n == 1)
+            for (int k = 0; k < PAIR; k++) dots<K, 1, 1>(at + k * length, length, x + n, rest + k, stride);
     }
 }
 
@@ -148,16 +148,10 @@ void product(const typename K::Weight* w, long channels, long length, const type
 
 constexpr int BLOCK = 64;  // channels
 
-// q - 8 in bf16 for the low four bits of each 16; the fifth index bit is somebody else's, so all are there twice.
-__m512i steps_of_nibbles() {
-    alignas(64) bf16 table[32];
-    for (int q = 0; q < 32; q++) {
-        float value = float(q % 16 - 8);
-        uint32_t bits;
-        std::memcpy(&bits, &value, 4);
-        table[q] = bf16(bits >> 16);
-    }
-    return _mm512_load_si512(table);
+// 128 + q in bf16 for the low four bits of each 16. Exact: at 128 the last bit of bf16 is worth 1.
+__m512bh steps_of(__m512i nibbles) {
+    const __m512i low = _mm512_set1_epi16(15), exponent = _mm512_set1_epi16(0x4300);
+    return (__m512bh)_mm512_ternarylogic_epi32(nibbles, low, exponent, 0xea);  // (nibbles & low) | exponent
 }
 
 // Puts byte i of one input and byte i of the next one into the two halves of a word pair.
@@ -170,44 +164,47 @@ __m512i pairs_of_inputs(int first) {
     return _mm512_load_si512(index);
 }
 
+// Two inputs, from i on, of N rows times the 64 channels of a block.
+template <int N>
+inline void add_inputs(const uint8_t* w, const bf16* const* x, long i, __m512i low, __m512i high, Vec (&sums)[4][N]) {
+    _mm_prefetch((const char*)w + AHEAD, _MM_HINT_T0);
+    const __m512i bytes = _mm512_loadu_si512(w);
+    const __m512i near = _mm512_permutexvar_epi8(low, bytes), far = _mm512_permutexvar_epi8(high, bytes);
+    const __m512bh steps[4] = {steps_of(near), steps_of(far), steps_of(_mm512_srli_epi16(near, 4)),
+                               steps_of(_mm512_srli_epi16(far, 4))};
+#pragma GCC unroll 2
+    for (int n = 0; n < N; n++) {
+        int32_t pair;
+        std::memcpy(&pair, x[n] + i, 4);
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        for (int c = 0; c < 4; c++) sums[c][n] = _mm512_dpbf16_ps(sums[c][n], steps[c], both);
+    }
+}
+
 // out[n * stride + c] for the 64 channels of one block and N rows. scales: of this block, (groups, O, 2) strided by O.
 // sums: of each row's inputs by group.
 template <int N>
 void block(const uint8_t* w, const bf16* scales, long out_dim, long length, long group, const bf16* const* x,
            const float* const* sums, float* out, long stride) {
-    const __m512i table = steps_of_nibbles(), low = pairs_of_inputs(0), high = pairs_of_inputs(16);
+    const __m512i low = pairs_of_inputs(0), high = pairs_of_inputs(16);
     Vec total[4][N];
     for (auto& channels : total)
         for (auto& each : channels) each = _mm512_setzero_ps();
     for (long start = 0, g = 0; start < length; start += group, g++) {
-        Vec part[4][N];
-        for (auto& channels : part)
-            for (auto& each : channels) each = _mm512_setzero_ps();
-        for (long i = start; i < start + group; i += 2) {
-            const uint8_t* at = w + 32 * i;
-            _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
-            __m512i bytes = _mm512_loadu_si512(at);
-            __m512i near = _mm512_permutexvar_epi8(low, bytes), far = _mm512_permutexvar_epi8(high, bytes);
-            __m512bh steps[4] = {
-                (__m512bh)_mm512_permutexvar_epi16(near, table),
-                (__m512bh)_mm512_permutexvar_epi16(far, table),
-                (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(near, 4), table),
-                (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(far, 4), table),
-            };
-#pragma GCC unroll 2
-            for (int n = 0; n < N; n++) {
-                int32_t pair;
-                std::memcpy(&pair, x[n] + i, 4);
-                __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-                for (int c = 0; c < 4; c++) part[c][n] = _mm512_dpbf16_ps(part[c][n], steps[c], both);
-            }
+        Vec even[4][N], odd[4][N];
+        for (int c = 0; c < 4; c++)
+            for (int n = 0; n < N; n++) even[c][n] = odd[c][n] = _mm512_setzero_ps();
+        for (long i = start; i < start + group; i += 4) {
+            add_inputs<N>(w + 32 * i, x, i, low, high, even);
+            add_inputs<N>(w + 32 * (i + 2), x, i + 2, low, high, odd);
         }
         for (int c = 0; c < 4; c++) {
             __m512i both = _mm512_loadu_si512(scales + 2 * (g * out_dim + 16 * c));
             Vec scale = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
             Vec zero = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u))));
+            zero = _mm512_fnmadd_ps(_mm512_set1_ps(128 + 8), scale, zero);
             for (int n = 0; n < N; n++) {
-                total[c][n] = _mm512_fmadd_ps(scale, part[c][n], total[c][n]);
+                total[c][n] = _mm512_fmadd_ps(scale, _mm512_add_ps(even[c][n], odd[c][n]), total[c][n]);
                 total[c][n] = _mm512_fmadd_ps(zero, _mm512_set1_ps(sums[n][g]), total[c][n]);
             }
         }
@@ -297,7 +294,7 @@ void channels_of(const Call& call, const char* w, const char* scales, long out_d
     }
 }
 
-constexpr long WIDTH = 64;   // output channels that one thread takes at a time, of gate and of up
+constexpr long WIDTH = 128;  // output channels that one thread takes at a time, of gate and of up
 constexpr long HEIGHT = 16;  // rows whose gate and up are kept meanwhile
 
 // a = silu(gate) * up * weight, for hidden units first .. first + WIDTH of one expert, in the form for the next product.
