@@ -20,9 +20,10 @@ from equipoise.ops.custom_experts import ExpertWeights, lean_custom_experts
 from equipoise.ops.few_rows import few_rows, few_rows_experts
 from equipoise.ops.grouped_experts import grouped_experts, grouped_mm_supports
 from equipoise.ops.lean_experts import lean_experts
+from equipoise.ops.native.few import few_native_experts, is_few, unsupported_plain
 from equipoise.ops.ragged import RaggedPlan
 
-BackendName = Literal["auto", "lean", "few", "grouped", "reference"]
+BackendName = Literal["auto", "lean", "few", "native_few", "grouped", "reference"]
 Backend = Callable[[Tensor, RaggedPlan, Tensor, Tensor, str], Tensor]
 
 
@@ -44,25 +45,36 @@ def reference_experts(x_TD: Tensor, plan: RaggedPlan, up_eHD: Tensor, down_eDF: 
 BACKENDS: dict[str, Backend] = {
     "lean": lean_experts,
     "few": few_rows_experts,
+    "native_few": few_native_experts,
     "grouped": grouped_experts,
     "reference": reference_experts,
 }
 
 
 def backend_for(
-    name: BackendName, x_TD: Tensor, up_eHD: Tensor, down_eDF: Tensor, num_rows: int | None = None
+    name: BackendName,
+    x_TD: Tensor,
+    up_eHD: Tensor,
+    down_eDF: Tensor,
+    num_rows: int | None = None,
+    activation: str = "swiglu",
 ) -> tuple[str, str]:
     """(backend, reason) that `name` means for these tensors. num_rows: R; None is many.
 
-    The rule for "auto" comes from `python -m benchmarks.layer`: on a CPU the lean loop is fastest in training and
-    for many rows, and 10 to 35 % behind for 1 to 64 tokens, where each operator counts; on a GPU a loop over experts
-    would wait for the host, so grouped_mm is taken where it can run.
+    The rule for "auto" comes from `python -m benchmarks.layer` and `benchmarks.native_few`: on a CPU the lean loop is
+    fastest in training and for many rows, and far behind for 1 to 64 tokens, where reading weights and operators are
+    what counts: without gradients these go through one native call, or through few operators where that can't be had.
+    On a GPU a loop over experts would wait for the host, so grouped_mm is taken where it can run.
     """
     if name != "auto":
         return name, "asked for"
     if x_TD.device.type == "cpu":
-        if num_rows is not None and few_rows(num_rows, up_eHD) and not _keeps_gradients_or_graph():
-            return "few", "fewest operators, without gradients"
+        if num_rows is not None and not _keeps_gradients_or_graph():
+            native = is_few(num_rows, len(up_eHD))
+            if native and not (reason := unsupported_plain(x_TD, up_eHD, down_eDF, activation)):
+                return "native_few", "one native call, without gradients"
+            if few_rows(num_rows, up_eHD):
+                return "few", f"fewest operators, without gradients; {reason}" if native else "fewest operators"
         return "lean", "fastest in training on a CPU, keeps the least for backward"
     if reason := grouped_mm_supports(x_TD, up_eHD, down_eDF):
         return "lean", reason
@@ -172,7 +184,7 @@ class Experts(nn.Module):
             weights = ExpertWeights(up_c, down_c, *biases)
             y_TD: Tensor = lean_custom_experts(x, plan, weights, partial(activate, activation=self.activation))
             return y_TD.to(out_dtype)
-        name, _ = backend_for(self.backend, x, up_c, down_c, len(plan.token_ids_R))
+        name, _ = backend_for(self.backend, x, up_c, down_c, len(plan.token_ids_R), self.activation)
         return BACKENDS[name](x, plan, up_c, down_c, self.activation).to(out_dtype)
 
     def extra_repr(self) -> str:

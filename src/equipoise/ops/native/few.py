@@ -21,6 +21,7 @@ _PLAIN = {torch.float32: 0, torch.bfloat16: 1}
 INT8, INT4 = 2, 3
 _INT4_CHANNELS = 64  # a block of torch's order
 _STEP = 32  # inputs and outputs
+_MOST_ROWS, _MOST_PER_EXPERT = 512, 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,11 @@ class Stacked:
     up_scales: Tensor | None = None
     down_scales: Tensor | None = None
     group: int = 1
+
+
+def is_few(num_rows: int, num_experts: int) -> bool:
+    """Whether so many rows are few for so many experts: more per expert are faster in products of many rows."""
+    return num_rows <= min(_MOST_ROWS, _MOST_PER_EXPERT * num_experts)
 
 
 @cache
@@ -129,4 +135,4 @@ def _call(
     )
     wide, threads = x_TD.dtype == torch.float32, torch.get_num_threads()
     pointers = [None if each is None else each.data_ptr() for each in tensors]
-    library.equipoise_few(weights.kind, wide, weights.group, threads, len(x_TD), D, F, e, *pointers)
+    library.equipoise_few(weights.kind, wide, weights.group, threads, x_TD.shape[0], D, F, e, *pointers)
