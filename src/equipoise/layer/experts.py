@@ -70,11 +70,11 @@ def backend_for(
         return name, "asked for"
     if x_TD.device.type == "cpu":
         if num_rows is not None and not _keeps_gradients_or_graph():
-            native = is_few(num_rows, len(up_eHD))
-            if native and not (reason := unsupported_plain(x_TD, up_eHD, down_eDF, activation)):
+            reason = "too many rows" if not is_few(num_rows, len(up_eHD)) else ""
+            if not (reason := reason or unsupported_plain(x_TD, up_eHD, down_eDF, activation)):
                 return "native_few", "one native call, without gradients"
             if few_rows(num_rows, up_eHD):
-                return "few", f"fewest operators, without gradients; {reason}" if native else "fewest operators"
+                return "few", f"fewest operators, without gradients; {reason}"
         return "lean", "fastest in training on a CPU, keeps the least for backward"
     if reason := grouped_mm_supports(x_TD, up_eHD, down_eDF):
         return "lean", reason

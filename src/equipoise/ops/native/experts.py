@@ -27,7 +27,9 @@ def why_not_native(x_TD: Tensor, up_eHD: Tensor, down_eDF: Tensor, activation: s
 
     It compiles them when everything else speaks for them: about a second, once for each machine.
     """
-    return _unfit(x_TD, up_eHD, down_eDF, activation) or (None if load(SOURCE, NEEDS).library else load(SOURCE, NEEDS).reason)
+    return _unfit(x_TD, up_eHD, down_eDF, activation) or (
+        None if load(SOURCE, NEEDS).library else load(SOURCE, NEEDS).reason
+    )
 
 
 def _unfit(x_TD: Tensor, up_eHD: Tensor, down_eDF: Tensor, activation: str) -> str | None:
@@ -159,7 +161,9 @@ class _Call:
         self._scratch_bytes = library.lean_scratch_bytes
         self._scratch_bytes.restype = ctypes.c_int64
 
-    def __call__(self, function: ctypes._NamedFuncPointer, reads: list[Tensor], writes: list[Tensor | None], backward: bool) -> None:
+    def __call__(
+        self, function: ctypes._NamedFuncPointer, reads: list[Tensor], writes: list[Tensor | None], backward: bool
+    ) -> None:
         counts = _pointer(self._counts_e)
         num_bytes = self._scratch_bytes(counts, *self._sizes, ctypes.c_int64(backward))
         memory = fresh((num_bytes + 64,), torch.empty(0, dtype=torch.uint8))

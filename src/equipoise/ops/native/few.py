@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from equipoise.ops.native.build import load
+from equipoise.ops.packed import Full, Int4, Int8, Parts, WeightFormat
 from equipoise.ops.ragged import RaggedPlan
 
 NEEDS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_bf16")
@@ -26,7 +27,7 @@ _MOST_ROWS, _MOST_PER_EXPERT = 512, 8
 
 @dataclass(frozen=True, eq=False)
 class Stacked:
-    """Weights of e experts, each part contiguous. kind: 0 fp32, 1 bf16, 2 int8, 3 int4.
+    """Weights of e experts, each part contiguous; of one without its dim. kind: 0 fp32, 1 bf16, 2 int8, 3 int4.
 
     up, down: (e, H, D) and (e, D, F), or (e, H, D / 2) and (e, D, F / 2) in int4. up_scales, down_scales: bf16, (e, H)
     and (e, D) in int8, (e, D / group, H, 2) and (e, F / group, D, 2) in int4, none in the others.
@@ -41,7 +42,12 @@ class Stacked:
 
 
 def is_few(num_rows: int, num_experts: int) -> bool:
-    """Whether so many rows are few for so many experts: more per expert are faster in products of many rows."""
+    """Whether so many rows are few for so many experts: more per expert are faster in products of many rows.
+
+    Never where a backward pass may come, or a graph is traced.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
     return num_rows <= min(_MOST_ROWS, _MOST_PER_EXPERT * num_experts)
 
 
@@ -81,6 +87,33 @@ def unsupported_plain(x_TD: Tensor, up_eHD: Tensor, down_eDF: Tensor, activation
     return unsupported(kind, down_eDF.shape[1], down_eDF.shape[2], activation)
 
 
+def unsupported_format(format: WeightFormat, dim: int, hidden_dim: int, activation: str) -> str:
+    """The same for weights in a format."""
+    kind = _kind_of(format)
+    return (
+        f"no native code for {format.name} in {format.dtype}"
+        if kind is None
+        else unsupported(kind, dim, hidden_dim, activation)
+    )
+
+
+def stacked(format: WeightFormat, up: Parts, down: Parts) -> Stacked:
+    """What the format made of several experts, stacked, or of one."""
+    kind = _kind_of(format)
+    assert kind is not None
+    if len(up) == 1:
+        return Stacked(kind, up[0], down[0])
+    return Stacked(kind, up[0], down[0], up[1], down[1], format.group if isinstance(format, Int4) else 1)
+
+
+def _kind_of(format: WeightFormat) -> int | None:
+    if isinstance(format, Full):
+        return _PLAIN.get(format.dtype)
+    if format.dtype != torch.bfloat16:
+        return None
+    return INT4 if isinstance(format, Int4) else INT8 if isinstance(format, Int8) else None
+
+
 def few_experts(x_TD: Tensor, plan: RaggedPlan, weights: Stacked) -> Tensor:
     """y_TD in x's dtype, fp32 or bf16: each token's weighted sum over its experts. Sizes are those of `unsupported`."""
     x_TD = x_TD.contiguous()
@@ -89,10 +122,8 @@ def few_experts(x_TD: Tensor, plan: RaggedPlan, weights: Stacked) -> Tensor:
     return y_TD
 
 
-def rows_of_expert(
-    x_TD: Tensor, token_ids_n: Tensor, weights_n: Tensor, weights: Stacked, out_nD: Tensor
-) -> None:
-    """One expert's weighted outputs, fp32, for the rows it has; `weights` has that expert alone."""
+def rows_of_expert(x_TD: Tensor, token_ids_n: Tensor, weights_n: Tensor, weights: Stacked, out_nD: Tensor) -> None:
+    """Write one expert's weighted outputs, fp32, for the n rows it has; `weights` has that expert alone."""
     _call(x_TD.contiguous(), token_ids_n, weights_n, torch.tensor([len(token_ids_n)]), weights, out_nD, None)
 
 
@@ -124,7 +155,7 @@ def _call(
 ) -> None:
     library = _library()
     assert library is not None
-    e, D, F = weights.up.shape[0], x_TD.shape[1], weights.down.shape[2] * (2 if weights.kind == INT4 else 1)
+    D, F = x_TD.shape[1], weights.down.shape[-1] * (2 if weights.kind == INT4 else 1)
     tensors = (
         x_TD,
         token_ids_R.contiguous(),
@@ -135,4 +166,4 @@ def _call(
     )
     wide, threads = x_TD.dtype == torch.float32, torch.get_num_threads()
     pointers = [None if each is None else each.data_ptr() for each in tensors]
-    library.equipoise_few(weights.kind, wide, weights.group, threads, x_TD.shape[0], D, F, e, *pointers)
+    library.equipoise_few(weights.kind, wide, weights.group, threads, x_TD.shape[0], D, F, len(counts_e), *pointers)
