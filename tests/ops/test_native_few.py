@@ -27,7 +27,7 @@ def weights_of(format):
     downs = [format.pack(torch.randn(D, F, generator=draw) * F**-0.5) for _ in range(E)]
     up, down = (tuple(torch.stack(parts) for parts in zip(*each, strict=True)) for each in (ups, downs))
     plain = (torch.stack([format.unpack(parts) for parts in each]).double() for each in (ups, downs))
-    return few.stacked(format, up, down), *plain
+    return few.stacked_of(format, up, down), *plain
 
 
 def plan_of(num_tokens, seed=0, k=2, dropped=False, top_k=True):

@@ -70,8 +70,10 @@ def backend_for(
         return name, "asked for"
     if x_TD.device.type == "cpu":
         if num_rows is not None and not _keeps_gradients_or_graph():
-            reason = "too many rows" if not is_few(num_rows, len(up_eHD)) else ""
-            if not (reason := reason or unsupported_plain(x_TD, up_eHD, down_eDF, activation)):
+            reason = "too many rows"
+            if is_few(num_rows, len(up_eHD)):
+                reason = unsupported_plain(x_TD, up_eHD, down_eDF, activation)
+            if not reason:
                 return "native_few", "one native call, without gradients"
             if few_rows(num_rows, up_eHD):
                 return "few", f"fewest operators, without gradients; {reason}"

@@ -19,7 +19,7 @@ from equipoise.layer.probed_experts import ExpertProbe
 from equipoise.ops import reference
 from equipoise.ops.activation import Activation, activate, check_activation, is_gated, pre_activation_dim
 from equipoise.ops.lean_experts import scales, segments
-from equipoise.ops.native.few import few_experts, is_few, rows_of_expert, stacked, sum_of_rows, unsupported_format
+from equipoise.ops.native.few import few_experts, is_few, rows_of_expert, stacked_of, sum_of_rows, unsupported_format
 from equipoise.ops.packed import Parts, WeightFormat, num_bytes
 from equipoise.ops.ragged import RaggedPlan, sum_rows
 
@@ -205,7 +205,7 @@ class StoredExperts(nn.Module):
         """
         everything = None if self.probes else self.source.all()
         if everything is not None:
-            return few_experts(x_TD, plan, stacked(self.format, *everything))
+            return few_experts(x_TD, plan, stacked_of(self.format, *everything))
         rows, start = {}, 0
         for expert, count in enumerate(plan.counts_e.tolist()):
             if count:
@@ -217,7 +217,7 @@ class StoredExperts(nn.Module):
             with self._probed(expert, own):
                 up, down = self.source.take(expert)
                 try:
-                    weights = stacked(self.format, up, down)
+                    weights = stacked_of(self.format, up, down)
                     rows_of_expert(x_TD, plan.token_ids_R[own], plan.weights_R[own], weights, y_RD[own])
                 finally:
                     self.source.give_back(expert)

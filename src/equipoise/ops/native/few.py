@@ -97,7 +97,7 @@ def unsupported_format(format: WeightFormat, dim: int, hidden_dim: int, activati
     )
 
 
-def stacked(format: WeightFormat, up: Parts, down: Parts) -> Stacked:
+def stacked_of(format: WeightFormat, up: Parts, down: Parts) -> Stacked:
     """What the format made of several experts, stacked, or of one."""
     kind = _kind_of(format)
     assert kind is not None
@@ -128,7 +128,7 @@ def rows_of_expert(x_TD: Tensor, token_ids_n: Tensor, weights_n: Tensor, weights
 
 
 def sum_of_rows(y_RD: Tensor, token_ids_R: Tensor, like_TD: Tensor) -> Tensor:
-    """y_TD in the shape and dtype of like_TD from fp32 rows in the order of a plan, those that were dropped left out."""
+    """y_TD in the shape and dtype of like_TD from fp32 rows in the order of a plan, without those that were dropped."""
     library, y_TD = _library(), torch.empty_like(like_TD, memory_format=torch.contiguous_format)
     assert library is not None
     wide, (T, D) = like_TD.dtype == torch.float32, y_TD.shape
