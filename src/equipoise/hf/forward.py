@@ -17,9 +17,15 @@ from equipoise.ops.custom_experts import ExpertWeights, grouped_custom_experts, 
 from equipoise.ops.few_rows import few_rows, few_rows_experts
 from equipoise.ops.grouped_experts import grouped_experts, grouped_mm_supports
 from equipoise.ops.lean_experts import lean_experts
+from equipoise.ops.native.few import few_native_experts, is_few, unsupported_plain
 from equipoise.ops.ragged import RaggedPlan, ragged_plan
 
-PLAIN = {"lean": lean_experts, "few": few_rows_experts, "grouped": grouped_experts}
+PLAIN = {
+    "lean": lean_experts,
+    "few": few_rows_experts,
+    "native_few": few_native_experts,
+    "grouped": grouped_experts,
+}
 # Nothing to trace in the lean one: it reads counts on the host.
 _lean = torch.compiler.disable(lean_custom_experts)  # type: ignore[no-untyped-call]  # torch's
 CUSTOM = {"lean": _lean, "grouped": grouped_custom_experts}
@@ -52,13 +58,18 @@ def equipoise_experts_forward(
 def backend_for(plain: bool, x_TD: Tensor, weights: ExpertWeights, num_rows: int) -> str:
     """A key of PLAIN or CUSTOM. The rule is that of `layer.experts.backend_for`, measured there.
 
-    On a CPU the lean loop, which keeps the least for backward; without gradients, the fewest operators for few rows. On
+    On a CPU the lean loop, which keeps the least for backward; without gradients, native code or the fewest operators for few rows. On
     a GPU one kernel for all experts, where it can run. A custom loop can't be traced, so a graph gets the kernel too.
     """
     compiling = torch.compiler.is_compiling()
     if x_TD.device.type == "cpu" and (plain or not compiling):
-        is_decode = plain and not compiling and not torch.is_grad_enabled() and few_rows(num_rows, weights.up_eHD)
-        return "few" if is_decode else "lean"
+        if not plain or compiling or torch.is_grad_enabled():
+            return "lean"
+        if is_few(num_rows, len(weights.up_eHD)) and not unsupported_plain(
+            x_TD, weights.up_eHD, weights.down_eDF, "swiglu"
+        ):
+            return "native_few"
+        return "few" if few_rows(num_rows, weights.up_eHD) else "lean"
     return "lean" if grouped_mm_supports(x_TD, weights.up_eHD, weights.down_eDF) else "grouped"
 
 
