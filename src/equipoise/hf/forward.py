@@ -58,8 +58,9 @@ def equipoise_experts_forward(
 def backend_for(plain: bool, x_TD: Tensor, weights: ExpertWeights, num_rows: int) -> str:
     """A key of PLAIN or CUSTOM. The rule is that of `layer.experts.backend_for`, measured there.
 
-    On a CPU the lean loop, which keeps the least for backward; without gradients, native code or the fewest operators for few rows. On
-    a GPU one kernel for all experts, where it can run. A custom loop can't be traced, so a graph gets the kernel too.
+    On a CPU the lean loop, which keeps the least for backward; without gradients native code for few rows, or the
+    fewest operators. On a GPU one kernel for all experts, where it can run. A custom loop can't be traced, so a graph
+    gets the kernel too.
     """
     compiling = torch.compiler.is_compiling()
     if x_TD.device.type == "cpu" and (plain or not compiling):

@@ -154,15 +154,14 @@ __m512bh steps_of(__m512i nibbles) {
     return (__m512bh)_mm512_ternarylogic_epi32(nibbles, low, exponent, 0xea);  // (nibbles & low) | exponent
 }
 
-// Puts byte i of one input and byte i of the next one into the two halves of a word pair.
-__m512i pairs_of_inputs(int first) {
+// Puts byte i of one input and byte i of the next one into the two halves of lane i. first: 0, or 16 for the far bytes.
+struct Pairs {
     alignas(64) uint8_t index[64];
-    for (int i = 0; i < 16; i++) {
-        index[4 * i] = index[4 * i + 1] = uint8_t(first + i);
-        index[4 * i + 2] = index[4 * i + 3] = uint8_t(32 + first + i);
+    constexpr explicit Pairs(int first) : index() {
+        for (int i = 0; i < 64; i++) index[i] = uint8_t(i % 4 / 2 * 32 + first + i / 4);
     }
-    return _mm512_load_si512(index);
-}
+};
+constexpr Pairs NEAR(0), FAR(16);
 
 // Two inputs, from i on, of N rows times the 64 channels of a block.
 template <int N>
@@ -186,7 +185,7 @@ inline void add_inputs(const uint8_t* w, const bf16* const* x, long i, __m512i l
 template <int N>
 void block(const uint8_t* w, const bf16* scales, long out_dim, long length, long group, const bf16* const* x,
            const float* const* sums, float* out, long stride) {
-    const __m512i low = pairs_of_inputs(0), high = pairs_of_inputs(16);
+    const __m512i low = _mm512_load_si512(NEAR.index), high = _mm512_load_si512(FAR.index);
     Vec total[4][N];
     for (auto& channels : total)
         for (auto& each : channels) each = _mm512_setzero_ps();

@@ -153,17 +153,29 @@ def _call(
     y_RD: Tensor | None,
     y_TD: Tensor | None,
 ) -> None:
+    """Straight, without a list of tensors: for a small layer every microsecond here counts."""
     library = _library()
     assert library is not None
-    D, F = x_TD.shape[1], weights.down.shape[-1] * (2 if weights.kind == INT4 else 1)
-    tensors = (
-        x_TD,
-        token_ids_R.contiguous(),
-        weights_R.float().contiguous(),
-        counts_e.contiguous(),
-        *(weights.up, weights.up_scales, weights.down, weights.down_scales),
-        *(y_RD, y_TD),
+    up_scales, down_scales = weights.up_scales, weights.down_scales
+    token_ids_R, weights_R, counts_e = token_ids_R.contiguous(), weights_R.float().contiguous(), counts_e.contiguous()
+    T, D = x_TD.shape
+    library.equipoise_few(
+        weights.kind,
+        x_TD.dtype == torch.float32,
+        weights.group,
+        torch.get_num_threads(),
+        T,
+        D,
+        weights.down.shape[-1] * (2 if weights.kind == INT4 else 1),
+        counts_e.shape[0],
+        x_TD.data_ptr(),
+        token_ids_R.data_ptr(),
+        weights_R.data_ptr(),
+        counts_e.data_ptr(),
+        weights.up.data_ptr(),
+        None if up_scales is None else up_scales.data_ptr(),
+        weights.down.data_ptr(),
+        None if down_scales is None else down_scales.data_ptr(),
+        None if y_RD is None else y_RD.data_ptr(),
+        None if y_TD is None else y_TD.data_ptr(),
     )
-    wide, threads = x_TD.dtype == torch.float32, torch.get_num_threads()
-    pointers = [None if each is None else each.data_ptr() for each in tensors]
-    library.equipoise_few(weights.kind, wide, weights.group, threads, x_TD.shape[0], D, F, len(counts_e), *pointers)
