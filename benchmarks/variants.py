@@ -234,6 +234,7 @@ def needs_memory_for_copies(shape: Shape, num_tokens: int, dtype: torch.dtype) -
 
 VARIANTS = (
     Candidate("equipoise lean", "moe", partial(equipoise_moe, backend="lean")),
+    Candidate("equipoise native", "moe", partial(equipoise_moe, backend="native")),  # lean where it can't run
     Candidate("equipoise grouped", "moe", partial(equipoise_moe, backend="grouped")),
     Candidate("dense, gate and up fused", "dense", dense_fused),
     Candidate("dense, gate and up split", "dense", dense_split),

@@ -20,10 +20,11 @@ from equipoise.ops.custom_experts import ExpertWeights, lean_custom_experts
 from equipoise.ops.few_rows import few_rows, few_rows_experts
 from equipoise.ops.grouped_experts import grouped_experts, grouped_mm_supports
 from equipoise.ops.lean_experts import lean_experts
+from equipoise.ops.native.experts import native_experts, why_not_native
 from equipoise.ops.native.few import few_native_experts, is_few, unsupported_plain
 from equipoise.ops.ragged import RaggedPlan
 
-BackendName = Literal["auto", "lean", "few", "native_few", "grouped", "reference"]
+BackendName = Literal["auto", "lean", "native", "few", "native_few", "grouped", "reference"]
 Backend = Callable[[Tensor, RaggedPlan, Tensor, Tensor, str], Tensor]
 
 
@@ -44,6 +45,7 @@ def reference_experts(x_TD: Tensor, plan: RaggedPlan, up_eHD: Tensor, down_eDF: 
 
 BACKENDS: dict[str, Backend] = {
     "lean": lean_experts,
+    "native": native_experts,
     "few": few_rows_experts,
     "native_few": few_native_experts,
     "grouped": grouped_experts,
@@ -61,11 +63,13 @@ def backend_for(
 ) -> tuple[str, str]:
     """(backend, reason) that `name` means for these tensors. num_rows: R; None is many.
 
-    The rule for "auto" comes from `python -m benchmarks.layer` and `benchmarks.native_few`: on a CPU the lean loop is
-    fastest in training and for many rows, and far behind for 1 to 64 tokens, where reading weights and operators are
-    what counts: without gradients these go through one native call, or through few operators where that can't be had.
-    On a GPU a loop over experts would wait for the host, so grouped_mm is taken where it can run.
+    The rule for "auto" comes from `equipoise bench layer` and `decode`: on a CPU, without gradients, few rows go through
+    one call in C++ where it can run, or else through few operators: reading weights and operators are what counts.
+    Otherwise the products in C++ are fastest where they can run (docs/native.md), then the lean loop. On a GPU a loop
+    over experts would wait for the host, so grouped_mm is taken where it can run. "native" is "lean" where it can't run.
     """
+    if name == "native" and (missing := why_not_native(x_TD, up_eHD, down_eDF, activation)):
+        return "lean", f"native was asked for, but {missing}"
     if name != "auto":
         return name, "asked for"
     if x_TD.device.type == "cpu":
@@ -77,7 +81,9 @@ def backend_for(
                 return "native_few", "one native call, without gradients"
             if few_rows(num_rows, up_eHD):
                 return "few", f"fewest operators, without gradients; {reason}"
-        return "lean", "fastest in training on a CPU, keeps the least for backward"
+        if missing := why_not_native(x_TD, up_eHD, down_eDF, activation):
+            return "lean", f"fastest in training on a CPU, keeps the least for backward; {missing}"
+        return "native", "C++, fastest on a CPU, keeps the least for backward"
     if reason := grouped_mm_supports(x_TD, up_eHD, down_eDF):
         return "lean", reason
     return "grouped", "one kernel for all experts, no host synchronisation"
@@ -192,5 +198,5 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(module): sizes, and which backend these parameters get and why."""
         e, D, F = self.num_experts, self.dim, self.hidden_dim
-        name, reason = backend_for(self.backend, self.up[0], self.up, self.down_proj)
+        name, reason = backend_for(self.backend, self.up[0], self.up, self.down_proj, activation=self.activation)
         return f"num_experts={e}, dim={D}, hidden_dim={F}, activation={self.activation}, backend={name} ({reason})"

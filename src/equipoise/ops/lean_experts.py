@@ -76,7 +76,7 @@ def lean_forward(
 
 
 @lean_forward.register_fake
-def _(
+def fake_forward(
     x_TD: Tensor,
     weights_R: Tensor,
     up_eHD: Tensor,
@@ -87,6 +87,7 @@ def _(
     activation: str,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
+    """What `lean_forward` returns, without values."""
     return torch.empty_like(x_TD), x_TD.new_empty(token_ids_R.shape[0] if save else 0, up_eHD.shape[1])
 
 
@@ -131,7 +132,7 @@ def lean_backward(
 
 
 @lean_backward.register_fake
-def _(
+def fake_backward(
     grad_TD: Tensor,
     x_TD: Tensor,
     z_RH: Tensor,
@@ -143,6 +144,7 @@ def _(
     counts_e: Tensor,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `lean_backward` returns, without values."""
     return (
         torch.empty_like(x_TD),
         torch.empty_like(weights_R),

@@ -13,23 +13,24 @@ import torch
 from torch import Tensor
 
 from equipoise.ops.fresh import fresh
-from equipoise.ops.lean_experts import Operators, experts_by, lean_backward, lean_forward
+from equipoise.ops.lean_experts import Operators, experts_by, fake_backward, fake_forward, lean_backward, lean_forward
 from equipoise.ops.native.build import cpu_features, load
 from equipoise.ops.ragged import RaggedPlan, sum_rows
 
 SOURCE = "lean.cpp"
 NEEDS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16")
 MULTIPLE = 32  # that D and F must be of
+_ALIGNMENT = 64  # bytes, of the memory to work in
 
 
 def why_not_native(x_TD: Tensor, up_eHD: Tensor, down_eDF: Tensor, activation: str) -> str | None:
     """Why the lean experts in torch are taken for these tensors, or None where those in C++ can be.
 
-    It compiles them when everything else speaks for them: about a second, once for each machine.
+    It compiles them when everything else speaks for them: about a second, once for each machine. While a graph is
+    traced only the tensors are asked about; the operators ask for the rest when they run.
     """
-    return _unfit(x_TD, up_eHD, down_eDF, activation) or (
-        None if load(SOURCE, NEEDS).library else load(SOURCE, NEEDS).reason
-    )
+    reason = _unfit(x_TD, up_eHD, down_eDF, activation)
+    return reason if reason or torch.compiler.is_compiling() else _missing()
 
 
 def _unfit(x_TD: Tensor, up_eHD: Tensor, down_eDF: Tensor, activation: str) -> str | None:
@@ -42,9 +43,18 @@ def _unfit(x_TD: Tensor, up_eHD: Tensor, down_eDF: Tensor, activation: str) -> s
     for name, size in (("dim", down_eDF.shape[1]), ("hidden_dim", down_eDF.shape[2])):
         if size % MULTIPLE or not size:
             return f"native takes whole {MULTIPLE}s, {name} = {size} is not"
+    return None
+
+
+def _missing() -> str | None:
     if "amx_bf16" in cpu_features():
         return "this CPU has amx_bf16, which torch's own products use"
-    return None
+    built = load(SOURCE, NEEDS)
+    return built.reason if built.library is None else None
+
+
+def _is_native(x_TD: Tensor, up_eHD: Tensor, down_eDF: Tensor, activation: str) -> bool:
+    return _unfit(x_TD, up_eHD, down_eDF, activation) is None and _missing() is None
 
 
 @torch.library.custom_op("equipoise::native_forward", mutates_args=())
@@ -60,39 +70,21 @@ def native_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """As `lean_forward`."""
-    library = load(SOURCE, NEEDS).library
-    if library is None or _unfit(x_TD, up_eHD, down_eDF, activation):
+    if not _is_native(x_TD, up_eHD, down_eDF, activation):
         args = (x_TD, weights_R, up_eHD, down_eDF, token_ids_R, rows_TK, counts_e, activation)
-        return lean_forward(*args, save)
+        by_torch: tuple[Tensor, Tensor] = lean_forward(*args, save)
+        return by_torch
     num_rows, (num_experts, D, F) = len(token_ids_R), down_eDF.shape
-    num_computed = int(counts_e[:num_experts].sum())
+    num_computed = int(counts_e.sum())
     z_RH = fresh((num_rows if save else 0, 2 * F), x_TD)
     y_RD = fresh((num_rows, D), x_TD)
     y_RD[num_computed:].zero_()  # dropped rows
-    if num_computed:
-        call = _Call(library, counts_e, (num_experts, D, F))
-        call(
-            library.lean_forward,
-            [x_TD, weights_R.float(), up_eHD, down_eDF, token_ids_R],
-            [z_RH if save else None, y_RD],
-            backward=False,
-        )
+    reads, writes = [x_TD, weights_R.float(), up_eHD, down_eDF, token_ids_R], [z_RH if save else None, y_RD]
+    _call("lean_forward", reads, counts_e, (num_experts, D, F), writes, backward=False)
     return sum_rows(y_RD, token_ids_R, rows_TK, x_TD.shape[0]), z_RH
 
 
-@native_forward.register_fake
-def _(
-    x_TD: Tensor,
-    weights_R: Tensor,
-    up_eHD: Tensor,
-    down_eDF: Tensor,
-    token_ids_R: Tensor,
-    rows_TK: Tensor | None,
-    counts_e: Tensor,
-    activation: str,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_TD), x_TD.new_empty(token_ids_R.shape[0] if save else 0, up_eHD.shape[1])
+native_forward.register_fake(fake_forward)
 
 
 @torch.library.custom_op("equipoise::native_backward", mutates_args=())
@@ -109,68 +101,46 @@ def native_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `lean_backward`."""
-    library = load(SOURCE, NEEDS).library
-    if library is None or _unfit(x_TD, up_eHD, down_eDF, activation):
+    if not _is_native(x_TD, up_eHD, down_eDF, activation):
         args = (grad_TD, x_TD, z_RH, weights_R, up_eHD, down_eDF, token_ids_R, rows_TK, counts_e, activation)
-        return lean_backward(*args)
+        by_torch: tuple[Tensor, Tensor, Tensor, Tensor] = lean_backward(*args)
+        return by_torch
     num_rows, (num_experts, D, F) = len(token_ids_R), down_eDF.shape
-    num_computed = int(counts_e[:num_experts].sum())
+    num_computed = int(counts_e.sum())
     grad_x_RD = fresh((num_rows, D), x_TD)
     grad_x_RD[num_computed:].zero_()
     grad_weights_R = torch.zeros(num_rows)
     grad_up, grad_down = fresh(up_eHD.shape, up_eHD), fresh(down_eDF.shape, down_eDF)
-    call = _Call(library, counts_e, (num_experts, D, F))
-    call(
-        library.lean_backward,
-        [grad_TD, x_TD, z_RH, weights_R.float(), up_eHD, down_eDF, token_ids_R],
-        [grad_x_RD, grad_weights_R, grad_up, grad_down],
-        backward=True,
-    )
-    grad_TD_of_x = sum_rows(grad_x_RD, token_ids_R, rows_TK, x_TD.shape[0])
-    return grad_TD_of_x, grad_weights_R.to(weights_R.dtype), grad_up, grad_down
+    reads = [grad_TD, x_TD, z_RH, weights_R.float(), up_eHD, down_eDF, token_ids_R]
+    writes: list[Tensor | None] = [grad_x_RD, grad_weights_R, grad_up, grad_down]
+    _call("lean_backward", reads, counts_e, (num_experts, D, F), writes, backward=True)
+    summed_TD = sum_rows(grad_x_RD, token_ids_R, rows_TK, x_TD.shape[0])
+    return summed_TD, grad_weights_R.to(weights_R.dtype), grad_up, grad_down
 
 
-@native_backward.register_fake
-def _(
-    grad_TD: Tensor,
-    x_TD: Tensor,
-    z_RH: Tensor,
-    weights_R: Tensor,
-    up_eHD: Tensor,
-    down_eDF: Tensor,
-    token_ids_R: Tensor,
-    rows_TK: Tensor | None,
+native_backward.register_fake(fake_backward)
+
+
+def _call(
+    function: str,
+    reads: list[Tensor],
     counts_e: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        torch.empty_like(x_TD),
-        torch.empty_like(weights_R),
-        torch.empty_like(up_eHD),
-        torch.empty_like(down_eDF),
-    )
-
-
-class _Call:
-    """Calls C with what all calls take: counts, sizes, threads, memory to work in."""
-
-    def __init__(self, library: ctypes.CDLL, counts_e: Tensor, sizes: tuple[int, int, int]) -> None:
-        self._counts_e = counts_e.contiguous()
-        # get_num_threads also makes torch set the number of OpenMP threads for this thread of Python
-        self._sizes = [ctypes.c_int64(size) for size in (*sizes, torch.get_num_threads())]
-        self._scratch_bytes = library.lean_scratch_bytes
-        self._scratch_bytes.restype = ctypes.c_int64
-
-    def __call__(
-        self, function: ctypes._NamedFuncPointer, reads: list[Tensor], writes: list[Tensor | None], backward: bool
-    ) -> None:
-        counts = _pointer(self._counts_e)
-        num_bytes = self._scratch_bytes(counts, *self._sizes, ctypes.c_int64(backward))
-        memory = fresh((num_bytes + 64,), torch.empty(0, dtype=torch.uint8))
-        memory = memory[-memory.data_ptr() % 64 :]
-        reads = [tensor.contiguous() for tensor in reads]
-        function.restype = None
-        function(*map(_pointer, reads), counts, *self._sizes, *map(_pointer, writes), _pointer(memory))
+    sizes: tuple[int, int, int],
+    writes: list[Tensor | None],
+    backward: bool,
+) -> None:
+    """Call a function of the library with threads and memory to work in. sizes: E, D, F."""
+    library = load(SOURCE, NEEDS).library
+    assert library is not None  # `_is_native` asked
+    counts_e, reads = counts_e.contiguous(), [tensor.contiguous() for tensor in reads]
+    numbers = [ctypes.c_int64(number) for number in (*sizes, torch.get_num_threads())]
+    library.lean_scratch_bytes.restype = ctypes.c_int64
+    num_bytes = library.lean_scratch_bytes(_pointer(counts_e), *numbers, ctypes.c_int64(backward))
+    memory = fresh((num_bytes + _ALIGNMENT,), torch.empty(0, dtype=torch.uint8))
+    memory = memory[-memory.data_ptr() % _ALIGNMENT :]
+    run = getattr(library, function)
+    run.restype = None
+    run(*map(_pointer, reads), _pointer(counts_e), *numbers, *map(_pointer, writes), _pointer(memory))
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:

@@ -108,8 +108,8 @@ void dots(const typename K::Weight* w, long length, const typename K::In* const*
 #pragma GCC unroll 4
         for (int c = 0; c < C; c++) {
             const auto* at = w + c * length + i;
-            _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T0);
-            if (2 * STEP * sizeof(*w) > 64) _mm_prefetch((const char*)at + AHEAD + 64, _MM_HINT_T0);
+            _mm_prefetch((const char*)at + AHEAD, _MM_HINT_T1);
+            if (2 * STEP * sizeof(*w) > 64) _mm_prefetch((const char*)at + AHEAD + 64, _MM_HINT_T1);
             auto first = K::load(at), second = K::load(at + STEP);
 #pragma GCC unroll 4
             for (int n = 0; n < N; n++) {
@@ -166,7 +166,7 @@ constexpr Pairs NEAR(0), FAR(16);
 // Two inputs, from i on, of N rows times the 64 channels of a block.
 template <int N>
 inline void add_inputs(const uint8_t* w, const bf16* const* x, long i, __m512i low, __m512i high, Vec (&sums)[4][N]) {
-    _mm_prefetch((const char*)w + AHEAD, _MM_HINT_T0);
+    _mm_prefetch((const char*)w + AHEAD, _MM_HINT_T1);
     const __m512i bytes = _mm512_loadu_si512(w);
     const __m512i near = _mm512_permutexvar_epi8(low, bytes), far = _mm512_permutexvar_epi8(high, bytes);
     const __m512bh steps[4] = {steps_of(near), steps_of(far), steps_of(_mm512_srli_epi16(near, 4)),
@@ -198,7 +198,9 @@ void block(const uint8_t* w, const bf16* scales, long out_dim, long length, long
             add_inputs<N>(w + 32 * (i + 2), x, i + 2, low, high, odd);
         }
         for (int c = 0; c < 4; c++) {
-            __m512i both = _mm512_loadu_si512(scales + 2 * (g * out_dim + 16 * c));
+            const bf16* at = scales + 2 * (g * out_dim + 16 * c);
+            _mm_prefetch((const char*)(at + 2 * BLOCK), _MM_HINT_T1);  // of the next block: they lie far apart
+            __m512i both = _mm512_loadu_si512(at);
             Vec scale = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
             Vec zero = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u))));
             zero = _mm512_fnmadd_ps(_mm512_set1_ps(128 + 8), scale, zero);
