@@ -63,10 +63,10 @@ def backend_for(
 ) -> tuple[str, str]:
     """(backend, reason) that `name` means for these tensors. num_rows: R; None is many.
 
-    The rule for "auto" comes from `equipoise bench layer` and `decode`: on a CPU, without gradients, few rows go through
-    one call in C++ where it can run, or else through few operators: reading weights and operators are what counts.
-    Otherwise the products in C++ are fastest where they can run (docs/native.md), then the lean loop. On a GPU a loop
-    over experts would wait for the host, so grouped_mm is taken where it can run. "native" is "lean" where it can't run.
+    The rule for "auto" comes from `equipoise bench layer` and `decode`. On a CPU, without gradients, few rows go
+    through one call in C++ where it can run, else through few operators. All others go through the products in C++
+    where they can run (docs/native.md), else the lean loop. On a GPU a loop over experts would wait for the host, so
+    grouped_mm is taken where it can run. "native" is "lean" where it can't run.
     """
     if name == "native" and (missing := why_not_native(x_TD, up_eHD, down_eDF, activation)):
         return "lean", f"native was asked for, but {missing}"
