@@ -74,13 +74,13 @@ def backend_for(
         return name, "asked for"
     if x_TD.device.type == "cpu":
         if num_rows is not None and not _keeps_gradients_or_graph():
-            reason = "too many rows"
+            why_not = "too many rows"
             if is_few(num_rows, len(up_eHD)):
-                reason = unsupported_plain(x_TD, up_eHD, down_eDF, activation)
-            if not reason:
+                why_not = unsupported_plain(x_TD, up_eHD, down_eDF, activation)
+            if not why_not:
                 return "native_few", "one native call, without gradients"
             if few_rows(num_rows, up_eHD):
-                return "few", f"fewest operators, without gradients; {reason}"
+                return "few", f"fewest operators, without gradients; {why_not}"
         if missing := why_not_native(x_TD, up_eHD, down_eDF, activation):
             return "lean", f"fastest in training on a CPU, keeps the least for backward; {missing}"
         return "native", "C++, fastest on a CPU, keeps the least for backward"
