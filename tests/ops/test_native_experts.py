@@ -226,7 +226,7 @@ class TestWhoTakesIt:
         assert self.chosen(self.experts()) == ("native", "C++, fastest on a CPU, keeps the least for backward")
         assert self.chosen(self.experts(), num_rows=4)[0] == "native"
         with torch.no_grad():
-            assert self.chosen(self.experts(), num_rows=4)[0] == "few"
+            assert self.chosen(self.experts(), num_rows=4)[0] == "native_few"
             assert self.chosen(self.experts(), num_rows=10**6)[0] == "native"
         assert "backend=native (C++" in repr(self.experts())
 

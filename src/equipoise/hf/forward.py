@@ -18,9 +18,16 @@ from equipoise.ops.few_rows import few_rows, few_rows_experts
 from equipoise.ops.grouped_experts import grouped_experts, grouped_mm_supports
 from equipoise.ops.lean_experts import lean_experts
 from equipoise.ops.native.experts import native_experts, why_not_native
+from equipoise.ops.native.few import few_native_experts, is_few, unsupported_plain
 from equipoise.ops.ragged import RaggedPlan, ragged_plan
 
-PLAIN = {"lean": lean_experts, "native": native_experts, "few": few_rows_experts, "grouped": grouped_experts}
+PLAIN = {
+    "lean": lean_experts,
+    "native": native_experts,
+    "few": few_rows_experts,
+    "native_few": few_native_experts,
+    "grouped": grouped_experts,
+}
 # Nothing to trace in the lean one: it reads counts on the host.
 _lean = torch.compiler.disable(lean_custom_experts)  # type: ignore[no-untyped-call]  # torch's
 CUSTOM = {"lean": _lean, "grouped": grouped_custom_experts}
@@ -53,15 +60,17 @@ def equipoise_experts_forward(
 def backend_for(plain: bool, x_TD: Tensor, weights: ExpertWeights, num_rows: int) -> str:
     """A key of PLAIN or CUSTOM. The rule is that of `layer.experts.backend_for`, measured there.
 
-    On a CPU the products in C++ or else the lean loop, which keep the least for backward; without gradients, the fewest
-    operators for few rows. On a GPU one kernel for all experts, where it can run. A custom loop can't be traced, so a
-    graph gets the kernel too.
+    On a CPU the products in C++ or else the lean loop, which keep the least for backward; without gradients, for few
+    rows, one call in C++ or else the fewest operators. On a GPU one kernel for all experts, where it can run. A custom
+    loop can't be traced, so a graph gets the kernel too.
     """
-    compiling = torch.compiler.is_compiling()
+    compiling, stacks = torch.compiler.is_compiling(), (weights.up_eHD, weights.down_eDF)
     if x_TD.device.type == "cpu" and (plain or not compiling):
+        if plain and is_few(num_rows, len(weights.up_eHD)) and not unsupported_plain(x_TD, *stacks, "swiglu"):
+            return "native_few"
         if plain and not compiling and not torch.is_grad_enabled() and few_rows(num_rows, weights.up_eHD):
             return "few"
-        is_native = plain and why_not_native(x_TD, weights.up_eHD, weights.down_eDF, "swiglu") is None
+        is_native = plain and why_not_native(x_TD, *stacks, "swiglu") is None
         return "native" if is_native else "lean"
     return "lean" if grouped_mm_supports(x_TD, weights.up_eHD, weights.down_eDF) else "grouped"
 

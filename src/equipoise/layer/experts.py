@@ -21,9 +21,10 @@ from equipoise.ops.few_rows import few_rows, few_rows_experts
 from equipoise.ops.grouped_experts import grouped_experts, grouped_mm_supports
 from equipoise.ops.lean_experts import lean_experts
 from equipoise.ops.native.experts import native_experts, why_not_native
+from equipoise.ops.native.few import few_native_experts, is_few, unsupported_plain
 from equipoise.ops.ragged import RaggedPlan
 
-BackendName = Literal["auto", "lean", "native", "few", "grouped", "reference"]
+BackendName = Literal["auto", "lean", "native", "few", "native_few", "grouped", "reference"]
 Backend = Callable[[Tensor, RaggedPlan, Tensor, Tensor, str], Tensor]
 
 
@@ -46,6 +47,7 @@ BACKENDS: dict[str, Backend] = {
     "lean": lean_experts,
     "native": native_experts,
     "few": few_rows_experts,
+    "native_few": few_native_experts,
     "grouped": grouped_experts,
     "reference": reference_experts,
 }
@@ -61,18 +63,24 @@ def backend_for(
 ) -> tuple[str, str]:
     """(backend, reason) that `name` means for these tensors. num_rows: R; None is many.
 
-    The rule for "auto" comes from `python -m benchmarks.layer`: on a CPU the products in C++ are fastest where they can
-    run (docs/native.md), then the lean loop in training and for many rows, which is 10 to 35 % behind for 1 to 64
-    tokens, where each operator counts; on a GPU a loop over experts would wait for the host, so grouped_mm is taken
-    where it can run. "native" is "lean" where it can't run.
+    The rule for "auto" comes from `equipoise bench layer` and `decode`. On a CPU, without gradients, few rows go
+    through one call in C++ where it can run, else through few operators. All others go through the products in C++
+    where they can run (docs/native.md), else the lean loop. On a GPU a loop over experts would wait for the host, so
+    grouped_mm is taken where it can run. "native" is "lean" where it can't run.
     """
     if name == "native" and (missing := why_not_native(x_TD, up_eHD, down_eDF, activation)):
         return "lean", f"native was asked for, but {missing}"
     if name != "auto":
         return name, "asked for"
     if x_TD.device.type == "cpu":
-        if num_rows is not None and few_rows(num_rows, up_eHD) and not _keeps_gradients_or_graph():
-            return "few", "fewest operators, without gradients"
+        if num_rows is not None and not _keeps_gradients_or_graph():
+            why_not = "too many rows"
+            if is_few(num_rows, len(up_eHD)):
+                why_not = unsupported_plain(x_TD, up_eHD, down_eDF, activation)
+            if not why_not:
+                return "native_few", "one native call, without gradients"
+            if few_rows(num_rows, up_eHD):
+                return "few", f"fewest operators, without gradients; {why_not}"
         if missing := why_not_native(x_TD, up_eHD, down_eDF, activation):
             return "lean", f"fastest in training on a CPU, keeps the least for backward; {missing}"
         return "native", "C++, fastest on a CPU, keeps the least for backward"

@@ -6,7 +6,8 @@ to train. Where weights are is the source's business, how they are multiplied th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -18,6 +19,7 @@ from equipoise.layer.probed_experts import ExpertProbe
 from equipoise.ops import reference
 from equipoise.ops.activation import Activation, activate, check_activation, is_gated, pre_activation_dim
 from equipoise.ops.lean_experts import scales, segments
+from equipoise.ops.native.few import few_experts, is_few, rows_of_expert, stacked_of, sum_of_rows, unsupported_format
 from equipoise.ops.packed import Parts, WeightFormat, num_bytes
 from equipoise.ops.ragged import RaggedPlan, sum_rows
 
@@ -95,6 +97,10 @@ class Source(Protocol):
         """Its weights, in memory until `give_back`."""
         ...
 
+    def all(self) -> Packed | None:
+        """The weights of all, stacked, where they are in memory side by side."""
+        ...
+
     def give_back(self, expert: int) -> None:
         """They are not needed any more."""
         ...
@@ -123,7 +129,12 @@ class Resident(nn.Module):
 
     def take(self, expert: int) -> Packed:
         """Views."""
-        parts = tuple(getattr(self, name)[expert] for name in self._names)
+        up, down = self.all()
+        return tuple(part[expert] for part in up), tuple(part[expert] for part in down)
+
+    def all(self) -> Packed:
+        """The buffers."""
+        parts = tuple(getattr(self, name) for name in self._names)
         return parts[: len(parts) // 2], parts[len(parts) // 2 :]
 
     def give_back(self, expert: int) -> None:
@@ -166,20 +177,60 @@ class StoredExperts(nn.Module):
     def forward(self, x: Tensor, plan: RaggedPlan) -> Tensor:
         """(T, D) in x's dtype. Raises RuntimeError where it would be trained."""
         self._check_use(x)
+        if is_few(len(plan.token_ids_R), self.num_experts) and not self.not_native:
+            return self._few(x.to(self.dtype), plan).to(x.dtype)
         x_TD, start = x.to(self.dtype), 0
         rounded = self.format.dtype if self.format.rounds_rows else torch.float32
         rows = {expert: (own, tiled) for expert, own, tiled in segments(plan.counts_e, len(plan.token_ids_R), rounded)}
         y_RD = x_TD.new_empty(len(plan.token_ids_R), x_TD.shape[1])
         for expert in self.source.order(plan, x_TD.shape[0], list(rows)):
             own, tiled = rows[expert]
-            for probe in self.probes:
-                probe.begin(expert, own.stop - own.start)
-            y_RD[own] = self._one(expert, x_TD, plan, own, tiled)
-            for probe in reversed(self.probes):
-                probe.end(expert)
+            with self._probed(expert, own):
+                y_RD[own] = self._one(expert, x_TD, plan, own, tiled)
             start = max(start, own.stop)
         y_RD[start:].zero_()  # dropped rows
         return sum_rows(y_RD, plan.token_ids_R, plan.rows_TK, x_TD.shape[0]).to(x.dtype)
+
+    @property
+    def not_native(self) -> str:
+        """Why the experts of few rows are not computed by native code; "" if they are."""
+        if self.dtype not in (torch.float32, torch.bfloat16):
+            return f"no native code for a model in {self.dtype}"
+        return unsupported_format(self.format, self.dim, self.hidden_dim, self.activation)
+
+    def _few(self, x_TD: Tensor, plan: RaggedPlan) -> Tensor:
+        """By native code: in one call where all experts are in memory and nobody observes them, else one by one.
+
+        Both give the same bits.
+        """
+        everything = None if self.probes else self.source.all()
+        if everything is not None:
+            return few_experts(x_TD, plan, stacked_of(self.format, *everything))
+        rows, start = {}, 0
+        for expert, count in enumerate(plan.counts_e.tolist()):
+            if count:
+                rows[expert] = slice(start, start + count)
+            start += count
+        y_RD = torch.empty(start, x_TD.shape[1])
+        for expert in self.source.order(plan, x_TD.shape[0], list(rows)):
+            own = rows[expert]
+            with self._probed(expert, own):
+                up, down = self.source.take(expert)
+                try:
+                    weights = stacked_of(self.format, up, down)
+                    rows_of_expert(x_TD, plan.token_ids_R[own], plan.weights_R[own], weights, y_RD[own])
+                finally:
+                    self.source.give_back(expert)
+        return sum_of_rows(y_RD, plan.token_ids_R, x_TD)
+
+    @contextmanager
+    def _probed(self, expert: int, own: slice) -> Iterator[None]:
+        """The observers are told of what is computed in between."""
+        for probe in self.probes:
+            probe.begin(expert, own.stop - own.start)
+        yield
+        for probe in reversed(self.probes):
+            probe.end(expert)
 
     def _one(self, expert: int, x_TD: Tensor, plan: RaggedPlan, own: slice, tiled: slice) -> Tensor:
         """The rows of one expert, which is held only as long as that takes."""

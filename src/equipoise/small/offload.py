@@ -100,6 +100,9 @@ class OffloadedLayer:
         """From memory, or from the file."""
         return self.offload.cache.take((self.layer, expert))
 
+    def all(self) -> None:
+        """They are not all in memory."""
+
     def give_back(self, expert: int) -> None:
         """It may go."""
         self.offload.cache.give_back((self.layer, expert))
