@@ -29,8 +29,8 @@ def architectures(
     """Architectures side by side: the same text, batches and active FLOPs per token, seeds paired.
 
     Each is trained on the embedded corpus; then training steps are timed in turns, decoding by the number of answers
-    at once with p50 and p99 of a step, and long prompts. A width of each architecture is fitted so that torch counts
-    the same FLOPs for all. A difference in loss comes with its 95 % interval: "not worse" means all of it below 0.02
+    at once with p50 and p99 of a step, and long prompts. A width of each architecture is fitted so that all
+    have the same FLOPs. A difference in loss comes with its 95 % interval: "not worse" means all of it below 0.02
     nats. Writes OUT/architectures.json, .md and .png.
 
     Ctrl-C loses nothing: trainings that are done are kept in --out, and the same command goes on.

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from equipoise.bench.architectures.count import fitted, flops_per_token
+from equipoise.layer import Peer, ZeroExperts
+from equipoise.models.attention_experts.configs import MixtureOfAttention, MixtureOfHeads, SwitchHead
 from equipoise.models.config import DecoderConfig, MoEConfig
-from equipoise.routing import Hash, SwitchLoss, TopK
+from equipoise.models.mamba import Mamba
+from equipoise.routing import Hash, SwitchLoss, TopK, ZLoss
 
 BASELINE = "MoE top-2"
 BALANCE = (SwitchLoss(coef=0.02),)
@@ -57,6 +61,31 @@ def _hash(base: DecoderConfig, width: int) -> DecoderConfig:
     return replace(base, moe=moe)
 
 
+def _with(**parts: Any) -> Callable[[DecoderConfig, int], DecoderConfig]:
+    """The baseline's MoE, and other parts of the decoder."""
+
+    def build(base: DecoderConfig, width: int) -> DecoderConfig:
+        return replace(_moe(8, 2)(base, width), **parts)
+
+    return build
+
+
+def _peer(base: DecoderConfig, width: int) -> DecoderConfig:
+    peer = Peer(num_experts=1024, heads=4, k=8, key_dim=16)
+    return replace(base, moe=None, hidden_dim=width, peer=peer, peer_layers=tuple(range(1, base.num_layers, 2)))
+
+
+def _zero(base: DecoderConfig, width: int) -> DecoderConfig:
+    zero = ZeroExperts(zero=1, copy=1, constant=2, weight=0.75)
+    moe = MoEConfig(num_experts=8, hidden_dim=width, router=TopK(k=2), balance=BALANCE, zero_experts=zero)
+    return replace(base, moe=moe)
+
+
+MOA = MixtureOfAttention(
+    num_experts=8, router=TopK(k=4, renormalize="detached"), balance=(SwitchLoss(coef=0.01), ZLoss(coef=0.001))
+)
+MOH = MixtureOfHeads(shared_heads=2, router=TopK(k=4), balance=(SwitchLoss(coef=0.01),))
+
 ARMS: dict[str, Arm] = {
     BASELINE: Arm(_moe(8, 2), 128, "arXiv 2401.04088"),
     "dense, equal FLOPs": Arm(_dense, 256, ""),
@@ -65,4 +94,12 @@ ARMS: dict[str, Arm] = {
     "fine-grained, 32 experts, top-8": Arm(_moe(32, 8), 32, "arXiv 2401.06066"),
     "one routed, one shared": Arm(_moe(7, 1, shared=1), 128, "arXiv 2401.06066"),
     "hash, top-2": Arm(_hash, 128, "arXiv 2106.04426"),
+    "zero-computation experts": Arm(_zero, 128, "arXiv 2410.07348"),
+    "PEER in every second layer": Arm(_peer, 256, "arXiv 2407.04153"),
+    "MoE-Mamba": Arm(_with(mamba=Mamba(expand=1)), 128, "arXiv 2401.04081"),
+    "MoE, mixture of attention": Arm(_with(num_kv_heads=1, attention_moe=MOA), 128, "arXiv 2210.05144"),
+    "MoE, SwitchHead": Arm(
+        _with(num_heads=2, num_kv_heads=None, attention_moe=SwitchHead(num_experts=4, k=2)), 128, "arXiv 2312.07987"
+    ),
+    "MoE, mixture of heads": Arm(_with(num_heads=8, attention_moe=MOH), 128, "arXiv 2410.11842"),
 }

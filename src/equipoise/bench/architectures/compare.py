@@ -201,7 +201,7 @@ def _size_table(models: Mapping[str, Decoder], tokens_BS: Tensor, seconds: Secon
         f"/ {BASELINE}",
     )
     batch, length = tokens_BS.shape
-    note = f"{batch} x {length} tokens, fp32. FLOPs are counted by torch as the model runs."
+    note = f"{batch} x {length} tokens, fp32. FLOPs of the products, `models/flops.py`."
     return Table("size and training step", columns, tuple(rows), note)
 
 

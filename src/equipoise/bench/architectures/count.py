@@ -1,44 +1,19 @@
-"""Active FLOPs of a model, counted as it runs and not derived, and one width that is fitted to them."""
+"""Active FLOPs of a model, and one width that is fitted to them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-
-import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from equipoise.models.config import DecoderConfig
-from equipoise.models.decoder import Decoder
+from equipoise.models.flops import active_flops
 
 _STEP = 8  # widths are multiples of it
-_TOKENS = (4, 64)  # sequences and their length: shares of experts even out over some hundred tokens
 
 
-def flops_per_token(config: DecoderConfig, seq_len: int = _TOKENS[1]) -> float:
-    """Multiplications and additions of a forward, per token, as torch counts them for random tokens.
-
-    The experts' operator is counted by the rows that it is given: torch can't look into operators of ours.
-    """
-    lean = config if config.moe is None else replace(config, moe=replace(config.moe, backend="lean"))
-    torch.manual_seed(0)
-    model = Decoder(lean).eval()
-    tokens_BS = torch.randint(config.vocab_size, (_TOKENS[0], seq_len))
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.equipoise.lean_forward: _of_experts})
-    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # the fused attention of a CPU isn't counted
-        model(tokens_BS)
-    return counter.get_total_flops() / tokens_BS.numel()
-
-
-def _of_experts(
-    x_TD: Tensor, weights_R: Tensor, up_eHD: Tensor, down_eDF: Tensor, token_ids_R: Tensor, *_: object, **__: object
-) -> int:
-    return 2 * len(token_ids_R) * (up_eHD[0].numel() + down_eDF[0].numel())
-
-
-_of_experts._get_raw = True  # type: ignore[attr-defined]  # tensors, not their shapes
+def flops_per_token(config: DecoderConfig, seq_len: int = 64) -> float:
+    """Multiplications and additions of products in a forward, per token (`models/flops.py`, which tests hold against
+    torch's counter)."""
+    return active_flops(config, seq_len).total / seq_len
 
 
 def fitted(build: Callable[[int], DecoderConfig], flops: float, width: int) -> DecoderConfig:
