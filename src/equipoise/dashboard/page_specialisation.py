@@ -144,8 +144,9 @@ class SpecialisationPage:
         told = layer.vocabulary
         set_text(
             self.vocabulary,
-            f"{told.entries:,} words and parts of words are frequent enough. Of their occurrences {percent(told.top_share)} "
-            f"reach the word's first expert, by chance {percent(told.control_top_share)}. Larger words come more often, stronger ones are further beyond chance; · is a space.",
+            f"{told.entries:,} words and parts of words are frequent enough. Of their occurrences "
+            f"{percent(told.top_share)} reach the word's first expert, by chance {percent(told.control_top_share)}. "
+            "Larger words come more often, stronger ones are further beyond chance; · is a space.",
         )
         self.cards.clear()
         with self.cards:
