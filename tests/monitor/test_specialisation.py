@@ -298,7 +298,7 @@ def test_the_file_gives_back_what_was_written(tmp_path):
     (tmp_path / FILE_NAME).write_bytes(roles.to_json())
     back = read_roles(tmp_path)
     assert back.to_json() == roles.to_json()
-    assert replace(back.layers[0], vocabulary=None) == replace(roles.layers[0], vocabulary=None)
+    assert (back.layers[0].tokens, back.layers[0].load) == (roles.layers[0].tokens, roles.layers[0].load)
     assert math.isnan(back.layers[0].vocabulary.control_top_share)  # unknown stays unknown
 
 

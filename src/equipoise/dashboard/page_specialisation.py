@@ -17,12 +17,13 @@ from equipoise.dashboard.charts import short_names
 from equipoise.dashboard.page_run import map_height
 from equipoise.dashboard.runs import RunRef
 from equipoise.dashboard.widgets import Chart, View, chooser, el, fill_chooser, legend, link, page, percent, set_text
-from equipoise.monitor.specialisation import FILE_NAME, SPLITS, LayerRoles, Roles, Served, read_roles
+from equipoise.monitor.specialisation import FILE_NAME, POSITION, SPLITS, LayerRoles, Roles, Served, read_roles
 from equipoise.monitor.store import store_path
 
 TICK_SECONDS = 2.0
 MAX_CARDS = 32  # experts with a card each; the busiest
 CHANCE_TICKS = ("¼ or less", "½", "1 = chance", "2", "4 or more")
+NOTABLE = 1.05  # times chance: nearer to it is not worth a line
 SIZES = 5  # of words, by how often they come
 TITLES = {"domain": "Domains", "token class": "Kinds of tokens", "position": "Positions in the text"}
 HINTS = {
@@ -146,7 +147,7 @@ class SpecialisationPage:
             self.vocabulary,
             f"{told.entries:,} words and parts of words are frequent enough. Of their occurrences "
             f"{percent(told.top_share)} reach the word's first expert, by chance {percent(told.control_top_share)}. "
-            "Larger words come more often, stronger ones are further beyond chance; · is a space.",
+            "Larger words come more often; of the orange ones most occurrences come here; · is a space.",
         )
         self.cards.clear()
         with self.cards:
@@ -165,13 +166,14 @@ def expert_card(layer: LayerRoles, expert: int) -> None:
         with el("ul", "role-groups small"):
             for name in layer.splits:
                 best = layer.best_group(name, expert)
-                if best is not None and best[1] > 1:
-                    el("li", text=f"{best[0]} ×{best[1]:.1f}", title=name)  # noqa: RUF001 - the sign of times
+                where = "position " if name == POSITION else ""
+                if best is not None and best[1] >= NOTABLE:
+                    el("li", text=f"{where}{best[0]} ×{best[1]:.1f}", title=name)  # noqa: RUF001 - the sign of times
         with el("p", "cloud"):
             most = max((word.served for word in layer.tokens[expert]), default=1)
             for word in layer.tokens[expert]:
                 told = f"{word.served} of {word.occurs} occurrences, {word.lift:.1f} times chance"
-                el("span", f"word size-{size_of(word, most)} lift-{lift_of(word)}", shown(word), title=told)
+                el("span", f"word size-{size_of(word, most)} part-{part_of(word)}", shown(word), title=told)
             if not layer.tokens[expert]:
                 el("span", "muted", "no words beyond chance")
 
@@ -187,9 +189,9 @@ def size_of(word: Served, most: int) -> int:
     return max(1, min(SIZES, round(SIZES * (word.served / max(most, 1)) ** 0.5)))
 
 
-def lift_of(word: Served) -> int:
-    """0 below 1.4 times chance, 1 below 2, 2 below 4, 3 above."""
-    return sum(word.lift >= limit for limit in (1.4, 2.0, 4.0))
+def part_of(word: Served) -> int:
+    """0 below a quarter of the word's occurrences, 1 below a half, 2 below nine tenths, 3 above."""
+    return sum(word.served >= limit * word.occurs for limit in (0.25, 0.5, 0.9))
 
 
 def shown(word: Served) -> str:

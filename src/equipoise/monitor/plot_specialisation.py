@@ -21,7 +21,7 @@ MAX_LAYERS, MAX_CLOUDS, MAX_EXPERTS = 6, 3, 16
 NUMBERED = 24  # so many experts have room for the number in the cell
 LINES = ("#0b5cc4", "#b84e00", "#0c6e58", "#8a2f9e", "#56606d", "#a4161a")
 MUTED, BLANK = "#56606d", "#ffffff"
-CARD_WIDTH, CARD_HEIGHT, DPI = 2.9, 1.75, 150  # inches of one expert's cloud
+CARD_WIDTH, CARD_HEIGHT, DPI = 2.9, 1.35, 150  # inches of one expert's cloud
 LETTER = 0.602  # width of a letter of DejaVu Sans Mono, in heights
 LARGEST, SMALLEST = 17.0, 8.0  # points
 
@@ -54,13 +54,13 @@ def draw_maps(roles: Roles, path: Path) -> Path:
 
 
 def draw_cloud(layer: LayerRoles, path: Path) -> Path:
-    """The tokens that each expert serves beyond chance: larger is more occurrences, stronger colour more lift."""
+    """The tokens that each expert serves beyond chance: larger is more of them, stronger colour a larger part of the word."""
     experts = busiest(layer, MAX_EXPERTS)
     columns = min(4, len(experts))
     rows = -(-len(experts) // columns)
     figure = _figure(CARD_WIDTH * columns, 0.5 + CARD_HEIGHT * rows)
     figure.suptitle(
-        f"{layer.layer}: tokens that an expert serves beyond chance"
+        f"{layer.layer}: tokens that an expert serves beyond chance; orange: most of their occurrences"
         + ("" if len(experts) == layer.num_experts else f"; the {len(experts)} busiest of {layer.num_experts} experts"),
         fontsize=11, color=INK, ha="left", x=0.01,
     )  # fmt: skip
@@ -170,7 +170,7 @@ def _draw_card(axes: Any, layer: LayerRoles, expert: int) -> None:
     for token, x, y, size in flow(tokens, 72 * (CARD_WIDTH - 0.2), 72 * (CARD_HEIGHT - 0.38)):
         axes.text(
             x / (72 * (CARD_WIDTH - 0.2)), 1 - y / (72 * (CARD_HEIGHT - 0.38)), printed(token), fontsize=size,
-            family="DejaVu Sans Mono", color=_colour(token.lift), va="top", parse_math=False,
+            family="DejaVu Sans Mono", color=_colour(token), va="top", parse_math=False,
         )  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def printed(token: Served) -> str:
     return text if len(text) <= 14 else text[:13] + "…"
 
 
-def _colour(lift: float) -> str:
-    """From grey at chance to deep orange at four times chance and more."""
-    steps = ("#7d6a58", "#a8601c", "#b84e00", "#853000")
-    return steps[int(np.clip(np.log2(max(lift, 1.0)) * 2, 0, len(steps) - 1))]
+def _colour(word: Served) -> str:
+    """Grey, black, orange, deep orange: below a quarter, a half, nine tenths of its occurrences, and above."""
+    share = word.served / max(word.occurs, 1)
+    return ("#7d8794", "#222222", "#c9590f", "#853000")[sum(share >= limit for limit in (0.25, 0.5, 0.9))]
