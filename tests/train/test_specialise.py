@@ -86,8 +86,12 @@ def test_the_command_writes_the_file_and_pictures(run, tmp_path, capsys):
 
 
 def test_text_of_a_file(run, tmp_path, corpus_file):
-    roles = specialise(run, num_tokens=600, data=str(corpus_file))
-    assert set(roles.layers[0].splits[DOMAIN].groups) <= {"text", "parsing"}
+    roles = specialise(run, num_tokens=8000, data=str(corpus_file))
+    assert roles.layers[0].splits[DOMAIN].groups == ("text", "parsing")
+    assert sum(roles.layers[0].splits[DOMAIN].tokens) == roles.num_tokens
+    one = specialise(run, num_tokens=100, data=str(corpus_file))
+    assert DOMAIN not in one.layers[0].splits
+    assert "all tokens that were routed are of one domain" in one.notes[0]
     assert roles.text == "text of stdlib.jsonl"
     short = tmp_path / "short.jsonl"
     short.write_text(json.dumps({"text": "a b", "domain": "x"}))

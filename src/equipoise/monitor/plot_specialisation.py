@@ -54,7 +54,7 @@ def draw_maps(roles: Roles, path: Path) -> Path:
 
 
 def draw_cloud(layer: LayerRoles, path: Path) -> Path:
-    """The tokens that each expert serves beyond chance: larger is more of them, stronger colour a larger part of the word."""
+    """The tokens that each expert serves beyond chance: larger is more often, orange most of the word."""
     experts = busiest(layer, MAX_EXPERTS)
     columns = min(4, len(experts))
     rows = -(-len(experts) // columns)
@@ -132,8 +132,7 @@ def _draw_map(axes: Any, layer: LayerRoles, kind: str) -> Any:
     if found is None:
         axes.set_axis_off()
         return None
-    colours = LinearSegmentedColormap.from_list("heat", COLD_TO_HOT)
-    colours.set_bad(BLANK)
+    colours = LinearSegmentedColormap.from_list("heat", COLD_TO_HOT).with_extremes(bad=BLANK)
     lift_GE = found.lift_GE
     image = axes.imshow(
         np.log2(np.maximum(lift_GE, 2.0**-6)), cmap=colours, vmin=-SPAN, vmax=SPAN, aspect="auto", interpolation="none"
