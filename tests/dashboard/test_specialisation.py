@@ -26,9 +26,8 @@ def test_cells_have_their_lift_and_blank_where_too_few():
         lift = few.lift_GE[0, expert]
         assert cell["label"]["formatter"] == f"{lift:.1f}"
         assert log == pytest.approx(np.log2(lift), abs=0.01)
-    assert drawn.strongest(replace(ROLES.layers[0], splits={"domain": replace(few, tokens=(1, 1))}), "domain") == (
-        "too few tokens to tell"
-    )
+    single = Split(("a", "b"), (1, 1), ((1, 0, 0, 0), (0, 1, 0, 0)), found.information)
+    assert drawn.strongest(replace(ROLES.layers[0], splits={"domain": single}), "domain") == "too few tokens to tell"
 
 
 @pytest.mark.parametrize("palette", [LIGHT, DARK])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import shlex
 from functools import partial
 from pathlib import Path
@@ -186,7 +187,7 @@ def busiest(layer: LayerRoles) -> list[int]:
 
 def size_of(word: Served, most: int) -> int:
     """1 to 5, by the root of how often it comes, relative to the expert's most frequent word."""
-    return max(1, min(SIZES, round(SIZES * (word.served / max(most, 1)) ** 0.5)))
+    return max(1, min(SIZES, round(SIZES * math.sqrt(word.served / max(most, 1)))))
 
 
 def part_of(word: Served) -> int:
