@@ -216,6 +216,7 @@ def roles_of(
         groups[DOMAIN] = present[documents_T]
         controls[DOMAIN] = documents_swapped(present, documents_T, NUM_CONTROLS, seed=0)
     turned = windows_turned(tokens_T, text.window, NUM_CONTROLS_VOCABULARY, seed=0)
+    controls_by_id = {id: name for name, id in tokenizer.controls.items()}
     limit = max(1, min(MAX_TOKENS_SHOWN, MAX_TOKENS_IN_ALL // sum(late.num_experts.values())))
 
     def of_layer(layer: str) -> LayerRoles:
@@ -231,7 +232,13 @@ def roles_of(
                 if kind in groups
             },
             vocabulary=vocabulary(tokens_T, assignments, num_experts, turned),
-            tokens=most_served(tokens_T, assignments, num_experts, lambda id: _shown(pieces[id], id), limit),
+            tokens=most_served(
+                tokens_T,
+                assignments,
+                num_experts,
+                lambda id: _shown(pieces[id], controls_by_id.get(id, f"<{id}>")),
+                limit,
+            ),
         )
 
     return tuple(of_layer(layer) for layer in late.assignments)
@@ -254,10 +261,10 @@ def _domain_notes(text: RoutedText) -> tuple[str, ...]:
     return (f"all tokens that were routed are of one domain, {text.stream.domains[int(domains[0])]}; raise --tokens",)
 
 
-def _shown(piece: bytes, id: int) -> str:
-    """A token as text: white space as its letter in `repr`, a leading space kept, bytes that are no text in hex."""
+def _shown(piece: bytes, name: str) -> str:
+    """A token as text: line ends as in `repr`, spaces kept, bytes that are no text in hex, no bytes by its name."""
     if not piece:
-        return f"<{id}>"
+        return name[:MAX_TEXT]
     try:
         text = piece.decode()
     except UnicodeDecodeError:
