@@ -24,6 +24,7 @@ from equipoise.commands.place import place
 from equipoise.commands.plan import plan
 from equipoise.commands.serve import serve
 from equipoise.commands.simulate import simulate
+from equipoise.commands.specialise import specialise
 from equipoise.commands.train import RecipeName, reporter_of, train
 from equipoise.dashboard.command import dashboard
 from equipoise.disk.files import free_folder
@@ -161,6 +162,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "watch": watching.watch,
     "triage": watching.triage,
     "diagnose": watching.diagnose,
+    "specialise": specialise,
     "dashboard": dashboard,
     "serve": serve,
     "exporter": metrics.exporter,

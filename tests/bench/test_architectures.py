@@ -29,8 +29,8 @@ def test_flops_by_hand():
     assert flops_per_token(config) == 2 * weights + 4 * 64 * 16
 
 
-def of_experts(x_TD, weights_R, up_eHD, down_eDF, token_ids_R, *_, **__):
-    return 2 * len(token_ids_R) * (up_eHD[0].numel() + down_eDF[0].numel())
+def of_experts(x_TD, weights_R, up_eHD, down_eDF, token_ids_R, rows_TK, counts_e, *_, **__):
+    return 2 * int(counts_e.sum()) * (up_eHD[0].numel() + down_eDF[0].numel())
 
 
 of_experts._get_raw = True  # tensors, not their shapes

@@ -6,6 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
+from equipoise.monitor.specialisation import (
+    Information,
+    LayerRoles,
+    Roles,
+    Saturation,
+    Served,
+    Split,
+    Vocabulary,
+)
 from equipoise.monitor.stats import RoutingSums, routing_stats
 from equipoise.monitor.store import RunStore
 from equipoise.types import Action, Alert, CoSelection, Finding, RoutingStats
@@ -159,3 +168,24 @@ def write_ladder(path: Path) -> Path:
         for action in actions:
             store.action(action)
     return path
+
+
+def make_roles(words=("the", " self"), num_experts=4, layers=("layers.0.mlp", "layers.1.mlp")) -> Roles:
+    """What two layers serve: 60 tokens of two domains, counts that differ by expert; expert 0 has no words."""
+    told = Information(0.1, 0.001, 0.01, 0.02, 0.002, 0.69)
+    counts = tuple(tuple(10 + (7 * e + 3 * g) % 11 for e in range(num_experts)) for g in range(2))
+    load = tuple(map(sum, zip(*counts, strict=True)))
+    served = tuple(Served(i, word, 12 - i, 20, 2.5) for i, word in enumerate(words))
+    found = tuple(
+        LayerRoles(
+            layer=name,
+            num_tokens=60,
+            load=load,
+            splits={"domain": Split(("python", "verse"), (30, 30), counts, told)},
+            vocabulary=Vocabulary(7, 0.8, 0.3, told),
+            tokens=((),) + (served,) * (num_experts - 1),
+        )
+        for name in layers
+    )
+    curves = [dict.fromkeys(layers, pair) for pair in ((0.6, 1.0), (0.5, 0.5))]
+    return Roles(20, "a text", 60, 4, 30, found, Saturation((10, 20), *curves))

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 from tests.dashboard.conftest import serving
-from tests.dashboard.stores import together, window, write_ladder, write_run
+from tests.dashboard.stores import make_roles, together, window, write_ladder, write_run
 
 from equipoise.dashboard.runs import run_ref
 from equipoise.monitor.alerts import AlertBook
 from equipoise.monitor.detectors import CollapseDetector
+from equipoise.monitor.specialisation import FILE_NAME
 from equipoise.monitor.store import RunStore
 from equipoise.types import Action
 
@@ -298,6 +299,34 @@ class TestHands:
         page.locator(".chooser select").first.select_option("layers.1.mlp")
         expect(page.locator("p", has_text="Each token has one expert")).to_be_visible()
         expect(figure).to_be_hidden()
+
+    def test_what_the_experts_serve(self, server, folder, visit, expect):
+        run = folder / "ladder"
+        seen = visit()
+        page = seen.open(f"{server.base}/run/{run_ref(run).id}")
+        page.locator("a", has_text="Specialisation").click()
+        page.wait_for_function("window.did_handshake === true")
+        expect(page.locator(".command")).to_have_text(f"equipoise specialise {run}")
+        expect(page.locator("figure", has_text="Domains")).to_be_hidden()
+        (run / FILE_NAME).write_bytes(make_roles(words=("the", HOSTILE[0][:20])).to_json())
+        figure = page.locator("figure", has_text="Domains")
+        expect(figure.locator(".reading")).to_contain_text("times chance")  # it has appeared by itself
+        expect(figure.locator("canvas").first).to_be_visible()
+        expect(page.locator(".command")).to_be_hidden()
+        expect(page.locator(".role-card")).to_have_count(4)
+        expect(page.locator(".role-card").first).to_contain_text("no words beyond chance")
+        expect(page.locator(".role-card").nth(1).locator(".word")).to_have_text(["the", HOSTILE[0][:20]])
+        page.locator(".chooser select").select_option("layers.0.mlp")
+        expect(page).to_have_url(re.compile(r"layer=layers\.0\.mlp"))
+        expect(page.locator("figure", has_text="as they end").locator(".reading")).to_have_text(
+            "by chance 50 % in layers.0.mlp"
+        )
+        (run / FILE_NAME).write_bytes(b"{")
+        expect(page.locator(".error").first).to_contain_text("make it anew with equipoise specialise")
+        expect(figure).to_be_hidden()
+        (run / FILE_NAME).unlink()
+        expect(page.locator(".command")).to_be_visible()
+        assert seen.errors == []
 
     def test_an_incident_and_the_way_back(self, server, folder, visit, expect):
         page = visit().open(f"{server.base}/run/{run_ref(folder / 'good').id}")

@@ -67,6 +67,15 @@ def evenness_map(even: Evenness, palette: Palette) -> Options:
     return options
 
 
+def value_map(times_RE: np.ndarray, rows: Sequence[str], palette: Palette, tip: str) -> Options:
+    """Experts (across) against rows (down), coloured by how many times of chance or of fair a cell is."""
+    names = list(map(str, range(times_RE.shape[1])))
+    options = _map(names, list(rows), _packed(heat_values(times_RE), 100), palette, tip)
+    options["visualMap"] |= {"min": -HEAT_SPAN, "max": HEAT_SPAN, "inRange": {"color": list(palette.heat)}}
+    options["xAxis"] |= {"name": "expert", "nameLocation": "middle", "nameGap": 24}
+    return options
+
+
 def together_map(pairs: Together, palette: Palette) -> Options:
     """How often each two experts are chosen together, relative to chance."""
     names = list(map(str, pairs.experts))
@@ -228,16 +237,20 @@ def _packed(values_RC: np.ndarray, scale: int) -> Options:
 
 def _numbered(load_LE: np.ndarray, palette: Palette) -> list[Options]:
     """Cells with their number in them, and a cross for the dead."""
-    at_the_ends = "#ffffff" if palette is LIGHT else "#0d1015"  # the ends of its ramp are dark, of the other's bright
     cells = []
     for (row, expert), load in np.ndenumerate(load_LE):
         if math.isnan(load):
             continue
         value = [expert, row, heat_value(load)]
-        colour = at_the_ends if abs(value[2]) > 0.6 * HEAT_SPAN else palette.ink
         text = DEAD_SIGN if load < DEAD_LOAD else f"{load:.1f}" if load < 9.95 else f"{load:.0f}"
-        cells.append({"value": value, "label": {"color": colour, "formatter": text}})
+        cells.append({"value": value, "label": cell_label(text, abs(value[2]) > 0.6 * HEAT_SPAN, palette)})
     return cells
+
+
+def cell_label(text: str, at_the_end: bool, palette: Palette) -> Options:
+    """What stands in a cell; at_the_end: of the ramp, which is dark in the light theme and bright in the other."""
+    colour = ("#ffffff" if palette is LIGHT else "#0d1015") if at_the_end else palette.ink
+    return {"color": colour, "formatter": text}
 
 
 def _legend(palette: Palette) -> Options:

@@ -81,6 +81,7 @@ class RunPage:
             el("h1", text=self.ref.label)
             self.pill = el("span", "pill", role="status")
             self.subtitle = el("span", "muted")
+            link("Specialisation", f"/run/{self.ref.id}/specialisation")
         self.error = el("p", "card error", role="alert")
         self.banners = el("div", "banners", aria_live="polite")
         with el("div", "body") as self.body:

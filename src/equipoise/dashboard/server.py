@@ -124,6 +124,7 @@ def _add_pages(hub: Hub) -> None:
     from equipoise.dashboard.page_incident import incident_page
     from equipoise.dashboard.page_run import run_page
     from equipoise.dashboard.page_runs import runs_page
+    from equipoise.dashboard.page_specialisation import specialisation_page
 
     async def runs(request: Request) -> None:
         await runs_page(_view(hub, request))
@@ -138,11 +139,17 @@ def _add_pages(hub: Hub) -> None:
         ref = hub.runs.get(run_id)
         await (incident_page(view, ref, key, since) if ref else _unknown(view))
 
+    async def specialisation(request: Request, run_id: str, layer: str = "") -> None:
+        view = _view(hub, request)
+        ref = hub.runs.get(run_id)
+        await (specialisation_page(view, ref, layer) if ref else _unknown(view))
+
     async def compare(request: Request, a: str = "", b: str = "") -> None:
         await compare_page(_view(hub, request), a, b)
 
     pages: dict[str, Callable[..., Any]] = {"/": runs, "/run/{run_id}": run, "/compare": compare}
-    for path, function in (pages | {"/run/{run_id}/incident": incident}).items():
+    pages |= {"/run/{run_id}/incident": incident, "/run/{run_id}/specialisation": specialisation}
+    for path, function in pages.items():
         function.__annotations__["request"] = Request  # annotations are text here; the router needs the type itself
         ui.page(path, response_timeout=30.0)(function)
 

@@ -33,7 +33,7 @@ def draw_layer_load(
     history: Sequence[RoutingStats], path: str | Path, *, marks: Mapping[str, int] | None = None
 ) -> Path:
     """The same, of a layer's records by step, at least one."""
-    figure_type, canvas_type = _matplotlib()
+    figure_type, canvas_type = matplotlib_parts()
     figure = figure_type(figsize=(9.0, 5.4), dpi=150, layout="constrained")
     canvas_type(figure)
     top, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -120,7 +120,7 @@ def _draw_marks(top: Any, below: Any, marks: Mapping[str, int]) -> None:
         )
 
 
-def _matplotlib() -> tuple[Any, Any]:
+def matplotlib_parts() -> tuple[Any, Any]:
     """The figure and the canvas that draws it into memory; never pyplot, whose state is global."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from equipoise.models.decoder import Decoder
+from equipoise.monitor.specialisation_counts import mutual_information
 from equipoise.train.data import TokenStream, eval_batches, eval_windows
 from equipoise.train.sources import DataError
 from equipoise.train.step import autocast
@@ -91,17 +92,6 @@ class Specialisation:
         }
 
 
-def mutual_information(counts_DE: np.ndarray) -> float:
-    """I(D; E) in nats of a table of counts: sum p(d, e) ln(p(d, e) / (p(d) p(e))). 0 when nothing was counted."""
-    total = counts_DE.sum()
-    if total == 0:
-        return 0.0
-    joint = counts_DE / total
-    independent = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
-    seen = joint > 0
-    return max(0.0, float((joint[seen] * np.log(joint[seen] / independent[seen])).sum()))
-
-
 def specialisation(text: RoutedText, num_shuffles: int = NUM_SHUFFLES, seed: int = 0) -> list[Specialisation]:
     """One record per layer.
 
@@ -142,11 +132,18 @@ def _of_layer(text: RoutedText, layer: str, domains_T: np.ndarray, controls: Seq
 
 @torch.no_grad()
 def route_text(
-    model: Decoder, stream: TokenStream, batch_size: int, seq_len: int, max_batches: int, bf16: bool
+    model: Decoder,
+    stream: TokenStream,
+    batch_size: int,
+    seq_len: int,
+    max_batches: int,
+    bf16: bool,
+    advance: Callable[[int], None] = lambda num_tokens: None,
 ) -> RoutedText:
     """Run windows spread evenly over the stream through the model, in eval, and note who goes where.
 
-    Pause the recorder first. The model's mode is put back after.
+    advance: called with the number of tokens of each batch. Pause the recorder first. The model's mode is put back
+    after.
     """
     device = next(model.parameters()).device
     layers = model.moe_layers
@@ -161,6 +158,7 @@ def route_text(
                 model(batch.tokens_BS.to(device))
             first_tokens.append(num_tokens)
             num_tokens += batch.tokens_BS.numel()
+            advance(batch.tokens_BS.numel())
     finally:
         model.train(was_training)
         for handle in handles:

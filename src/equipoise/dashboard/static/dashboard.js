@@ -65,6 +65,10 @@ window.eqp = (() => {
   const evenTip = (p) => `${row(p)}, step ${p.name}\n${share(p.value[2])} of its experts in effect`;
   const togetherTip = (p) =>
     `experts ${row(p)} and ${p.name}\n${p.value[2] <= -6 ? "never, or below 1/64" : number(2 ** p.value[2])} × chance`;
+  const servedTip = (p) => {
+    const times = p.value[2] <= -6 ? "never, or below 1/64" : number(2 ** p.value[2]);
+    return `${row(p)}, expert ${p.value[0]}\n${times} × chance`;
+  };
   const againstTip = (p) => `experts ${row(p)} and ${p.name}\n${number(2 ** p.value[2])} × as in the first`;
   // Cells of a map, packed by charts.py as little-endian int16 in base64. Raw: Vue need not watch thousands of arrays.
   const cells = (packed, columns, scale) => {
@@ -96,5 +100,5 @@ window.eqp = (() => {
     button.textContent = "Copied";
     setTimeout(() => (button.textContent = before), 1500);
   };
-  return { cells, copyLink, cycle, show, theme, number, share, heatTip, historyTip, evenTip, togetherTip, againstTip, slide };
+  return { cells, copyLink, cycle, show, theme, number, share, heatTip, historyTip, evenTip, togetherTip, againstTip, servedTip, slide };
 })();
