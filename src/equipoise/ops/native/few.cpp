@@ -125,23 +125,28 @@ void dots(const typename K::Weight* w, long length, const typename K::In* const*
         for (int n = 0; n < N; n++) out[n * stride + c] = sum_of(_mm512_add_ps(even[c][n], odd[c][n]));
 }
 
-constexpr int PAIR = 2;  // rows of w at a time
 constexpr int MOST = 4;  // rows of x at a time
 
-// out[n * stride + c] for `channels` (even) rows of w and any number of rows x.
+// out[n * stride + c] for `channels` rows of w, C at a time, and any number of rows x.
+template <class K, int C>
+void in_steps_of(const typename K::Weight* w, long channels, long length, const typename K::In* const* x, long rows,
+                 float* out, long stride) {
+    for (long c = 0; c < channels; c += C) {
+        const auto* at = w + c * length;
+        long n = 0;
+        for (; n + MOST <= rows; n += MOST) dots<K, C, MOST>(at, length, x + n, out + n * stride + c, stride);
+        auto* rest = out + n * stride + c;
+        if (rows - n == 3) dots<K, C, 3>(at, length, x + n, rest, stride);
+        if (rows - n == 2) dots<K, C, 2>(at, length, x + n, rest, stride);
+        if (rows - n == 1) dots<K, C, 1>(at, length, x + n, rest, stride);
+    }
+}
+
+// The same. With few rows memory is the limit, which one run of weights reads faster than two; channels are even.
 template <class K>
 void product(const typename K::Weight* w, long channels, long length, const typename K::In* const* x, long rows,
              float* out, long stride) {
-    for (long c = 0; c < channels; c += PAIR) {
-        const auto* at = w + c * length;
-        long n = 0;
-        for (; n + MOST <= rows; n += MOST) dots<K, PAIR, MOST>(at, length, x + n, out + n * stride + c, stride);
-        auto* rest = out + n * stride + c;
-        if (rows - n == 3) dots<K, PAIR, 3>(at, length, x + n, rest, stride);
-        if (rows - n == 2) dots<K, PAIR, 2>(at, length, x + n, rest, stride);
-        if (rows - n == 1)
-            for (int k = 0; k < PAIR; k++) dots<K, 1, 1>(at + k * length, length, x + n, rest + k, stride);
-    }
+    (rows <= MOST ? in_steps_of<K, 1> : in_steps_of<K, 2>)(w, channels, length, x, rows, out, stride);
 }
 
 // ------------------------------------------------------------------ int4
