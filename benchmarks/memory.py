@@ -19,6 +19,7 @@ from equipoise.models.decoder import Decoder, cross_entropy_sum
 from equipoise.train.config import TrainConfig
 from equipoise.train.recipes import RECIPES
 
+
 def layer_table(config: TrainConfig, effort: Effort) -> Table:
     """The recipe's MoE layer alone, and its whole model, with and without recomputing the experts in backward."""
     tokens_BS = torch.randint(config.model.vocab_size, (config.batch_size, config.data.seq_len))

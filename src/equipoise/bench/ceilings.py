@@ -7,8 +7,10 @@ ceiling, products of dense matrices of the same active arithmetic, stands in `de
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from equipoise.bench.harness import Spread, spread
 
@@ -25,7 +27,11 @@ def read_bandwidth(num_bytes: int = BUFFER, seconds: float = MIN_SECONDS) -> Spr
     """
     buffer = torch.ones(num_bytes // 4)
     matrix, vector = buffer.view(-1, 4096)[: num_bytes // 16384], torch.ones(4096)
-    readers = (buffer.sum, buffer.max, lambda: matrix.mv(vector))
+    readers: tuple[Callable[[], Tensor], ...] = (
+        lambda: buffer.sum(),
+        lambda: buffer.max(),
+        lambda: matrix.mv(vector),
+    )
     rates: list[list[float]] = [[] for _ in readers]
     for reader in readers:
         reader()

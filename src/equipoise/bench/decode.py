@@ -23,7 +23,6 @@ from equipoise.bench.variants import available, inference_errors, variants
 from equipoise.small import expert_bytes, quantize_experts
 
 POOL = 256  # tokens to choose from
-SECONDS = 0.05  # per round and variant, at least: one call is too short for a clock
 OURS = "equipoise auto"
 QUANTISED = {"equipoise int8": 8, "equipoise int4": 4}
 
@@ -31,7 +30,10 @@ QUANTISED = {"equipoise int8": 8, "equipoise int4": 4}
 def measure(
     shape: Shape, sizes: Sequence[int], dtype: torch.dtype, effort: Effort, only: tuple[str, ...] = ()
 ) -> Iterator[Table | str]:
-    """A table for each number of tokens, and notes about what was left out."""
+    """A table for each number of tokens, and notes about what was left out.
+
+    effort: with least seconds per round and variant: one call is too short for a clock.
+    """
     problem = make_problem(shape, max(POOL, *sizes), dtype)
     every, bandwidth = decode_variants(), read_bandwidth()
     built: dict[str, Layer] = {}
@@ -45,7 +47,7 @@ def measure(
         layers = {name: built[name] for name in candidates}
         errors = inference_errors(problem, candidates, layers, num_tokens)
         effort.progress.begin(f"{shape.name}, T={num_tokens}: decoding")
-        yield table(problem, layers, num_tokens, errors, bandwidth, effort.filling(min(SECONDS, effort.min_seconds)))
+        yield table(problem, layers, num_tokens, errors, bandwidth, effort)
 
 
 def decode_variants() -> tuple[Candidate, ...]:
@@ -80,7 +82,7 @@ def touched_experts(problem: Problem, num_tokens: int) -> float:
     """How many experts the tokens of a call use, on average over the calls."""
     scores_TE = problem.x_TD.float() @ problem.router_ED.float().t()
     ids_TK = scores_TE.topk(problem.shape.top_k, dim=-1).indices
-    used = [len(ids_TK[window].unique()) for window in windows(num_tokens, len(problem.x_TD))]
+    used = [len(set(ids_TK[window].flatten().tolist())) for window in windows(num_tokens, len(problem.x_TD))]
     return sum(used) / len(used)
 
 
@@ -130,11 +132,21 @@ def table(
             )
         )
     rows.append(("memory, read", None, None, bandwidth.times(1 / GB), 1.0, None, None, None))
-    columns = ("decode", "us", "tokens/s", "GB/s", "of the memory's", "speed / equipoise", "speed / transformers", "error")
+    columns = (
+        "decode",
+        "us",
+        "tokens/s",
+        "GB/s",
+        "of the memory's",
+        "speed / equipoise",
+        "speed / transformers",
+        "error",
+    )
+    auto, peer = picked(problem, num_tokens, training=False), theirs or "none of them, which were left out"
     note = (
-        f"{touched:.1f} experts of {problem.shape.num_experts} are read per call, the dense block has K experts' worth. "
-        f"speed / equipoise: against {OURS}, which is {picked(problem, num_tokens, training=False)} here; 2 is twice as "
-        f"fast. speed / transformers: against {theirs or 'none of them, which was left out'}, its fastest here."
+        f"{touched:.1f} experts of {problem.shape.num_experts} are read per call, by the dense block K experts' worth. "
+        f"speed / equipoise: against {OURS}, which is {auto} here; 2 is twice as fast. "
+        f"speed / transformers: against {peer}, its fastest here."
     )
     return Table(described(problem, num_tokens), columns, tuple(rows), note)
 

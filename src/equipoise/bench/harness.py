@@ -40,7 +40,7 @@ class Variant:
 
     name: str
     run: Callable[[], object]
-    reset: Callable[[], None] = lambda: None
+    reset: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)

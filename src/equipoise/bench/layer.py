@@ -105,8 +105,8 @@ def memory_table(problem: Problem, layers: Mapping[str, Layer]) -> Table:
     formula = lean_formula(len(x_TD), shape.dim, shape.hidden_dim, shape.top_k, x_TD.dtype.itemsize) / MIB
     rows = tuple((name, mib, mib / ours if ours else None, mib / formula) for name, mib in kept.items())
     text = (
-        f"The input is counted, parameters are not. formula: 2TD + 4TKF in bf16, twice that in fp32, {formula:.1f} MiB; "
-        "the router's logits, probabilities and indices come on top."
+        f"The input is counted, parameters are not. formula: 2TD + 4TKF in bf16, twice that in fp32, {formula:.1f} "
+        "MiB; the router's logits, probabilities and indices come on top."
     )
     columns = ("kept for backward", "MiB", "memory / equipoise", "memory / formula")
     return Table(described(problem, len(x_TD)), columns, rows, text)

@@ -108,14 +108,19 @@ def announce(what: str) -> None:
 
 
 def emit(report: Report, options: argparse.Namespace) -> None:
-    """Print the tables, or the JSON instead when it goes to stdout; write what was asked for."""
-    if options.markdown:
-        Path(options.markdown).write_text(markdown(report), encoding="utf-8")
-    if options.json == "-":
+    """What the options of `add_output_arguments` ask for."""
+    write(report, options.json, options.markdown and Path(options.markdown))
+
+
+def write(report: Report, json_to: str | None, markdown_to: Path | None) -> None:
+    """Print the tables, or the JSON instead when it goes to stdout ("-"); write what was asked for."""
+    if markdown_to:
+        markdown_to.write_text(markdown(report), encoding="utf-8")
+    if json_to == "-":
         print(as_json(report))
         return
-    if options.json:
-        Path(options.json).write_text(as_json(report) + "\n", encoding="utf-8")
+    if json_to:
+        Path(json_to).write_text(as_json(report) + "\n", encoding="utf-8")
     print_tables(report)
 
 

@@ -14,9 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from equipoise.bench.harness import Effort, Seconds, fastest, ratio, spread
 from equipoise.bench.peers import trainer
 from equipoise.bench.peers.mixtral import LOGITS_LIMIT, logits_error, mixtral_of
@@ -24,7 +21,6 @@ from equipoise.bench.problem import LeftOutError
 from equipoise.bench.report import Table
 from equipoise.layer import reduce_and_update
 from equipoise.models.decoder import Decoder
-from equipoise.monitor.recorder import Recorder
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import Batch, Loader, TokenData
 from equipoise.train.loop import Trainer
@@ -71,7 +67,6 @@ def own_steps(model: Decoder, config: TrainConfig, data: TokenData) -> Steps:
     """The loop's step without a run around it: no monitor, no store."""
     optimizer, alone = build_optimizer(model, config.optim), Alone(list(model.parameters()))
     loader = Loader(data.train, config.batch_size, config.data.seq_len, config.seed)
-    recorder = Recorder(nn.Module())  # of nothing
     number = 0
 
     def run(steps: int) -> float:
@@ -80,7 +75,7 @@ def own_steps(model: Decoder, config: TrainConfig, data: TokenData) -> Steps:
         for _ in range(steps):
             number += 1
             batch: Batch = loader.next_batch()
-            gradients(model, [batch], number, config.bf16, recorder)
+            gradients(model, [batch], number, config.bf16, None)
             alone.clip(config.optim.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -114,7 +109,9 @@ def their_steps(model: Decoder, config: TrainConfig, data: TokenData, folder: Pa
         error = logits_error(model.eval(), theirs)
         model.train()
         if not error <= LOGITS_LIMIT:
-            raise ValueError(f"{name}: expected the same logits within {LOGITS_LIMIT:g}, got {error:.2g}; mend mixtral_of")
+            raise ValueError(
+                f"{name}: expected the same logits within {LOGITS_LIMIT:g}, got {error:.2g}; mend mixtral_of"
+            )
         sides[name] = trainer.steps_of(theirs, implementation, balanced, config, loader, folder)
     return sides
 
@@ -166,8 +163,8 @@ def table(config: TrainConfig, size: Sized, seconds: Seconds) -> Table:
     columns = ("training step", "ms", "tokens/s", "speed / transformers", "speed / equipoise")
     title = f"{config.name}: {tokens} tokens, {'bf16 autocast' if config.bf16 else 'fp32'}"
     note = (
-        f"{size.num_parameters / 1e6:.1f} million parameters, of which a token uses {size.num_active / 1e6:.1f}, the same "
-        f"function in both. Forward, backward, clipping, AdamW. speed / transformers: against {base}; "
+        f"{size.num_parameters / 1e6:.1f} million parameters, of which a token uses {size.num_active / 1e6:.1f}, the "
+        f"same function in both. Forward, backward, clipping, AdamW. speed / transformers: against {base}; "
         f"speed / equipoise: against {LOOP!r}, which is watched and keeps its records."
     )
     return Table(title, columns, rows, note)

@@ -43,7 +43,11 @@ def variants() -> tuple[Candidate, ...]:
 
 
 def available(
-    candidates: tuple[Candidate, ...], problem: Problem, num_tokens: int, only: tuple[str, ...] = (), training: bool = False
+    candidates: tuple[Candidate, ...],
+    problem: Problem,
+    num_tokens: int,
+    only: tuple[str, ...] = (),
+    training: bool = False,
 ) -> tuple[dict[str, Candidate], list[str]]:
     """(the variants of those asked for that can run with so many tokens, a note for each that can't).
 
@@ -69,9 +73,7 @@ def limit_of(candidate: Candidate, dtype: torch.dtype) -> float:
     return LIMITS.get(candidate.computes, ERROR_LIMITS)[dtype]
 
 
-def trained_layers(
-    problem: Problem, candidates: Mapping[str, Candidate]
-) -> tuple[dict[str, Layer], dict[str, float]]:
+def trained_layers(problem: Problem, candidates: Mapping[str, Candidate]) -> tuple[dict[str, Layer], dict[str, float]]:
     """(the built layers, their relative errors against fp32, in output and gradients).
 
     Raises ValueError when one computes something else.

@@ -6,7 +6,7 @@ a capacity at which these tokens are not dropped: then it computes what the othe
 
 from __future__ import annotations
 
-from importlib.util import find_spec
+from importlib import import_module
 
 import torch
 import torch.nn.functional as fn
@@ -33,15 +33,12 @@ class SwiGLU(nn.Module):
 
 def st_moe(problem: Problem) -> Layer:
     """Its MoE with its own gating."""
-    from st_moe_pytorch import MoE
-
     shape = problem.shape
     experts = [
-        SwiGLU(up.contiguous(), down.contiguous())
-        for up, down in zip(problem.up_EHD, problem.down_EDF, strict=True)
+        SwiGLU(up.contiguous(), down.contiguous()) for up, down in zip(problem.up_EHD, problem.down_EDF, strict=True)
     ]
     factor = SLACK * shape.top_k  # its capacity is of one choice per token
-    module = MoE(
+    module = import_module("st_moe_pytorch").MoE(
         dim=shape.dim, num_experts=shape.num_experts, gating_top_n=shape.top_k, experts=nn.ModuleList(experts),
         threshold_train=0.0, threshold_eval=0.0, capacity_factor_train=factor, capacity_factor_eval=factor,
         straight_through_dispatch_tensor=False,
@@ -59,7 +56,7 @@ def st_moe(problem: Problem) -> Layer:
 def needs_st_moe(shape: Shape, num_tokens: int, dtype: torch.dtype) -> None:
     """Raise LeftOutError where it is not there, or its one-hot tensors would be too large, or it would drop tokens."""
     try:
-        import st_moe_pytorch  # noqa: F401
+        import_module("st_moe_pytorch")
     except ImportError:
         raise LeftOutError("st-moe-pytorch is not installed; pip install 'equipoise[bench]'") from None
     if shape.top_k < 2:

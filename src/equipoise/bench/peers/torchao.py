@@ -7,6 +7,7 @@ int8 with one scale per output channel. For decoding.
 from __future__ import annotations
 
 import warnings
+from importlib import import_module
 
 import torch
 import torch.nn.functional as fn
@@ -21,12 +22,12 @@ def torchao_int8(problem: Problem) -> Layer:
     """A loop over the busy experts."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+        quantization = import_module("torchao.quantization")
 
         module = nn.ModuleList()
         for up_HD, down_DF in zip(problem.up_EHD, problem.down_EDF, strict=True):
             expert = nn.ModuleList([_linear(up_HD), _linear(down_DF)])
-            quantize_(expert, Int8WeightOnlyConfig())
+            quantization.quantize_(expert, quantization.Int8WeightOnlyConfig())
             module.append(expert)
     router_ED = problem.router_ED
 
@@ -34,9 +35,9 @@ def torchao_int8(problem: Problem) -> Layer:
         weights_TK, ids_TK = fn.linear(x_TD.float(), router_ED.float()).softmax(-1).topk(problem.shape.top_k, dim=-1)
         weights_TK = (weights_TK / weights_TK.sum(-1, keepdim=True)).to(x_TD.dtype)
         y_TD = torch.zeros_like(x_TD)
-        for expert in ids_TK.unique().tolist():
+        for expert in sorted(set(ids_TK.flatten().tolist())):
             tokens, slots = (ids_TK == expert).nonzero(as_tuple=True)
-            up, down = module[expert]  # type: ignore[misc]  # a list of two
+            up, down = module[expert]
             gate, value = up(x_TD[tokens]).chunk(2, dim=-1)
             y_TD.index_add_(0, tokens, down(fn.silu(gate) * value) * weights_TK[tokens, slots, None])
         return y_TD
@@ -54,7 +55,7 @@ def _linear(weight_OI: Tensor) -> nn.Linear:
 def needs_torchao(shape: Shape, num_tokens: int, dtype: torch.dtype) -> None:
     """Raise LeftOutError where it is not there, or for more tokens than it is measured with."""
     try:
-        import torchao  # noqa: F401
+        import_module("torchao")
     except ImportError:
         raise LeftOutError("torchao is not installed; pip install torchao") from None
     if num_tokens > MAX_TOKENS:

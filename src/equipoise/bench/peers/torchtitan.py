@@ -6,6 +6,8 @@ torchtitan triton spmd-types` into an environment of its own. Its experts comput
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 from torch import nn
 
@@ -14,25 +16,24 @@ from equipoise.bench.problem import Candidate, Layer, LeftOutError, Problem, Sha
 
 def torchtitan_moe(problem: Problem) -> Layer:
     """Its MoE with softmax scores, normalised over the K best."""
-    from torchtitan.models.common.linear import Linear
-    from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts, TokenChoiceTopKRouter
-    from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
-
+    common = "torchtitan.models.common"
+    moe, linear = import_module(f"{common}.moe"), import_module(f"{common}.linear")
+    dispatcher = import_module(f"{common}.token_dispatcher")
     D, F, E, K = (getattr(problem.shape, name) for name in ("dim", "hidden_dim", "num_experts", "top_k"))
-    gate = Linear.Config(in_features=D, out_features=E, bias=False)
-    config = MoE.Config(
+    gate = linear.Linear.Config(in_features=D, out_features=E, bias=False)
+    config = moe.MoE.Config(
         num_experts=E,
-        routed_experts=RoutedExperts.Config(
-            inner_experts=GroupedExperts.Config(dim=D, hidden_dim=F, num_experts=E),
-            token_dispatcher=LocalTokenDispatcher.Config(num_experts=E, top_k=K),
+        routed_experts=moe.RoutedExperts.Config(
+            inner_experts=moe.GroupedExperts.Config(dim=D, hidden_dim=F, num_experts=E),
+            token_dispatcher=dispatcher.LocalTokenDispatcher.Config(num_experts=E, top_k=K),
         ),
-        router=TokenChoiceTopKRouter.Config(
+        router=moe.TokenChoiceTopKRouter.Config(
             num_experts=E, gate=gate, top_k=K, score_func="softmax", route_norm=True
         ),
         load_balance_coeff=None,
     )
     with torch.device("meta"):
-        module = MoE(config)
+        module = moe.MoE(config)
     experts = module.routed_experts.inner_experts
     gate_EFD, value_EFD = (half.contiguous() for half in problem.up_EHD.chunk(2, dim=1))
     module.router.gate.weight = nn.Parameter(problem.router_ED)
@@ -50,9 +51,11 @@ def torchtitan_moe(problem: Problem) -> Layer:
 def needs_torchtitan(shape: Shape, num_tokens: int, dtype: torch.dtype) -> None:
     """Raise LeftOutError where it can't be imported, or would compute in another type."""
     try:
-        import torchtitan.models.common.moe  # noqa: F401
+        import_module("torchtitan.models.common.moe")
     except ImportError as error:
-        raise LeftOutError(f"torchtitan can't be imported ({error}); pip install torchtitan triton spmd-types") from None
+        raise LeftOutError(
+            f"torchtitan can't be imported ({error}); pip install torchtitan triton spmd-types"
+        ) from None
     if dtype != torch.bfloat16:
         raise LeftOutError("its experts compute in bf16 only")
 

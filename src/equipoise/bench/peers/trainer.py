@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ SIDES = {  # name: (experts implementation, with its balancing loss)
 def check() -> None:
     """Raise LeftOutError where it can't be imported."""
     try:
-        import accelerate  # noqa: F401
-        import transformers  # noqa: F401
+        import_module("accelerate")
+        import_module("transformers")
     except ImportError as error:
         raise LeftOutError(f"{error.name} is not installed; pip install 'equipoise[bench]'") from None
 
@@ -58,7 +59,7 @@ def steps_of(
     mixtral.train()
     ends: list[float] = []
 
-    class Clock(TrainerCallback):  # type: ignore[misc]  # untyped there
+    class Clock(TrainerCallback):
         """Notes when each step has ended."""
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
