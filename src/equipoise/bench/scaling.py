@@ -93,7 +93,7 @@ def tokens_tables(sizes: Sizes, dtype: torch.dtype, effort: Effort) -> Iterator[
     memory = power_law(sizes.num_tokens, [row[4] for row in rows]).shown()
     note = (
         f"Time grows as T^{exponent(sizes.num_tokens, seconds)}; from T={large[0]} on as T^{exponent(large, seconds)}; "
-        f"kept memory as T^{memory}. In brackets the 95 % interval. Aim: linear, 1. Few tokens read all weights as well. "
+        f"kept memory as T^{memory}. In brackets the 95 % interval. Aim: linear, 1. Few tokens read all weights, too. "
         "formula: 2TD + 4TKF in bf16, twice that in fp32."
     )
     yield Table(

@@ -52,7 +52,7 @@ def steps_of(
     mixtral: Any, implementation: str, balanced: bool, config: TrainConfig, loader: Loader, folder: Path
 ) -> Callable[[int], float]:
     """A function from a number of steps to the seconds of one, taken between the ends of steps."""
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     mixtral.set_experts_implementation(implementation)
     mixtral.config.output_router_logits = balanced
@@ -76,7 +76,9 @@ def steps_of(
             report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_num_workers=0,
         )  # fmt: skip
         rows = _Rows(loader, (steps + 1) * config.batch_size)
-        Trainer(mixtral, arguments, train_dataset=rows, callbacks=[Clock()]).train()
+        trainer = Trainer(mixtral, arguments, train_dataset=rows, callbacks=[Clock()])
+        trainer.remove_callback(PrinterCallback)  # our stdout may be JSON
+        trainer.train()
         return (ends[-1] - ends[0]) / steps  # the first step warms up and is not counted
 
     return run
