@@ -69,7 +69,7 @@ format: $(STAMP) ## format the code and mend what the linter can mend
 
 bench: $(STAMP) ## time the layer on this machine, beside dense blocks and transformers
 	@$(PYTHON) -c "import transformers" 2>/dev/null || { echo "bench: installing transformers to compare with"; $(PIP) -e '.[dev,bench]'; }
-	@$(PYTHON) -m benchmarks.layer $(ARGS)
+	@$(VENV)/bin/equipoise bench layer $(ARGS)
 
 clean: ## remove the environment, caches and builds; runs/ is kept
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -54,7 +54,7 @@ def backend_for(
 ) -> tuple[str, str]:
     """(backend, reason) that `name` means for these tensors. num_rows: R; None is many.
 
-    The rule for "auto" comes from `python -m benchmarks.layer`: on a CPU the lean loop is fastest in training and
+    The rule for "auto" comes from `equipoise bench layer`: on a CPU the lean loop is fastest in training and
     for many rows, and 10 to 35 % behind for 1 to 64 tokens, where each operator counts; on a GPU a loop over experts
     would wait for the host, so grouped_mm is taken where it can run.
     """

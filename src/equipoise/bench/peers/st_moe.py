@@ -6,7 +6,9 @@ a capacity at which these tokens are not dropped: then it computes what the othe
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as fn
@@ -38,7 +40,7 @@ def st_moe(problem: Problem) -> Layer:
         SwiGLU(up.contiguous(), down.contiguous()) for up, down in zip(problem.up_EHD, problem.down_EDF, strict=True)
     ]
     factor = SLACK * shape.top_k  # its capacity is of one choice per token
-    module = import_module("st_moe_pytorch").MoE(
+    module = _package().MoE(
         dim=shape.dim, num_experts=shape.num_experts, gating_top_n=shape.top_k, experts=nn.ModuleList(experts),
         threshold_train=0.0, threshold_eval=0.0, capacity_factor_train=factor, capacity_factor_eval=factor,
         straight_through_dispatch_tensor=False,
@@ -53,10 +55,17 @@ def st_moe(problem: Problem) -> Layer:
     return Layer(module, lambda x_TD: module(x_TD[None]).outputs[0], gradients)
 
 
+def _package() -> Any:
+    """Imported without what its type checker says about its hints."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return import_module("st_moe_pytorch")
+
+
 def needs_st_moe(shape: Shape, num_tokens: int, dtype: torch.dtype) -> None:
     """Raise LeftOutError where it is not there, or its one-hot tensors would be too large, or it would drop tokens."""
     try:
-        import_module("st_moe_pytorch")
+        _package()
     except ImportError:
         raise LeftOutError("st-moe-pytorch is not installed; pip install 'equipoise[bench]'") from None
     if shape.top_k < 2:
