@@ -68,9 +68,9 @@ def table(config: TrainConfig, model: Decoder, theirs: Any, prompts_BS: Tensor, 
 
 
 def _theirs(model: Any, implementation: str, prompts_BS: Tensor, new: int) -> Tensor:
-    """Only the new tokens, as ours."""
+    """With the prompt, as ours."""
     model.set_experts_implementation(implementation)
     made: Tensor = model.generate(
         prompts_BS, attention_mask=torch.ones_like(prompts_BS), max_new_tokens=new, min_new_tokens=new
     )
-    return made[:, prompts_BS.shape[1] :]
+    return made
