@@ -69,7 +69,7 @@ format: $(STAMP) ## format the code and mend what the linter can mend
 
 bench: $(STAMP) ## time the layer on this machine, beside dense blocks and transformers
 	@$(PYTHON) -c "import transformers" 2>/dev/null || { echo "bench: installing transformers to compare with"; $(PIP) -e '.[dev,bench]'; }
-	@$(PYTHON) -m benchmarks.layer $(ARGS)
+	@$(VENV)/bin/equipoise bench layer $(ARGS)
 
 docs: $(STAMP) ## build the documentation into site/, with broken links as errors
 	@$(VENV)/bin/zensical --version >/dev/null 2>&1 || { echo "docs: installing the generator"; $(PIP) -e '.[docs]'; }

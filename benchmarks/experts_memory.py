@@ -15,9 +15,9 @@ import transformers
 from torch import Tensor, nn
 
 import equipoise.hf  # registers "equipoise"
-from benchmarks.memory import MIB, saved_for_backward
 from equipoise.bench.harness import require_same
 from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.saved import MIB, saved_for_backward
 
 IMPLEMENTATIONS = (equipoise.hf.NAME, "grouped_mm", "eager", "batched_mm")
 

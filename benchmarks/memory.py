@@ -1,12 +1,9 @@
-"""Bytes that a forward keeps for its backward; alone, what recomputing the experts saves: python -m benchmarks.memory.
-
-Counts what autograd holds, each storage once and parameters not at all. It doesn't see temporaries.
-"""
+"""What recomputing the experts in backward saves, and what it costs: python -m benchmarks.memory"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -16,34 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from equipoise.bench.harness import Effort, Variant, ratio, time_side_by_side
 from equipoise.bench.report import Cell, Report, Table, add_output_arguments, emit
+from equipoise.bench.saved import MIB, saved_for_backward
 from equipoise.models.config import DecoderConfig
 from equipoise.models.decoder import Decoder, cross_entropy_sum
 from equipoise.train.config import TrainConfig
 from equipoise.train.recipes import RECIPES
-
-MIB = 2**20
-
-
-def saved_for_backward(forward: Callable[[], object], parameters: Iterable[Tensor]) -> int:
-    """Bytes of storage that the graph of forward() keeps alive, beyond the parameters."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()  # held until the end: a freed storage's address could be taken by another
-    del result
-    return sum(kept.values())
-
-
-def lean_formula(num_tokens: int, dim: int, hidden_dim: int, top_k: int, itemsize: int) -> int:
-    """Bytes for x and the pre-activation: 2 T D + 4 T K F in bf16, with SwiGLU."""
-    return itemsize * (num_tokens * dim + 2 * num_tokens * top_k * hidden_dim)
 
 
 def layer_table(config: TrainConfig, effort: Effort) -> Table:

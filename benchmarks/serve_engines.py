@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from benchmarks.serve_llama_cpp import ADDRESS, write_gguf
-from benchmarks.serve_mixtral import LOGITS_LIMIT, generate, logits_error, mixtral_of
 from benchmarks.serving import byte_tokenizer, listening, random_model, served, write_run
 from benchmarks.serving_client import Together
-from benchmarks.variants import LeftOutError
+from equipoise.bench.peers.mixtral import LOGITS_LIMIT, generate, logits_error, mixtral_of
+from equipoise.bench.problem import LeftOutError
 from equipoise.models.config import DecoderConfig
 from equipoise.models.decoder import Decoder
 from equipoise.models.tokenizer import Tokenizer

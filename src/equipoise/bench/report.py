@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from rich.table import Table as RichTable
 from equipoise.bench.harness import Spread
 
 SPEED_VARIABLES = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS")  # part of what was measured, if set
+
+PEERS = ("transformers", "accelerate", "st-moe-pytorch", "torchao", "torchtitan", "xllamacpp")
 
 Cell = str | float | int | Spread | None
 
@@ -51,10 +53,8 @@ class Report:
 
 def provenance() -> dict[str, Any]:
     """Where, when and by which command the numbers were made."""
-    program = getattr(sys.modules["__main__"], "__spec__", None)
-    name = program.name if program else "benchmarks"
     return {
-        "command": shlex.join(["python", "-m", name, *sys.argv[1:]]),
+        "command": _command(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
@@ -64,7 +64,23 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "equipoise": version("equipoise"),
+        **{name: found for name in PEERS if (found := _installed(name))},
     } | {name: os.environ[name] for name in SPEED_VARIABLES if name in os.environ}
+
+
+def _command() -> str:
+    """What was typed: `equipoise ...`, or `python -m benchmarks....`."""
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    if program is None or program.name.startswith("equipoise"):
+        return shlex.join(["equipoise", *sys.argv[1:]])
+    return shlex.join(["python", "-m", program.name, *sys.argv[1:]])
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def cpu_model() -> str:
@@ -92,14 +108,19 @@ def announce(what: str) -> None:
 
 
 def emit(report: Report, options: argparse.Namespace) -> None:
-    """Print the tables, or the JSON instead when it goes to stdout; write what was asked for."""
-    if options.markdown:
-        Path(options.markdown).write_text(markdown(report), encoding="utf-8")
-    if options.json == "-":
+    """What the options of `add_output_arguments` ask for."""
+    write(report, options.json, options.markdown and Path(options.markdown))
+
+
+def write(report: Report, json_to: str | None, markdown_to: Path | None) -> None:
+    """Print the tables, or the JSON instead when it goes to stdout ("-"); write what was asked for."""
+    if markdown_to:
+        markdown_to.write_text(markdown(report), encoding="utf-8")
+    if json_to == "-":
         print(as_json(report))
         return
-    if options.json:
-        Path(options.json).write_text(as_json(report) + "\n", encoding="utf-8")
+    if json_to:
+        Path(json_to).write_text(as_json(report) + "\n", encoding="utf-8")
     print_tables(report)
 
 

@@ -66,27 +66,41 @@ def backend_for(
     The rule for "auto" comes from `equipoise bench layer` and `decode`. On a CPU, without gradients, few rows go
     through one call in C++ where it can run, else through few operators. All others go through the products in C++
     where they can run (docs/native.md), else the lean loop. On a GPU a loop over experts would wait for the host, so
-    grouped_mm is taken where it can run. "native" is "lean" where it can't run.
+    grouped_mm is taken where it can run. Where they can't run, "native" is "lean", and "native_few" is "few".
     """
     if name == "native" and (missing := why_not_native(x_TD, up_eHD, down_eDF, activation)):
         return "lean", f"native was asked for, but {missing}"
+    if name == "native_few" and (missing := _why_not_native_few(x_TD, up_eHD, down_eDF, activation)):
+        return "few", f"native_few was asked for, but {missing}"
     if name != "auto":
         return name, "asked for"
     if x_TD.device.type == "cpu":
-        if num_rows is not None and not _keeps_gradients_or_graph():
-            why_not = "too many rows"
-            if is_few(num_rows, len(up_eHD)):
-                why_not = unsupported_plain(x_TD, up_eHD, down_eDF, activation)
-            if not why_not:
-                return "native_few", "one native call, without gradients"
-            if few_rows(num_rows, up_eHD):
-                return "few", f"fewest operators, without gradients; {why_not}"
-        if missing := why_not_native(x_TD, up_eHD, down_eDF, activation):
-            return "lean", f"fastest in training on a CPU, keeps the least for backward; {missing}"
-        return "native", "C++, fastest on a CPU, keeps the least for backward"
+        return _backend_on_a_cpu(x_TD, up_eHD, down_eDF, num_rows, activation)
     if reason := grouped_mm_supports(x_TD, up_eHD, down_eDF):
         return "lean", reason
     return "grouped", "one kernel for all experts, no host synchronisation"
+
+
+def _backend_on_a_cpu(
+    x_TD: Tensor, up_eHD: Tensor, down_eDF: Tensor, num_rows: int | None, activation: str
+) -> tuple[str, str]:
+    if num_rows is not None and not _keeps_gradients_or_graph():
+        why_not = "too many rows"
+        if is_few(num_rows, len(up_eHD)):
+            why_not = _why_not_native_few(x_TD, up_eHD, down_eDF, activation)
+        if not why_not:
+            return "native_few", "one native call, without gradients"
+        if few_rows(num_rows, up_eHD):
+            return "few", f"fewest operators, without gradients; {why_not}"
+    if missing := why_not_native(x_TD, up_eHD, down_eDF, activation):
+        return "lean", f"fastest in training on a CPU, keeps the least for backward; {missing}"
+    return "native", "C++, fastest on a CPU, keeps the least for backward"
+
+
+def _why_not_native_few(x_TD: Tensor, up_eHD: Tensor, down_eDF: Tensor, activation: str) -> str:
+    if _keeps_gradients_or_graph():
+        return "it has no gradients, and stands in no graph"
+    return unsupported_plain(x_TD, up_eHD, down_eDF, activation)
 
 
 def _keeps_gradients_or_graph() -> bool:

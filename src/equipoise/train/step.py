@@ -36,11 +36,12 @@ def gradients(
     batches: Sequence[Batch],
     step: int,
     bf16: bool,
-    recorder: Recorder,
+    recorder: Recorder | None,
     reduce: Callable[[Tensor], None] | None = None,
 ) -> float:
     """Add the gradient of the whole batch, given in micro-batches, to the parameters; return the mean loss in nats.
 
+    recorder: what observes the model, to be paused where it is run twice; None where nothing does.
     reduce: sums a tensor over data-parallel ranks, in place; None on one rank. Each rank then adds its own part of the
     gradient of all ranks' batches, and returns its part of the loss: both are complete when summed (not averaged) over
     ranks.

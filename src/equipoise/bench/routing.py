@@ -1,4 +1,4 @@
-"""What deciding costs: routing and dispatch planning beside the whole layer: python -m benchmarks.routing
+"""What deciding costs: routing and dispatch planning beside the whole layer.
 
 Ratios within one run, of forward and backward together: against the layer, the number of experts, the number of
 tokens, what is done with overflow, and router against router. Losses, balancers and the monitor are not in it.
@@ -6,8 +6,7 @@ tokens, what is done with overflow, and router against router. Losses, balancers
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -15,19 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.variants import SHAPES, Shape
-from equipoise import Capacity, MoE, TopK
 from equipoise.bench.harness import Effort, Variant, ratio, spread, time_side_by_side
-from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.problem import SHAPES, Shape
+from equipoise.bench.report import Cell, Table
+from equipoise.layer import Capacity, MoE
 from equipoise.layer.admission import Admission, Capped, Dropless
 from equipoise.layer.dispatch import plan_of
 from equipoise.ops.count import count_assignments
 from equipoise.ops.router_linear import router_linear
-from equipoise.routing import ROUTERS, ReLURouting
+from equipoise.routing import ROUTERS, ReLURouting, TopK
 from equipoise.routing.router import Router
 from equipoise.types import Routed, RoutingDecision
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FACTOR = 1.25  # of the capacity
 MAX_VIOLATION = 1.0  # of the imbalanced router: its busiest expert has twice the mean load
 
@@ -89,7 +87,7 @@ class Tokens:
 
 
 def variant(name: str, run: Callable[[], object], module: nn.Module, tokens: Tokens) -> Variant:
-    """A run gets new tokens, and comes after another run of the same variant, as in `benchmarks.layer`."""
+    """A run gets new tokens, and comes after another run of the same variant, as in `bench layer`."""
 
     def reset() -> None:
         for warm in (True, False):
@@ -101,6 +99,12 @@ def variant(name: str, run: Callable[[], object], module: nn.Module, tokens: Tok
     return Variant(name, run, reset)
 
 
+def weight_of(router: Router) -> Tensor:
+    """Of its linear. A router without one is not asked."""
+    assert router.weight is not None
+    return router.weight
+
+
 def run_layer(layer: MoE, tokens: Tokens, grad_TD: Tensor) -> None:
     """The whole layer."""
     torch.autograd.backward(layer(tokens.x_TD), grad_TD)
@@ -108,7 +112,7 @@ def run_layer(layer: MoE, tokens: Tokens, grad_TD: Tensor) -> None:
 
 def run_linear(router: Router, tokens: Tokens, grad_TE: Tensor) -> None:
     """The router's matrix product alone."""
-    torch.autograd.backward(router_linear(tokens.x_TD, router.weight), grad_TE)
+    torch.autograd.backward(router_linear(tokens.x_TD, weight_of(router)), grad_TE)
 
 
 def run_routing(router: Router, tokens: Tokens) -> None:
@@ -145,14 +149,14 @@ def build_router(config: Any, shape: Shape, dtype: torch.dtype) -> Router:
 @torch.no_grad()
 def favour(router: Router, logits_E: Tensor) -> None:
     """Add logits_E to every token's logits."""
-    router.weight[:, 0] = logits_E
+    weight_of(router)[:, 0] = logits_E
 
 
 @torch.no_grad()
 def imbalance(router: Router, tokens: Tokens, max_violation: float) -> float:
     """Let each expert have a higher logit than the one before, so far that the busiest has about 1 + max_violation
     times the mean load. Returns the violation that is reached."""
-    num_experts = len(router.weight)
+    num_experts = len(weight_of(router))
     slope_E = torch.linspace(-1, 1, num_experts)
     low, high, reached = 0.0, 16.0, 0.0
     for _ in range(12):
@@ -167,7 +171,7 @@ def imbalance(router: Router, tokens: Tokens, max_violation: float) -> float:
 @torch.no_grad()
 def make_sparse(router: Router, tokens: Tokens, k: int) -> None:
     """Lower all logits until about k of each token's are positive: ReLU routing as trained, not as drawn."""
-    logits_TE = router_linear(tokens.x_TD, router.weight)
+    logits_TE = router_linear(tokens.x_TD, weight_of(router))
     num_experts = logits_TE.shape[1]
     threshold = logits_TE.flatten().kthvalue(max(1, logits_TE.numel() * (num_experts - k) // num_experts)).values
     favour(router, -threshold.expand(num_experts))
@@ -355,9 +359,6 @@ def _described(shape: Shape, num_tokens: int) -> str:
     return f"T={num_tokens} D={shape.dim} E={shape.num_experts} K={shape.top_k}"
 
 
-# ---------------------------------------------------------------------------------------------- the command
-
-
 SECTIONS: dict[str, Callable[[Sizes, torch.dtype, Effort], Sequence[Table]]] = {
     "share": share_tables,
     "experts": expert_tables,
@@ -367,34 +368,11 @@ SECTIONS: dict[str, Callable[[Sizes, torch.dtype, Effort], Sequence[Table]]] = {
 }
 
 
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.routing", description=__doc__)
-    parser.add_argument("--only", default=",".join(SECTIONS), help=f"of {', '.join(SECTIONS)}; separated by commas")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
-    add_output_arguments(parser)
-    options = parser.parse_args()
-    if unknown := set(options.only.split(",")) - set(SECTIONS):
-        parser.error(f"--only: expected some of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
-    return options
-
-
-def main() -> None:
-    """Measure and print."""
-    options = parse()
+def measure(sizes: Sizes, dtype: torch.dtype, effort: Effort, only: tuple[str, ...] = ()) -> Iterator[Table | str]:
+    """The tables of each section. Raises ValueError for a section that is not there."""
+    if unknown := set(only) - set(SECTIONS):
+        raise ValueError(f"only: expected some of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
     torch.manual_seed(0)
-    sizes, effort = FULL, Effort(options.rounds)
-    if options.smoke:
-        torch.set_num_threads(1)
-        sizes, effort = SMOKE, Effort(rounds=2, warmup=1)
-    tables: list[Table] = []
-    for name in options.only.split(","):
-        announce(name)
-        tables += SECTIONS[name](sizes, DTYPES[options.dtype], effort)
-    settings = {"dtype": options.dtype, "rounds": effort.rounds, "warmup": effort.warmup}
-    emit(Report(settings, tuple(tables)), options)
-
-
-if __name__ == "__main__":
-    main()
+    for name in only or SECTIONS:
+        effort.progress.begin(name)
+        yield from SECTIONS[name](sizes, dtype, effort)

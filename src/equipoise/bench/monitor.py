@@ -1,29 +1,34 @@
 """What watching costs: steps with and without an attached Watch, a flush of a large model, and the window's memory.
 
-python -m benchmarks.monitor. Two figures for a step. The ratio of whole steps includes every side effect, but drowns in
+Two figures for a step. The ratio of whole steps includes every side effect, but drowns in
 the noise of the steps; the share is the time inside the recording hooks and the flush, taken directly.
 """
 
 from __future__ import annotations
 
-import argparse
 import time
 import tracemalloc
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from benchmarks.variants import SHAPES, LeftOutError, Shape
-from benchmarks.workloads import Workload, layer_workload, recipe_workload, transformers_workloads
 from equipoise.bench.harness import Effort, Spread, Variant, ratio, spread, time_side_by_side
-from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
+from equipoise.bench.problem import LeftOutError, Shape
+from equipoise.bench.report import Cell, Table
+from equipoise.bench.workloads import (
+    Workload,
+    decode_workload,
+    layer_workload,
+    recipe_workload,
+    transformers_workloads,
+)
 from equipoise.monitor.recorder import Recorder
 from equipoise.monitor.watch import Watch, watch
 from equipoise.monitor.window import TimeWindow
-from equipoise.train.recipes import RECIPES
+from equipoise.train.config import TrainConfig
 from equipoise.types import Routed, RoutingDecision
 
 # ---------------------------------------------------------------------------------------------- the two figures
@@ -87,9 +92,9 @@ def timed_window(work: Workload, every: int) -> Window:
 
 def row(work: Workload, every: int, effort: Effort) -> tuple[Cell, ...]:
     """One line of the table."""
-    announce(f"{work.name}: steps side by side")
+    effort.progress.begin(f"{work.name}: steps side by side")
     step, watched = side_by_side(work, every, effort)
-    announce(f"{work.name}: inside the hooks")
+    effort.progress.begin(f"{work.name}: inside the hooks")
     windows = [timed_window(work, every) for _ in range(effort.rounds)]
     return (
         work.name,
@@ -131,7 +136,7 @@ def feed(model: nn.ModuleList, size: Size, num_tokens: int) -> None:
     weights_TK, ids_TK = probs_TE.topk(size.top_k)
     decision = RoutingDecision.from_topk(ids_TK, weights_TK, probs_TE=probs_TE, logits_TE=logits_TE)
     for layer in model:
-        layer.tap(Routed(decision, SimpleNamespace(drops={}, counts_e=None), {}))
+        layer.get_submodule("tap")(Routed(decision, SimpleNamespace(drops={}, counts_e=None), {}))
 
 
 def flush_of(size: Size, num_tokens: int, spans: int) -> Variant:
@@ -162,7 +167,7 @@ def window_memory(size: Size) -> tuple[float, float]:
 
 def flush_table(size: Size, token_counts: Sequence[int], spans: int, effort: Effort) -> Table:
     """Milliseconds of a flush, and the window's memory."""
-    announce(f"flush of {size.num_layers} layers of {size.num_experts} experts")
+    effort.progress.begin(f"flush of {size.num_layers} layers of {size.num_experts} experts")
     variants = [flush_of(size, num_tokens, spans) for num_tokens in token_counts]
     seconds = time_side_by_side(variants, effort)
     measured, formula = window_memory(size)
@@ -181,34 +186,43 @@ COLUMNS = (
 )
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.monitor", description=__doc__)
-    parser.add_argument("--every", type=int, default=10, help="steps per window")
-    parser.add_argument("--rounds", type=int, default=12, help="windows of each kind")
-    add_output_arguments(parser)
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    config, shape, num_tokens, effort = RECIPES["demo"](), SHAPES["coarse"], 4096, Effort(options.rounds, warmup=1)
-    theirs, num_layers, batch, new = Shape("small", 256, 512, 8, 2), 4, (8, 128), 32
-    size, token_counts, spans = Size(61, 256), (4096, 64), 64
-    if options.smoke:
-        torch.set_num_threads(1)
-        config, shape, num_tokens = replace(RECIPES["tiny"](), batch_size=2), Shape("coarse", 64, 128, 4, 2), 128
-        theirs, num_layers, batch, new = Shape("small", 32, 32, 4, 2), 2, (2, 8), 2
-        size, token_counts, spans = Size(2, 8, 2), (512, 16), 3
-        options.every, effort = 2, Effort(rounds=2, warmup=1)
-    works, notes = [recipe_workload(config), layer_workload(shape, num_tokens)], []
+@dataclass(frozen=True)
+class Sizes:
+    """What is watched. their_batch: sequences and tokens. new: tokens that are decoded. spans: flushes in a window."""
+
+    config: TrainConfig
+    shape: Shape
+    num_tokens: int
+    theirs: Shape
+    num_layers: int
+    their_batch: tuple[int, int]
+    new: int
+    flush: Size
+    token_counts: tuple[int, ...]
+    spans: int
+
+
+def measure(sizes: Sizes, every: int, effort: Effort, only: tuple[str, ...] = ()) -> Iterator[Table | str]:
+    """The cost of watching each step, then of a flush. every: steps per window."""
+    works = [
+        recipe_workload(sizes.config),
+        decode_workload(sizes.config, sizes.their_batch[0], sizes.new),
+        layer_workload(sizes.shape, sizes.num_tokens),
+    ]
     try:
-        works += transformers_workloads(theirs, num_layers, batch, new)
+        works += transformers_workloads(sizes.theirs, sizes.num_layers, sizes.their_batch, sizes.new)
     except LeftOutError as reason:
-        notes.append(str(reason))
-    rows = tuple(row(work, options.every, effort) for work in works)
-    note = f"A window is {options.every} steps; one flush and one judgement by the detectors per window."
-    tables = (Table("The cost of watching", COLUMNS, rows, note), flush_table(size, token_counts, spans, effort))
-    settings = {"every": options.every, "rounds": effort.rounds}
-    emit(Report(settings, tables, tuple(notes)), options)
-
-
-if __name__ == "__main__":
-    main()
+        yield f"{reason}."
+    rows: list[tuple[Cell, ...]] = []
+    works = [work for work in works if not only or any(part in work.name for part in only)]
+    note = f"A window is {every} steps; one flush and one judgement by the detectors per window. Aim: a share of 1 %."
+    for work in works:
+        try:
+            rows.append(row(work, every, effort))
+        except KeyboardInterrupt:
+            if not rows or not effort.progress.stop():
+                raise
+            break
+    yield Table("The cost of watching", COLUMNS, tuple(rows), note)
+    if not only and not effort.progress.stopped:
+        yield flush_table(sizes.flush, sizes.token_counts, sizes.spans, effort)

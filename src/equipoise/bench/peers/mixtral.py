@@ -54,13 +54,15 @@ def state_dict(model: Decoder) -> Mapping[str, Tensor]:
 
 def mixtral_of(model: Decoder) -> Any:
     """MixtralForCausalLM in the type of the model's weights, in eval."""
-    from transformers import GenerationConfig, MixtralConfig, MixtralForCausalLM
+    import transformers
+
+    library: Any = transformers
 
     config = model.config
     check_maps(config)
     moe, dtype = config.moe, model.embed_tokens.weight.dtype
     assert moe is not None
-    theirs = MixtralConfig(
+    theirs = library.MixtralConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.dim,
         intermediate_size=moe.hidden_dim,
@@ -78,9 +80,9 @@ def mixtral_of(model: Decoder) -> Any:
         eos_token_id=None,
         pad_token_id=0,
     )
-    mixtral = MixtralForCausalLM(theirs).to(dtype).eval()
+    mixtral = library.MixtralForCausalLM(theirs).to(dtype).eval()
     mixtral.load_state_dict({name: tensor.to(dtype) for name, tensor in state_dict(model).items()})
-    mixtral.generation_config = GenerationConfig(do_sample=False, pad_token_id=0, use_cache=True)
+    mixtral.generation_config = library.GenerationConfig(do_sample=False, pad_token_id=0, use_cache=True)
     return mixtral
 
 

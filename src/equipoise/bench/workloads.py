@@ -1,4 +1,4 @@
-"""What `benchmarks.monitor` watches: training steps of a recipe, a layer and a transformers model, and its decoding.
+"""What `bench monitor` watches: training steps and decoding, of a recipe's model, a layer and a model of transformers.
 
 Random weights and tokens: what watching costs does not depend on them. It times nothing.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.variants import LeftOutError, Shape
-from equipoise import MoE, TopK
+from equipoise.bench.problem import LeftOutError, Shape
+from equipoise.layer import MoE
 from equipoise.models.decoder import Decoder, cross_entropy_sum
+from equipoise.models.generate import generate
+from equipoise.routing import TopK
 from equipoise.train.config import TrainConfig
 from equipoise.train.optim import build_optimizer
 
@@ -48,6 +51,17 @@ def recipe_workload(config: TrainConfig) -> Workload:
         optimizer.zero_grad(set_to_none=True)
 
     return Workload(f"{config.name} recipe, {inputs_BS.numel()} tokens", model, step, after=_taps(model))
+
+
+def decode_workload(config: TrainConfig, sequences: int, new: int) -> Workload:
+    """So many sequences of a recipe's model, continued by `new` tokens each, greedily: all that is one step."""
+    model = Decoder(config.model).eval()
+    prompt_BS = torch.randint(config.model.vocab_size, (sequences, 8))
+
+    def step() -> None:
+        generate(model, prompt_BS, new, temperature=0)
+
+    return Workload(f"{config.name} recipe, decoding {new} x {sequences} tokens", model, step, after=_taps(model))
 
 
 def layer_workload(shape: Shape, num_tokens: int) -> Workload:
@@ -91,8 +105,10 @@ def transformers_workloads(shape: Shape, num_layers: int, batch: tuple[int, int]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+    generator: Any = model
+
     def decode() -> None:
-        model.generate(tokens_BS[:, :8], attention_mask=mask_BS[:, -8:], max_new_tokens=new, do_sample=False)
+        generator.generate(tokens_BS[:, :8], attention_mask=mask_BS[:, -8:], max_new_tokens=new, do_sample=False)
 
     experts = [module for name, module in model.named_modules() if name.endswith("experts")]
     before = (model.model, *experts)  # the mask is read once at the decoder

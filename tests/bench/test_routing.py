@@ -1,14 +1,14 @@
 """The routing benchmark runs, covers every router, and builds the loads that it says it measures."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.routing import (
+
+from equipoise import Capacity, MoE, TopK
+from equipoise.bench.harness import Effort
+from equipoise.bench.problem import Shape
+from equipoise.bench.routing import (
     MAX_VIOLATION,
     OVERFLOW,
     SECTIONS,
@@ -18,35 +18,28 @@ from benchmarks.routing import (
     fate,
     imbalance,
     make_sparse,
+    measure,
     overflow_tables,
     run_both,
     run_dispatch,
     variant,
 )
-from benchmarks.variants import Shape
-
-from equipoise import Capacity, MoE, TopK
-from equipoise.bench.harness import Effort
+from equipoise.cli import main
 from equipoise.layer.admission import Dropless
 from equipoise.routing import ROUTERS, ReLURouting
 
-ROOT = Path(__file__).parents[2]
 SHAPE = Shape("tiny", dim=32, hidden_dim=16, num_experts=16, top_k=2)
 
 
-def run_benchmark(*arguments):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    command = [sys.executable, "-m", "benchmarks.routing", "--smoke", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-
-
 @pytest.fixture(scope="module")
-def tables():
+def tables(tmp_path_factory):
     """Rows by the cell of their first column, by the table's section."""
-    done = run_benchmark("--json")
-    assert done.returncode == 0, done.stderr
+    path = tmp_path_factory.mktemp("routing") / "routing.json"
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "routing", "--quick", "--json", str(path)])
+    assert end.value.code == 0
     found = {}
-    for table in json.loads(done.stdout)["tables"]:
+    for table in json.loads(path.read_text())["tables"]:
         section = found.setdefault(table["title"].split(":")[0], {})
         section |= {next(iter(row.values())): row for row in table["rows"]}
     return found
@@ -94,11 +87,13 @@ def test_overflow_goes_where_its_policy_says(tables):
 
 
 def test_only_measures_what_is_asked_for():
-    done = run_benchmark("--json", "--only", "routers")
-    assert [table["title"].split(":")[0] for table in json.loads(done.stdout)["tables"]] == ["routers"]
-    done = run_benchmark("--only", "router")
-    assert done.returncode == 2
-    assert "--only: expected some of share, experts, tokens, overflow, routers, got router" in done.stderr
+    effort = Effort(rounds=1, warmup=1)
+    (table,) = measure(SMOKE, torch.float32, effort, ("routers",))
+    assert table.title.startswith("routers:")
+    with pytest.raises(
+        ValueError, match="only: expected some of share, experts, tokens, overflow, routers, got router"
+    ):
+        next(iter(measure(SMOKE, torch.float32, effort, ("router",))))
 
 
 def test_the_imbalanced_router_has_the_violation_that_was_asked_for():

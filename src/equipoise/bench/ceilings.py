@@ -1,0 +1,44 @@
+"""What the machine can do, measured in the same run as what is compared with it: bytes read per second from memory.
+
+A decode step reads weights once and computes next to nothing, so it can be no faster than the memory. The other
+ceiling, products of dense matrices of the same active arithmetic, stands in `dense.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from equipoise.bench.harness import Spread, spread
+
+GB = 1e9
+BUFFER = 2**29  # bytes, more than any cache
+MIN_SECONDS = 1.0
+
+
+def read_bandwidth(num_bytes: int = BUFFER, seconds: float = MIN_SECONDS) -> Spread:
+    """Bytes per second that all of torch's threads together read from memory.
+
+    The best of three readers that torch has: a sum, a maximum, and a matrix times a vector, over a buffer that no
+    cache holds. Median and percentiles are of that reader's passes.
+    """
+    buffer = torch.ones(num_bytes // 4)
+    matrix, vector = buffer.view(-1, 4096)[: num_bytes // 16384], torch.ones(4096)
+    readers: tuple[Callable[[], Tensor], ...] = (
+        lambda: buffer.sum(),
+        lambda: buffer.max(),
+        lambda: matrix.mv(vector),
+    )
+    rates: list[list[float]] = [[] for _ in readers]
+    for reader in readers:
+        reader()
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds or len(rates[0]) < 3:
+        for reader, found in zip(readers, rates, strict=True):
+            start = time.perf_counter()
+            reader()
+            found.append(buffer.nbytes / (time.perf_counter() - start))
+    return max((spread(found) for found in rates), key=lambda rate: rate.median)
