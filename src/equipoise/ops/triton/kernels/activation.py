@@ -19,9 +19,9 @@ def activate(gate, up, ACTIVATION: tl.constexpr):
         a = gate * tl.sigmoid(gate) * up
     elif ACTIVATION == "clamped_swiglu":
         capped = tl.minimum(gate, _LIMIT)
-        a = capped * tl.sigmoid(_ALPHA * capped) * (tl.minimum(tl.maximum(up, -_LIMIT), _LIMIT) + 1.0)
+        a = capped * tl.sigmoid(capped * _ALPHA) * (tl.minimum(tl.maximum(up, -_LIMIT), _LIMIT) + 1.0)
     else:
-        a = gate * tl.sigmoid(_SLOPE * (gate + _CUBIC * gate * gate * gate))
+        a = gate * tl.sigmoid((gate + gate * gate * gate * _CUBIC) * _SLOPE)
     return a
 
 
@@ -36,16 +36,16 @@ def activate_backward(grad_a, gate, up, ACTIVATION: tl.constexpr):
         grad_up = grad_a * gated
     elif ACTIVATION == "clamped_swiglu":
         capped = tl.minimum(gate, _LIMIT)
-        share = tl.sigmoid(_ALPHA * capped)
+        share = tl.sigmoid(capped * _ALPHA)
         gated = capped * share
         linear = tl.minimum(tl.maximum(up, -_LIMIT), _LIMIT) + 1.0
         a = gated * linear
-        grad_gate = tl.where(gate <= _LIMIT, grad_a * linear * (share + _ALPHA * gated * (1.0 - share)), 0.0)
+        grad_gate = tl.where(gate <= _LIMIT, grad_a * linear * (share + gated * (1.0 - share) * _ALPHA), 0.0)
         grad_up = tl.where(tl.abs(up) <= _LIMIT, grad_a * gated, 0.0)
     else:
-        share = tl.sigmoid(_SLOPE * (gate + _CUBIC * gate * gate * gate))
+        share = tl.sigmoid((gate + gate * gate * gate * _CUBIC) * _SLOPE)
         a = gate * share
-        inner = _SLOPE * (1.0 + 3.0 * _CUBIC * gate * gate)
+        inner = (1.0 + gate * gate * (3.0 * _CUBIC)) * _SLOPE
         grad_gate = grad_a * (share + a * (1.0 - share) * inner)
         grad_up = grad_gate
     return a, grad_gate, grad_up

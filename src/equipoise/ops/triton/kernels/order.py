@@ -60,4 +60,5 @@ def tile_table_kernel(
     tl.store(table_ptr + tile, tl.sum(tl.where(mine, experts[None, :] + 1, 0), 1) - 1, mask=there)
     tl.store(table_ptr + num_tiles + tile, tl.sum(tl.where(mine, rows, 0), 1), mask=there)
     tl.store(table_ptr + 2 * num_tiles + tile, tl.sum(tl.where(mine, ends[None, :], 0), 1), mask=there)
-    tl.store(ends_ptr + experts, ends, mask=(experts < num_experts) & (tl.program_id(0) == 0))
+    if tl.program_id(0) == 0:
+        tl.store(ends_ptr + experts, ends, mask=experts < num_experts)

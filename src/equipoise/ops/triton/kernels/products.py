@@ -186,5 +186,6 @@ def sum_kernel(
     total = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for at in range(first, end):
         row = tl.load(rows_ptr + at)
-        total += tl.load(y_ptr + row * D + d, mask=(row < num_rows) & (d < D), other=0.0).to(tl.float32)
+        width = tl.where(row < num_rows, D, 0)  # 0: a dropped row
+        total += tl.load(y_ptr + row * D + d, mask=d < width, other=0.0).to(tl.float32)
     tl.store(out_ptr + token.to(tl.int64) * D + d, total.to(out_ptr.dtype.element_ty), mask=d < D)
