@@ -156,7 +156,9 @@ class TestBackends:
         assert f"backend={backend_for('auto', x, experts.up, experts.down_proj)[0]} " in repr(experts)
 
     def test_refuses_unknown_names(self):
-        with pytest.raises(ValueError, match=r"backend: expected auto, lean, few, grouped, reference, got 'fast'"):
+        with pytest.raises(
+            ValueError, match=r"backend: expected auto, lean, few, grouped, triton, reference, got 'fast'"
+        ):
             build(backend="fast")
         with pytest.raises(ValueError, match=r"activation: expected one of swiglu, gelu, clamped_swiglu, got 'relu'"):
             build(activation="relu")

@@ -20,9 +20,11 @@ from equipoise.ops.custom_experts import ExpertWeights, lean_custom_experts
 from equipoise.ops.few_rows import few_rows, few_rows_experts
 from equipoise.ops.grouped_experts import grouped_experts, grouped_mm_supports
 from equipoise.ops.lean_experts import lean_experts
-from equipoise.ops.ragged import RaggedPlan
+from equipoise.ops.ragged import RaggedPlan, Sort
+from equipoise.ops.triton.experts import triton_experts
+from equipoise.ops.triton.order import sort_by_key
 
-BackendName = Literal["auto", "lean", "few", "grouped", "reference"]
+BackendName = Literal["auto", "lean", "few", "grouped", "triton", "reference"]
 Backend = Callable[[Tensor, RaggedPlan, Tensor, Tensor, str], Tensor]
 
 
@@ -45,6 +47,7 @@ BACKENDS: dict[str, Backend] = {
     "lean": lean_experts,
     "few": few_rows_experts,
     "grouped": grouped_experts,
+    "triton": triton_experts,
     "reference": reference_experts,
 }
 
@@ -56,7 +59,8 @@ def backend_for(
 
     The rule for "auto" comes from `python -m benchmarks.layer`: on a CPU the lean loop is fastest in training and
     for many rows, and 10 to 35 % behind for 1 to 64 tokens, where each operator counts; on a GPU a loop over experts
-    would wait for the host, so grouped_mm is taken where it can run.
+    would wait for the host, so grouped_mm is taken where it can run. "triton" is never the answer to "auto": it has
+    not been timed on a GPU (docs/gpu.md), and is there for who asks for it.
     """
     if name != "auto":
         return name, "asked for"
@@ -67,6 +71,11 @@ def backend_for(
     if reason := grouped_mm_supports(x_TD, up_eHD, down_eDF):
         return "lean", reason
     return "grouped", "one kernel for all experts, no host synchronisation"
+
+
+def sort_for(name: BackendName) -> Sort | None:
+    """Who sorts assignments for a backend, None for `ragged_plan`'s choice."""
+    return sort_by_key if name == "triton" else None
 
 
 def _keeps_gradients_or_graph() -> bool:

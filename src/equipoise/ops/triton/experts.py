@@ -1,8 +1,8 @@
-"""The lean path on a GPU: `lean_experts` in seven kernels, with the same result and the same tensors kept for backward.
+"""The lean path on a GPU: the result of `lean_experts`, and the same tensors kept for backward, by Triton kernels.
 
-Saved: x, the pre-activation z, the combine weights and index vectors (arXiv 2512.14080, section 3). Forward launches the
-tile table, the first product with gather and activation, the second with the combine weight, and the sum over a token's
-rows; backward the same back and one product per weight gradient. Nothing waits for the host. The slow twins are
+Saved: x, the pre-activation z, the combine weights and index vectors (arXiv 2512.14080 section 3). Forward launches the
+tile table, the first product with gather and activation, the second with the combine weight, and the sum of a token's
+rows; backward the same way back, and one product per weight gradient. Nothing waits for the host. The slow twins are
 `ops.reference.experts` and `ops.lean_experts`. Backward is once differentiable.
 
 Proven under Triton's interpreter and compiled for GPUs, not run on one: docs/gpu.md.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from equipoise.ops.activation import check_activation
 from equipoise.ops.ragged import RaggedPlan
+from equipoise.ops.triton import launch
 from equipoise.ops.triton.needs import require
 from equipoise.ops.triton.order import tiles_of
 
@@ -34,9 +35,7 @@ def triton_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y_TD, z_RH): weighted sum of the experts' outputs, and the pre-activation (empty unless save)."""
-    require(x_TD)
-    from equipoise.ops.triton import launch
-
+    require(x_TD.device, x_TD.dtype)
     kind, num_rows = check_activation(activation), token_ids_R.shape[0]
     if num_rows == 0 or x_TD.shape[0] == 0:
         return x_TD.new_zeros(x_TD.shape), x_TD.new_empty(num_rows if save else 0, up_eHD.shape[1])
@@ -75,16 +74,12 @@ def triton_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, up and down."""
-    require(x_TD)
-    from equipoise.ops.triton import launch
-
+    require(x_TD.device, x_TD.dtype)
     kind, num_rows = check_activation(activation), token_ids_R.shape[0]
     if num_rows == 0 or x_TD.shape[0] == 0:
         return tuple(t.new_zeros(t.shape) for t in (x_TD, weights_R, up_eHD, down_eDF))  # type: ignore[return-value]
     tiles = tiles_of(counts_e, num_rows, x_TD.element_size())
-    grad_z_RH, a_RF, grad_weights_R = launch.grad_z_rows(
-        grad_TD, token_ids_R, down_eDF, z_RH, weights_R, tiles, kind
-    )
+    grad_z_RH, a_RF, grad_weights_R = launch.grad_z_rows(grad_TD, token_ids_R, down_eDF, z_RH, weights_R, tiles, kind)
     grad_down = launch.products_over_rows(grad_TD, a_RF, token_ids_R, tiles, gather_left=True)
     del a_RF
     grad_up = launch.products_over_rows(grad_z_RH, x_TD, token_ids_R, tiles, gather_right=True)

@@ -5,16 +5,23 @@ Rows are those of the plan, R of them, with `Tiles` for which expert has which. 
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from equipoise.ops.activation import Activation, is_gated
 from equipoise.ops.count import count_assignments
-from equipoise.ops.triton.kernels import products
 from equipoise.ops.triton.order import Tiles, power_of_two
 
 _GROUP = 8  # tiles of rows that walk through the columns together
 _SUM_BLOCK = 1024
+
+
+def _kernels() -> ModuleType:
+    from equipoise.ops.triton.kernels import products
+
+    return products
 
 
 def _options(tiles: Tiles) -> dict[str, int]:
@@ -37,7 +44,7 @@ def up_rows(
     F = H // 2 if gated else H
     a_RF, z_RH = x_TD.new_empty(num_rows, F), x_TD.new_empty(num_rows if save else 0, H)
     grid = (tiles.num_tiles * -(-F // tiles.blocks.cols),)
-    products.up_kernel[grid](
+    _kernels().up_kernel[grid](
         x_TD, token_ids_R, up_eHD, z_RH, a_RF, tiles.table, tiles.num_tiles, D, F,
         ACTIVATION=activation, GATED=gated, STORE_Z=save, **_options(tiles),
     )  # fmt: skip
@@ -51,7 +58,7 @@ def product_of_rows(
     N = weight.shape[2 if transposed else 1]
     out_RN = rows_RK.new_empty(rows_RK.shape[0], N)
     grid = (tiles.num_tiles * -(-N // tiles.blocks.cols),)
-    products.rows_kernel[grid](
+    _kernels().rows_kernel[grid](
         rows_RK, weight, rows_RK if scale_R is None else scale_R, out_RN, tiles.table, tiles.num_tiles,
         N, rows_RK.shape[1], TRANSPOSED=transposed, SCALED=scale_R is not None, **_options(tiles),
     )  # fmt: skip
@@ -67,7 +74,7 @@ def grad_z_rows(
     num_cols = -(-F // tiles.blocks.cols)
     grad_z_RH, a_RF = torch.empty_like(z_RH), z_RH.new_empty(num_rows, F)
     parts = torch.zeros(num_rows, num_cols, dtype=torch.float32, device=z_RH.device)
-    products.grad_z_kernel[(tiles.num_tiles * num_cols,)](
+    _kernels().grad_z_kernel[(tiles.num_tiles * num_cols,)](
         grad_TD, token_ids_R, down_eDF, z_RH, weights_R, grad_z_RH, a_RF, parts, tiles.table, tiles.num_tiles, D, F,
         ACTIVATION=activation, GATED=is_gated(activation), **_options(tiles),
     )  # fmt: skip
@@ -75,7 +82,12 @@ def grad_z_rows(
 
 
 def products_over_rows(
-    left: Tensor, right: Tensor, token_ids_R: Tensor, tiles: Tiles, gather_left: bool = False, gather_right: bool = False
+    left: Tensor,
+    right: Tensor,
+    token_ids_R: Tensor,
+    tiles: Tiles,
+    gather_left: bool = False,
+    gather_right: bool = False,
 ) -> Tensor:
     """(e, M, N): left^T right over each expert's rows. What is gathered has a row per token, else one per row."""
     M, N, num_experts = left.shape[1], right.shape[1], tiles.ends_e.shape[0]
@@ -83,7 +95,7 @@ def products_over_rows(
     out_eMN = left.new_empty(num_experts, M, N)
     options = _options(tiles) | {"BLOCK_M": side, "BLOCK_N": 64, "BLOCK_K": min(64, max(16, tiles.blocks.rows))}
     grid = (-(-M // side) * -(-N // 64), num_experts)
-    products.weights_kernel[grid](
+    _kernels().weights_kernel[grid](
         left, right, token_ids_R, out_eMN, tiles.ends_e, M, N, GATHER_LEFT=gather_left, GATHER_RIGHT=gather_right,
         **options,
     )  # fmt: skip
@@ -103,7 +115,7 @@ def sum_of_rows(y_RD: Tensor, token_ids_R: Tensor, rows_TK: Tensor | None, num_t
     else:
         rows, token_ends_T = rows_TK, rows_TK
     block = min(_SUM_BLOCK, power_of_two(D))
-    products.sum_kernel[(num_tokens, -(-D // block))](
+    _kernels().sum_kernel[(num_tokens, -(-D // block))](
         y_RD, rows, token_ends_T, out_TD, tiles.ends_e, num_experts, D, 0 if rows_TK is None else rows_TK.shape[1],
         RAGGED=rows_TK is None, BLOCK_D=block,
     )  # fmt: skip

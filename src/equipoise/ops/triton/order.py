@@ -82,7 +82,7 @@ def tiles_of(counts_e: Tensor, num_rows: int, itemsize: int) -> Tiles:
 def _sort(keys_N: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
     from equipoise.ops.triton.kernels.order import histogram_kernel, place_kernel
 
-    require(keys_N.new_empty(0, dtype=torch.float32))
+    require(keys_N.device)
     num, device = keys_N.shape[0], keys_N.device
     order_R, rows_N = torch.empty_like(keys_N), torch.empty_like(keys_N)
     num_blocks = -(-num // _SORT_BLOCK)

@@ -11,6 +11,16 @@ import triton.language as tl
 
 from equipoise.ops.triton.kernels.activation import activate, activate_backward
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def add_product(left, right, total):
+    """total + left right. The interpreter (Triton 3.9) takes the bits of bf16 for integers: it gets fp32, exactly."""
+    if INTERPRETED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision="ieee")
+
 
 @triton.jit
 def in_groups(program, num_m, num_n, GROUP: tl.constexpr):
@@ -45,9 +55,9 @@ def up_kernel(
         x = tl.load(x_ptr + token[:, None] * D + k[None, :], mask=row_mask[:, None] & (k[None, :] < D), other=0.0)
         weight_mask = (n[None, :] < F) & (k[:, None] < D)
         at = n[None, :] * D + k[:, None]
-        gate = tl.dot(x, tl.load(weight_ptr + at, mask=weight_mask, other=0.0), gate, input_precision="ieee")
+        gate = add_product(x, tl.load(weight_ptr + at, mask=weight_mask, other=0.0), gate)
         if GATED:
-            up = tl.dot(x, tl.load(weight_ptr + F * D + at, mask=weight_mask, other=0.0), up, input_precision="ieee")
+            up = add_product(x, tl.load(weight_ptr + F * D + at, mask=weight_mask, other=0.0), up)
     mask = row_mask[:, None] & (n[None, :] < F)
     row = row.to(tl.int64)
     if STORE_Z:
@@ -84,7 +94,7 @@ def rows_kernel(
         else:
             at = n[None, :] * K + k[:, None]
         weight = tl.load(of_expert + at, mask=(n[None, :] < N) & (k[:, None] < K), other=0.0)
-        total = tl.dot(rows, weight, total, input_precision="ieee")
+        total = add_product(rows, weight, total)
     if SCALED:
         total *= tl.load(scale_ptr + row, mask=row_mask, other=0.0).to(tl.float32)[:, None]
     out = out_ptr + wide[:, None] * N + n[None, :]
@@ -117,7 +127,7 @@ def grad_z_kernel(
         grad = tl.load(grad_ptr + token[:, None] * D + k[None, :], mask=row_mask[:, None] & (k[None, :] < D), other=0.0)
         at = k[:, None] * F + n[None, :]
         weight = tl.load(of_expert + at, mask=(n[None, :] < F) & (k[:, None] < D), other=0.0)
-        grad_a = tl.dot(grad, weight, grad_a, input_precision="ieee")
+        grad_a = add_product(grad, weight, grad_a)
     H = 2 * F if GATED else F
     wide = row.to(tl.int64)
     mask = row_mask[:, None] & (n[None, :] < F)
@@ -161,8 +171,10 @@ def weights_kernel(
         of_left = token if GATHER_LEFT else wide
         of_right = token if GATHER_RIGHT else wide
         left = tl.load(left_ptr + of_left[None, :] * M + m[:, None], mask=mask[None, :] & (m[:, None] < M), other=0.0)
-        right = tl.load(right_ptr + of_right[:, None] * N + n[None, :], mask=mask[:, None] & (n[None, :] < N), other=0.0)
-        total = tl.dot(left, right, total, input_precision="ieee")
+        right = tl.load(
+            right_ptr + of_right[:, None] * N + n[None, :], mask=mask[:, None] & (n[None, :] < N), other=0.0
+        )
+        total = add_product(left, right, total)
     out = out_ptr + expert.to(tl.int64) * M * N + m[:, None] * N + n[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
 
