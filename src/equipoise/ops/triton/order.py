@@ -80,9 +80,9 @@ def tiles_of(counts_e: Tensor, num_rows: int, itemsize: int) -> Tiles:
 
 @torch.library.custom_op("equipoise::triton_sort", mutates_args=())
 def _sort(keys_N: Tensor, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
+    require(keys_N.device)
     from equipoise.ops.triton.kernels.order import histogram_kernel, place_kernel
 
-    require(keys_N.device)
     num, device = keys_N.shape[0], keys_N.device
     order_R, rows_N = torch.empty_like(keys_N), torch.empty_like(keys_N)
     num_blocks = -(-num // _SORT_BLOCK)

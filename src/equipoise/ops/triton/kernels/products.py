@@ -89,10 +89,7 @@ def rows_kernel(
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         rows = tl.load(in_ptr + wide[:, None] * K + k[None, :], mask=row_mask[:, None] & (k[None, :] < K), other=0.0)
-        if TRANSPOSED:
-            at = k[:, None] * N + n[None, :]
-        else:
-            at = n[None, :] * K + k[:, None]
+        at = k[:, None] * N + n[None, :] if TRANSPOSED else n[None, :] * K + k[:, None]
         weight = tl.load(of_expert + at, mask=(n[None, :] < N) & (k[:, None] < K), other=0.0)
         total = add_product(rows, weight, total)
     if SCALED:
