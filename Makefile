@@ -9,7 +9,7 @@ PIP := $(PYTHON) -m pip install -qq --disable-pip-version-check --no-input -c co
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format bench docs clean
+.PHONY: help setup demo test test-slow test-triton check format bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,10 @@ test: $(STAMP) ## run the tests, without the slow ones, in two processes
 
 test-slow: $(STAMP) ## run the slow tests (minutes)
 	@$(PYTHON) -m pytest -m slow $(ARGS)
+
+test-triton: $(STAMP) ## run the kernels for GPUs under Triton's interpreter (installs Triton: a gigabyte)
+	@$(PYTHON) -c "import triton" 2>/dev/null || { echo "test-triton: installing Triton"; $(PIP) -e '.[triton]'; }
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/ops/triton $(ARGS)
 
 check: $(STAMP) ## format, lint, types, and the rules of the architecture
 	@echo "check: format"

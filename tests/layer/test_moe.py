@@ -157,7 +157,8 @@ class TestBackends:
 
     def test_refuses_unknown_names(self):
         with pytest.raises(
-            ValueError, match=r"backend: expected auto, lean, native, few, native_few, grouped, reference, got 'fast'"
+            ValueError,
+            match=r"backend: expected auto, lean, native, few, native_few, grouped, triton, reference, got 'fast'",
         ):
             build(backend="fast")
         with pytest.raises(ValueError, match=r"activation: expected one of swiglu, gelu, clamped_swiglu, got 'relu'"):

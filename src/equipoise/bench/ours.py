@@ -8,7 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from equipoise.bench.problem import Candidate, Layer, Problem, grad_of
+from equipoise.bench.problem import Candidate, Check, Layer, LeftOutError, Problem, Shape, grad_of
 from equipoise.layer import MoE
 from equipoise.layer.experts import BACKENDS, BackendName, backend_for
 from equipoise.routing import TopK
@@ -39,11 +39,32 @@ def our_variants() -> tuple[Candidate, ...]:
             f"equipoise {name}",
             "moe",
             partial(equipoise_moe, backend=cast(BackendName, name)),
+            _runs_here(name),
             trains=name not in NO_TRAINING,
         )
         for name in BACKENDS
         if name not in SLOW
     )
+
+
+def _runs_here(name: str) -> Check:
+    """Leaves out what this machine, or this size, would compute by another backend, or not at all."""
+
+    def check(shape: Shape, num_tokens: int, dtype: torch.dtype) -> None:
+        if name == "triton":
+            raise LeftOutError("it is for a GPU, and what is timed here is the CPU")
+        if name not in ("native", "native_few"):
+            return
+        x_TD, up_EHD, down_EDF = (
+            torch.empty(size, dtype=dtype)
+            for size in ((1, shape.dim), (1, 2 * shape.hidden_dim, shape.dim), (1, shape.dim, shape.hidden_dim))
+        )
+        with torch.set_grad_enabled(name == "native"):
+            taken, why = backend_for(cast(BackendName, name), x_TD, up_EHD, down_EDF, 1)
+        if taken != name:
+            raise LeftOutError(why)
+
+    return check
 
 
 def picked(problem: Problem, num_tokens: int, training: bool) -> str:

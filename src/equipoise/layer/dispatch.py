@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from equipoise.layer.overflow import Fitted
-from equipoise.ops.ragged import RaggedPlan, ragged_plan
+from equipoise.ops.ragged import RaggedPlan, Sort, ragged_plan
 from equipoise.types import DispatchPlan
 
 T_co = TypeVar("T_co", covariant=True)
@@ -75,12 +75,15 @@ class Local:
         return Here(y)
 
 
+@dataclass(frozen=True)
 class LocalDispatcher:
-    """All experts are on this device."""
+    """All experts are on this device. sort: who sorts assignments by expert, None for `ragged_plan`'s choice."""
+
+    sort: Sort | None = None
 
     def dispatch(self, x_TD: Tensor, fitted: Fitted) -> Sequence[UnderWay[Dispatched]]:
         """x as it is, and the plan."""
-        return (Here(Local(x_TD, plan_of(fitted))),)
+        return (Here(Local(x_TD, plan_of(fitted, self.sort))),)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +101,7 @@ def whole_plan(plans: Sequence[RaggedPlan]) -> DispatchPlan:
     return WholePlan(torch.stack([plan.counts_e for plan in plans]).sum(0), plans[0].drops)
 
 
-def plan_of(fitted: Fitted) -> RaggedPlan:
+def plan_of(fitted: Fitted, sort: Sort | None = None) -> RaggedPlan:
     """The rows of what is computed, by expert that computes."""
     decision = fitted.decision
     return ragged_plan(
@@ -109,4 +112,5 @@ def plan_of(fitted: Fitted) -> RaggedPlan:
         top_k=decision.top_k,
         keep_N=fitted.keep_N,
         drops=fitted.drops,
+        sort=sort,
     )

@@ -22,9 +22,11 @@ from equipoise.ops.grouped_experts import grouped_experts, grouped_mm_supports
 from equipoise.ops.lean_experts import lean_experts
 from equipoise.ops.native.experts import native_experts, why_not_native
 from equipoise.ops.native.few import few_native_experts, is_few, unsupported_plain
-from equipoise.ops.ragged import RaggedPlan
+from equipoise.ops.ragged import RaggedPlan, Sort
+from equipoise.ops.triton.experts import triton_experts
+from equipoise.ops.triton.order import sort_by_key
 
-BackendName = Literal["auto", "lean", "native", "few", "native_few", "grouped", "reference"]
+BackendName = Literal["auto", "lean", "native", "few", "native_few", "grouped", "triton", "reference"]
 Backend = Callable[[Tensor, RaggedPlan, Tensor, Tensor, str], Tensor]
 
 
@@ -49,6 +51,7 @@ BACKENDS: dict[str, Backend] = {
     "few": few_rows_experts,
     "native_few": few_native_experts,
     "grouped": grouped_experts,
+    "triton": triton_experts,
     "reference": reference_experts,
 }
 
@@ -66,7 +69,8 @@ def backend_for(
     The rule for "auto" comes from `equipoise bench layer` and `decode`. On a CPU, without gradients, few rows go
     through one call in C++ where it can run, else through few operators. All others go through the products in C++
     where they can run (docs/native.md), else the lean loop. On a GPU a loop over experts would wait for the host, so
-    grouped_mm is taken where it can run. Where they can't run, "native" is "lean", and "native_few" is "few".
+    grouped_mm is taken where it can run. Where they can't run, "native" is "lean", and "native_few" is "few". Triton's
+    kernels have not been measured on a GPU, and are taken only where they are asked for.
     """
     if name == "native" and (missing := why_not_native(x_TD, up_eHD, down_eDF, activation)):
         return "lean", f"native was asked for, but {missing}"
@@ -101,6 +105,11 @@ def _why_not_native_few(x_TD: Tensor, up_eHD: Tensor, down_eDF: Tensor, activati
     if _keeps_gradients_or_graph():
         return "it has no gradients, and stands in no graph"
     return unsupported_plain(x_TD, up_eHD, down_eDF, activation)
+
+
+def sort_for(name: BackendName) -> Sort | None:
+    """Who sorts assignments for a backend, None for `ragged_plan`'s choice."""
+    return sort_by_key if name == "triton" else None
 
 
 def _keeps_gradients_or_graph() -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from equipoise.layer.admission import Admission, Capped, Dropless
 from equipoise.layer.capacity import Capacity
 from equipoise.layer.dispatch import Dispatched, Dispatcher, LocalDispatcher, UnderWay, whole_plan
-from equipoise.layer.experts import BackendName, Experts
+from equipoise.layer.experts import BackendName, Experts, sort_for
 from equipoise.layer.feed_forward import FeedForward
 from equipoise.layer.mode import Bypass, InForce, Mode, in_force
 from equipoise.layer.overflow import Fitted
@@ -127,7 +127,7 @@ class MoE(nn.Module):
         uneven = zero_experts is not None and zero_experts.weight != 1
         shares = zero_experts.fair_shares(num_experts) if zero_experts is not None and uneven else None
         self.admission: Admission = Capped(capacity, shares) if capacity else Dropless()
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher = LocalDispatcher(sort_for(backend))
         self.experts = Experts(num_experts, dim, hidden_dim, activation, backend, expert_bias)
         self.shared = FeedForward(dim, shared_experts * hidden_dim, activation) if shared_experts else None
         self.shared_gate = nn.Linear(dim, 1, bias=False) if shared_gate else None

@@ -7,7 +7,7 @@ it may fuse it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from equipoise.ops.count import count_assignments
+
+Sort = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]  # as `sort_on_device`
 
 _FEW = 1024  # assignments; with more the sorts themselves take longer than the calls
 
@@ -48,10 +50,14 @@ def ragged_plan(
     top_k: int | None = None,
     keep_N: Tensor | None = None,
     drops: Mapping[str, Tensor] | None = None,
+    sort: Sort | None = None,
 ) -> RaggedPlan:
-    """Sort assignments by expert (stable: token order within an expert); those with keep_N False go last."""
+    """Sort assignments by expert (stable: token order within an expert); those with keep_N False go last.
+
+    sort: who sorts, in place of the one that fits the device and the number of assignments.
+    """
     keys_N = expert_ids_N if keep_N is None else torch.where(keep_N, expert_ids_N, num_experts)
-    order_R, rows_N, counts = sort_rows(keys_N, num_experts + 1)
+    order_R, rows_N, counts = (sort or sort_rows)(keys_N, num_experts + 1)
     return RaggedPlan(
         token_ids_R=token_ids_N.index_select(0, order_R),
         weights_R=weights_N.index_select(0, order_R),

@@ -1,0 +1,148 @@
+"""The lean path on a GPU: the result of `lean_experts`, and the same tensors kept for backward, by Triton kernels.
+
+Saved: x, the pre-activation z, the combine weights and index vectors (arXiv 2512.14080 section 3). Forward launches the
+tile table, the first product with gather and activation, the second with the combine weight, and the sum of a token's
+rows; backward the same way back, and one product per weight gradient. Nothing waits for the host. The slow twins are
+`ops.reference.experts` and `ops.lean_experts`. Backward is once differentiable.
+
+Proven under Triton's interpreter and compiled for GPUs, not run on one: docs/gpu.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from equipoise.ops.activation import check_activation
+from equipoise.ops.ragged import RaggedPlan
+from equipoise.ops.triton import launch
+from equipoise.ops.triton.needs import require
+from equipoise.ops.triton.order import tiles_of
+
+
+@torch.library.custom_op("equipoise::triton_forward", mutates_args=())
+def triton_forward(
+    x_TD: Tensor,
+    weights_R: Tensor,
+    up_eHD: Tensor,
+    down_eDF: Tensor,
+    token_ids_R: Tensor,
+    rows_TK: Tensor | None,
+    counts_e: Tensor,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """(y_TD, z_RH): weighted sum of the experts' outputs, and the pre-activation (empty unless save)."""
+    require(x_TD.device, x_TD.dtype)
+    kind, num_rows = check_activation(activation), token_ids_R.shape[0]
+    if num_rows == 0 or x_TD.shape[0] == 0:
+        return x_TD.new_zeros(x_TD.shape), x_TD.new_empty(num_rows if save else 0, up_eHD.shape[1])
+    tiles = tiles_of(counts_e, num_rows, x_TD.element_size())
+    a_RF, z_RH = launch.up_rows(x_TD, token_ids_R, up_eHD, tiles, kind, save)
+    y_RD = launch.product_of_rows(a_RF, down_eDF, tiles, scale_R=weights_R)
+    return launch.sum_of_rows(y_RD, token_ids_R, rows_TK, x_TD.shape[0], tiles), z_RH
+
+
+@triton_forward.register_fake
+def _(
+    x_TD: Tensor,
+    weights_R: Tensor,
+    up_eHD: Tensor,
+    down_eDF: Tensor,
+    token_ids_R: Tensor,
+    rows_TK: Tensor | None,
+    counts_e: Tensor,
+    activation: str,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    return x_TD.new_empty(x_TD.shape), x_TD.new_empty(token_ids_R.shape[0] if save else 0, up_eHD.shape[1])
+
+
+@torch.library.custom_op("equipoise::triton_backward", mutates_args=())
+def triton_backward(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    z_RH: Tensor,
+    weights_R: Tensor,
+    up_eHD: Tensor,
+    down_eDF: Tensor,
+    token_ids_R: Tensor,
+    rows_TK: Tensor | None,
+    counts_e: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weights, up and down."""
+    require(x_TD.device, x_TD.dtype)
+    kind, num_rows = check_activation(activation), token_ids_R.shape[0]
+    if num_rows == 0 or x_TD.shape[0] == 0:
+        return tuple(t.new_zeros(t.shape) for t in (x_TD, weights_R, up_eHD, down_eDF))  # type: ignore[return-value]
+    tiles = tiles_of(counts_e, num_rows, x_TD.element_size())
+    grad_z_RH, a_RF, grad_weights_R = launch.grad_z_rows(grad_TD, token_ids_R, down_eDF, z_RH, weights_R, tiles, kind)
+    grad_down = launch.products_over_rows(grad_TD, a_RF, token_ids_R, tiles, gather_left=True)
+    del a_RF
+    grad_up = launch.products_over_rows(grad_z_RH, x_TD, token_ids_R, tiles, gather_right=True)
+    grad_x_RD = launch.product_of_rows(grad_z_RH, up_eHD, tiles, transposed=True)
+    grad_x_TD = launch.sum_of_rows(grad_x_RD, token_ids_R, rows_TK, x_TD.shape[0], tiles)
+    return grad_x_TD, grad_weights_R, grad_up, grad_down
+
+
+@triton_backward.register_fake
+def _(
+    grad_TD: Tensor,
+    x_TD: Tensor,
+    z_RH: Tensor,
+    weights_R: Tensor,
+    up_eHD: Tensor,
+    down_eDF: Tensor,
+    token_ids_R: Tensor,
+    rows_TK: Tensor | None,
+    counts_e: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(t.new_empty(t.shape) for t in (x_TD, weights_R, up_eHD, down_eDF))  # type: ignore[return-value]
+
+
+class _TritonExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        weights_R: Tensor,
+        up_eHD: Tensor,
+        down_eDF: Tensor,
+        token_ids_R: Tensor,
+        rows_TK: Tensor | None,
+        counts_e: Tensor,
+        activation: str,
+    ) -> Tensor:
+        y_TD: Tensor
+        y_TD, z_RH = triton_forward(
+            x_TD, weights_R, up_eHD, down_eDF, token_ids_R, rows_TK, counts_e, activation, save=True
+        )
+        ctx.save_for_backward(x_TD, z_RH, weights_R, up_eHD, down_eDF, token_ids_R, rows_TK, counts_e)
+        ctx.activation = activation
+        return y_TD
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = triton_backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.activation)
+        return *gradients, None, None, None, None
+
+
+def triton_experts(x_TD: Tensor, plan: RaggedPlan, up_eHD: Tensor, down_eDF: Tensor, activation: str) -> Tensor:
+    """y_TD: each token's weighted sum over its experts. Same signature and result as `lean_experts`.
+
+    x_TD, up_eHD, down_eDF share one dtype, fp32, bf16 or fp16, and are on a GPU, or anywhere under TRITON_INTERPRET=1.
+    Raises ValueError where triton is missing, or can't run on these tensors.
+    """
+    x_TD, up_eHD, down_eDF = x_TD.contiguous(), up_eHD.contiguous(), down_eDF.contiguous()
+    rows_TK = None if plan.rows_TK is None else plan.rows_TK.contiguous()
+    args = (x_TD, plan.weights_R, up_eHD, down_eDF, plan.token_ids_R, rows_TK, plan.counts_e, activation)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in args[:4] if isinstance(t, Tensor)):
+        y_TD: Tensor = _TritonExperts.apply(*args)  # type: ignore[no-untyped-call]  # torch's
+    else:
+        y_TD, _ = triton_forward(*args, save=False)
+    return y_TD

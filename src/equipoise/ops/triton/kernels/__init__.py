@@ -1,0 +1,1 @@
+"""The kernels. These modules import triton, so only functions import them."""
