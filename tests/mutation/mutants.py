@@ -354,7 +354,7 @@ MUTANTS = (
     Mutant("hot-is-dead", "recovery/weights.py",
            _in("recovery/test_actions.py", "test_reseeding_copies_the_busiest_expert_with_noise_into_the_dead_ones"),
            "the idlest expert is copied",
-           "return max(set(range(layer.num_experts))", "return min(set(range(layer.num_experts))"),
+           "return max(set(range(num_experts))", "return min(set(range(num_experts))"),
     # ------------------------------------------------------------------------------------------ serving
     Mutant("prefix-of-any-parent", "serve/blocks.py", _in("serve/test_blocks.py"),
            "blocks are kept without what comes before them", "key = (prefix, tuple(tokens))",
