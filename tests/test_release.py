@@ -33,6 +33,7 @@ WORKS = {
     "ray": "import ray.serve, equipoise.serve.replicas",
     "dashboard": "import equipoise.dashboard.server",
     "jax": "import jax; from equipoise.monitor import stats",
+    "triton": "import triton, equipoise.ops.triton.experts",
     "gguf": "import gguf, equipoise.convert.gguf",
     "place-exact": "import scipy.optimize",
     "bench": "import transformers, equipoise.bench.harness",

@@ -97,6 +97,8 @@ def run_tests(folder: Path, nodes: Sequence[str]) -> int:
     package = importlib.import_module("equipoise")
     if not Path(package.__file__ or "").is_relative_to(folder):
         raise ImportError(f"equipoise: expected the copy in {folder}, got {package.__file__}")
+    for name in package.__all__:
+        getattr(package, name)  # imported now, where a mistake means that the copy does not import
     witness = Witness()
     status = pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), *nodes], plugins=[witness])
     (folder / "witness.json").write_text(json.dumps(vars(witness)))
