@@ -7,8 +7,6 @@ stopped. docs/scmoe.md says what the positions are.
 from __future__ import annotations
 
 import argparse
-import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,20 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.progress import track
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from equipoise.bench.architectures.count import flops_per_token
+from equipoise.bench.architectures.quality import Outcome, outcome
 from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
-from equipoise.disk.atomic import atomic_write
 from equipoise.models.config import SHORTCUT_WINDOW, ShortcutName
-from equipoise.models.decoder import Decoder
 from equipoise.routing import TopK
 from equipoise.train.config import TrainConfig
-from equipoise.train.data import TokenData
-from equipoise.train.loop import Trainer
 from equipoise.train.recipes import recipe
-from equipoise.train.report import Silent
 from equipoise.train.run import open_data
 from equipoise.train.sweep_report import paired_difference
 
@@ -62,58 +54,7 @@ ARMS = {
 }
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """loss: nats per token of the validation text. max_violation: mean of the MoE layers' last windows."""
-
-    loss: float
-    max_violation: float
-
-
 # ---------------------------------------------------------------------------------------------- quality
-
-
-def flops_per_token(config: TrainConfig) -> float:
-    """Multiplications and additions of a forward, per token, as torch counts them."""
-    model = config.model
-    assert model.moe is not None
-    decoder = Decoder(replace(model, moe=replace(model.moe, backend="lean"))).eval()
-    tokens_BS = torch.randint(model.vocab_size, (4, config.data.seq_len))
-
-    def of_experts(  # torch can't look into an operator of ours
-        x_TD: Tensor, weights_R: Tensor, up_eHD: Tensor, down_eDF: Tensor, token_ids_R: Tensor, *_: object, **__: object
-    ) -> int:
-        return 2 * len(token_ids_R) * (up_eHD[0].numel() + down_eDF[0].numel())
-
-    of_experts._get_raw = True  # type: ignore[attr-defined]  # tensors, not their shapes
-    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.equipoise.lean_forward: of_experts})
-    with counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():  # the fused attention of a CPU isn't counted
-        decoder(tokens_BS)
-    return counter.get_total_flops() / tokens_BS.numel()
-
-
-def outcome(config: TrainConfig, text: Callable[[int], TokenData], out: Path) -> Outcome:
-    """Train and evaluate, or what a run of this configuration has come to before.
-
-    text: the data of a seed. out: the file that keeps the outcome.
-    """
-    if out.exists():
-        kept = json.loads(out.read_text(encoding="utf-8"))
-        if kept["config"] == config.to_json():
-            return Outcome(kept["loss"], kept["max_violation"])
-    data = text(config.seed)
-    opened = config.with_vocab(data.tokenizer.vocab_size)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(opened, data, Path(folder) / "run", Silent())
-        trainer.run()
-        layers = trainer.store.layers()
-        windows = [each for layer in layers for each in trainer.store.routing_history(layer)[-LAST_WINDOWS:]]
-        found = Outcome(trainer.evaluate().loss, float(np.mean([each.max_violation for each in windows])))
-        trainer.close("finished")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(out) as file:
-        file.write(json.dumps({"config": config.to_json()} | vars(found)).encode())
-    return found
 
 
 def verdict(low: float, high: float) -> str:
@@ -145,8 +86,9 @@ def quality_tables(base: TrainConfig, options: argparse.Namespace) -> list[Table
     found: Mapping[str, list[Outcome]] = {name: [] for name in configs}
     for seed, name in track(cells, description="runs", disable=options.smoke):
         config = replace(configs[name], name=f"{base.name}, {name}", seed=seed)
-        found[name].append(outcome(config, text, options.out / f"{name.replace(' ', '')}-{seed}.json"))
-    rows = tuple(quality_row(name, flops_per_token(configs[name]), found[name], found[BASELINE]) for name in configs)
+        found[name].append(outcome(config, text, options.out))
+    flops = {name: flops_per_token(config.model, config.data.seq_len) for name, config in configs.items()}
+    rows = tuple(quality_row(name, flops[name], found[name], found[BASELINE]) for name in configs)
     columns = (
         "per token",
         "forward [kFLOP]",

@@ -35,11 +35,13 @@ def test_compares_every_arm_and_goes_on(tmp_path):
     assert row["low"] < row["- top-2 [mnat]"] < row["high"]
     assert 1e-3 * row["- top-2 [mnat]"] == pytest.approx(row["loss [nats]"] - rows[BASELINE]["loss [nats]"], abs=1e-5)
 
-    kept = tmp_path / "ScMoEpos2-1.json"
-    record = json.loads(kept.read_text())
+    records = {path: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    configs = {path: record["config"] for path, record in records.items()}
+    by_run = {(config["name"].split(", ")[1], config["seed"]): path for path, config in configs.items()}
+    kept, other = by_run["ScMoE pos2", 1], by_run[BASELINE, 0]
+    record = records[kept]
     kept.write_text(json.dumps(record | {"loss": record["loss"] + 1}))  # would be seen if it were run again
-    other = tmp_path / "top-2-0.json"
-    other.write_text(json.dumps(json.loads(other.read_text()) | {"config": "{}", "loss": 99.0}))  # is run again
+    other.write_text(json.dumps(records[other] | {"config": {}, "loss": 99.0}))  # is run again
     (again,) = run_benchmark(tmp_path, "--arms", "ScMoE pos2")["tables"]
     losses = {row["per token"]: row["loss [nats]"] for row in again["rows"]}
     assert list(losses) == [BASELINE, "ScMoE pos2"]
@@ -53,16 +55,15 @@ def test_arms_have_the_same_arithmetic_and_say_so_by_hand():
     attention = 4 * 2 * (64 * (64 + 32 + 32) + 64 * 64 + 2 * 64 * 64)
     dense, experts, router = 2 * 2 * 3 * 64 * 128, 2 * 2 * 2 * 3 * 64 * 64, 2 * 2 * 64 * 8
     for config in configs.values():
-        assert flops_per_token(config) == attention + dense + experts + router + 2 * 64 * 512
+        assert flops_per_token(config.model, 64) == attention + dense + experts + router + 2 * 64 * 512
     assert len({parameter_counts(config.model).active for config in configs.values()}) == 1
-    assert flops_per_token(replace(ARMS[BASELINE], routed=3).of(recipe("tiny_scmoe"))) > flops_per_token(
-        configs[BASELINE]
-    )
+    three = replace(ARMS[BASELINE], routed=3).of(recipe("tiny_scmoe"))
+    assert flops_per_token(three.model) > flops_per_token(configs[BASELINE].model)
 
 
 def test_difference_by_hand():
     # differences 0.01 and 0.03: mean 0.02, standard error 0.01, t of one degree 12.706
-    ours, theirs = [Outcome(5.01, 0.0), Outcome(5.03, 1.0)], [Outcome(5.0, 0.0), Outcome(5.0, 0.0)]
+    ours, theirs = [Outcome(5.01, 0.0, 1.0), Outcome(5.03, 1.0, 1.0)], [Outcome(5.0, 0.0, 1.0), Outcome(5.0, 0.0, 1.0)]
     row = quality_row("ScMoE pos1", 2000.0, ours, theirs)
     assert row == ("ScMoE pos1", 2.0, pytest.approx(5.02), 0.5, 20.0, -107.06, 147.06, "open")
     assert quality_row(BASELINE, 2000.0, theirs, theirs)[4:] == (None, None, None, None)

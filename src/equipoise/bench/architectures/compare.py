@@ -14,9 +14,10 @@ from torch import Tensor
 from equipoise.bench.architectures.arms import ARMS, BASELINE
 from equipoise.bench.architectures.count import flops_per_token
 from equipoise.bench.architectures.quality import Outcome, outcome
-from equipoise.bench.architectures.speed import MIB, Latency, decoding, kept_mib, long_prompts, training_steps
+from equipoise.bench.architectures.speed import Latency, decoding, kept_mib, long_prompts, training_steps
 from equipoise.bench.harness import Effort, Seconds, ratio, spread
 from equipoise.bench.report import Cell, Table
+from equipoise.bench.saved import MIB
 from equipoise.models.config import DecoderConfig
 from equipoise.models.decoder import Decoder
 from equipoise.models.parameters import parameter_counts

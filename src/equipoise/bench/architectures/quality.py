@@ -39,7 +39,8 @@ def outcome(config: TrainConfig, text: Callable[[int], TokenData], folder: Path)
     path = folder / f"{hashlib.sha256(told.encode()).hexdigest()[:20]}.json"
     if path.exists():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return Outcome(kept["loss"], kept["max_violation"], kept["seconds"])
+        if kept.pop("config") == json.loads(told):
+            return Outcome(**kept)
     data = text(config.seed)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:

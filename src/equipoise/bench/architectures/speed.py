@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from equipoise.bench.harness import Effort, Seconds, Variant, time_side_by_side
+from equipoise.bench.saved import MIB, saved_for_backward
 from equipoise.models.decoder import Decoder, cross_entropy_sum
 from equipoise.models.generate import generate
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -68,21 +67,9 @@ def long_prompts(models: Mapping[str, Decoder], length: int, effort: Effort) -> 
 
 
 def kept_mib(model: Decoder, tokens_BS: Tensor) -> float:
-    """What a forward keeps for its backward, each storage once, parameters not at all."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    """What a training forward keeps for its backward, parameters not at all."""
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = model(tokens_BS)  # held until the end: a freed storage's address could be taken by another
-    del result
-    return sum(kept.values()) / MIB
+    return saved_for_backward(partial(model, tokens_BS), model.parameters()) / MIB
 
 
 @contextmanager
