@@ -10,12 +10,13 @@ Proven under Triton's interpreter and compiled for GPUs, not run on one: docs/gp
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from equipoise.ops.activation import check_activation
+from equipoise.ops.lean_experts import Operators, experts_by, fake_backward, fake_forward
 from equipoise.ops.ragged import RaggedPlan
 from equipoise.ops.triton import launch
 from equipoise.ops.triton.needs import require
@@ -45,19 +46,7 @@ def triton_forward(
     return launch.sum_of_rows(y_RD, token_ids_R, rows_TK, x_TD.shape[0], tiles), z_RH
 
 
-@triton_forward.register_fake
-def _(
-    x_TD: Tensor,
-    weights_R: Tensor,
-    up_eHD: Tensor,
-    down_eDF: Tensor,
-    token_ids_R: Tensor,
-    rows_TK: Tensor | None,
-    counts_e: Tensor,
-    activation: str,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    return x_TD.new_empty(x_TD.shape), x_TD.new_empty(token_ids_R.shape[0] if save else 0, up_eHD.shape[1])
+triton_forward.register_fake(fake_forward)
 
 
 @torch.library.custom_op("equipoise::triton_backward", mutates_args=())
@@ -88,48 +77,7 @@ def triton_backward(
     return grad_x_TD, grad_weights_R, grad_up, grad_down
 
 
-@triton_backward.register_fake
-def _(
-    grad_TD: Tensor,
-    x_TD: Tensor,
-    z_RH: Tensor,
-    weights_R: Tensor,
-    up_eHD: Tensor,
-    down_eDF: Tensor,
-    token_ids_R: Tensor,
-    rows_TK: Tensor | None,
-    counts_e: Tensor,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(t.new_empty(t.shape) for t in (x_TD, weights_R, up_eHD, down_eDF))  # type: ignore[return-value]
-
-
-class _TritonExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TD: Tensor,
-        weights_R: Tensor,
-        up_eHD: Tensor,
-        down_eDF: Tensor,
-        token_ids_R: Tensor,
-        rows_TK: Tensor | None,
-        counts_e: Tensor,
-        activation: str,
-    ) -> Tensor:
-        y_TD: Tensor
-        y_TD, z_RH = triton_forward(
-            x_TD, weights_R, up_eHD, down_eDF, token_ids_R, rows_TK, counts_e, activation, save=True
-        )
-        ctx.save_for_backward(x_TD, z_RH, weights_R, up_eHD, down_eDF, token_ids_R, rows_TK, counts_e)
-        ctx.activation = activation
-        return y_TD
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = triton_backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.activation)
-        return *gradients, None, None, None, None
+triton_backward.register_fake(fake_backward)
 
 
 def triton_experts(x_TD: Tensor, plan: RaggedPlan, up_eHD: Tensor, down_eDF: Tensor, activation: str) -> Tensor:
@@ -139,10 +87,6 @@ def triton_experts(x_TD: Tensor, plan: RaggedPlan, up_eHD: Tensor, down_eDF: Ten
     Raises ValueError where triton is missing, or can't run on these tensors.
     """
     x_TD, up_eHD, down_eDF = x_TD.contiguous(), up_eHD.contiguous(), down_eDF.contiguous()
-    rows_TK = None if plan.rows_TK is None else plan.rows_TK.contiguous()
-    args = (x_TD, plan.weights_R, up_eHD, down_eDF, plan.token_ids_R, rows_TK, plan.counts_e, activation)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in args[:4] if isinstance(t, Tensor)):
-        y_TD: Tensor = _TritonExperts.apply(*args)  # type: ignore[no-untyped-call]  # torch's
-    else:
-        y_TD, _ = triton_forward(*args, save=False)
-    return y_TD
+    if plan.rows_TK is not None:
+        plan = replace(plan, rows_TK=plan.rows_TK.contiguous())
+    return experts_by(Operators(triton_forward, triton_backward), x_TD, plan, up_eHD, down_eDF, activation)
