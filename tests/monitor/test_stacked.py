@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from equipoise.monitor.stacked import StackedSums
@@ -47,7 +47,11 @@ def test_come_back_as_they_were(window):
     assert_same(stacked.by_layer({"b"}), {name: each for name, each in window.items() if name == "b"})
 
 
+NOTHING = {"a": RoutingSums(0, np.zeros(1, dtype=np.int64), np.zeros(1), -0.0, -0.0, -0.0, -0.0, {}, {})}
+
+
 @given(windows(), windows(), st.booleans())
+@example(NOTHING, NOTHING, True)  # two negative zeros add up to one
 def test_add_up_like_each_layer(first, second, alike):
     """Also where layers, or what is said of them, are not the same in both."""
     if alike:

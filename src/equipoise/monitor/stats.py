@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import add
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -247,14 +248,19 @@ def merge(*parts: RoutingSums) -> RoutingSums:
         num_tokens=sum(part.num_tokens for part in parts),
         counts_E=_summed([part.counts_E for part in parts]),
         probs_sum_E=_summed([part.probs_sum_E for part in parts]),
-        token_entropy_sum=sum(part.token_entropy_sum for part in parts),
-        logit_sum=sum(part.logit_sum for part in parts),
-        logit_sq_sum=sum(part.logit_sq_sum for part in parts),
-        logsumexp_sum=sum(part.logsumexp_sum for part in parts),
+        token_entropy_sum=_in_order([part.token_entropy_sum for part in parts]),
+        logit_sum=_in_order([part.logit_sum for part in parts]),
+        logit_sq_sum=_in_order([part.logit_sq_sum for part in parts]),
+        logsumexp_sum=_in_order([part.logsumexp_sum for part in parts]),
         dropped=_added([part.dropped for part in parts]),
         rerouted=_added([part.rerouted for part in parts]),
         losses=_added([part.losses for part in parts]),
     )
+
+
+def _in_order(values: Sequence[float]) -> float:
+    """From the first one on: `sum` begins with 0, and 0 + -0.0 is another zero than -0.0."""
+    return reduce(add, values)
 
 
 def _summed(parts: Sequence[np.ndarray]) -> np.ndarray:
