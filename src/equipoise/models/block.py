@@ -71,9 +71,10 @@ class Block(nn.Module):
         """What the block's attention, or its Mamba layer, makes of the normed stream."""
         if self.mamba is None:
             return self._attend(x_BSD, view)
-        if isinstance(view.cache, KeepsManyStates):
+        cache: object = view.cache
+        if isinstance(cache, KeepsManyStates):
             mamba = self.mamba
-            return view.cache.mix(mamba.layer, lambda x_BSD, states: mamba(x_BSD, None, states), x_BSD)
+            return cache.mix(mamba.layer, lambda x_BSD, states: mamba(x_BSD, None, states), x_BSD)
         if view.cache is not None and not isinstance(view.cache, KeepsStates):
             raise ValueError(
                 f"cache: expected one that keeps the states of Mamba layers, got {type(view.cache).__name__}, which "
