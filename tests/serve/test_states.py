@@ -48,13 +48,23 @@ def models():
 
 @EACH
 def test_mixed_requests_as_the_slow_twin(models, name):
-    """Prompts in pieces, answers under way beside them, and room for so few that some are computed anew."""
+    """Prompts in pieces, and answers under way beside them."""
     engine, requests = tiny_engine(models[name], num_blocks=14), mixed_requests(10)
+    got = answers(engine, requests)
+    for request in requests:
+        assert_same(got[request.id], answer(models[name], TOKENIZER, request))
+        assert got[request.id].num_cached == 0
+    assert_nothing_leaks(engine)
+
+
+@EACH
+def test_who_is_preempted_begins_anew_and_loses_nothing(models, name):
+    engine = tiny_engine(models[name], num_blocks=11)  # for one answer of 61 tokens and not for two
+    requests = [greedy("a", PROMPT, 40), greedy("b", PROMPT[::-1], 40)]
     got = answers(engine, requests)
     assert engine.scheduler.num_preempted > 0
     for request in requests:
         assert_same(got[request.id], answer(models[name], TOKENIZER, request))
-        assert got[request.id].num_cached == 0
     assert_nothing_leaks(engine)
 
 
