@@ -8,8 +8,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INSTEAD = 'or use another backend, such as backend="auto"'
 
 
-def require(device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-    """Raise ValueError unless triton can be imported, and its kernels run on this device and multiply this dtype."""
+def require(device: torch.device, dtype: torch.dtype = torch.float32, widths: tuple[int, ...] = ()) -> None:
+    """Raise ValueError unless triton can be imported, and its kernels run here and multiply rows of these widths."""
     try:
         import triton  # noqa: F401 - only whether it is there
     except ImportError:
@@ -26,3 +26,9 @@ def require(device: torch.device, dtype: torch.dtype = torch.float32) -> None:
             f'backend="triton": expected tensors on a GPU, got {device}; move the layer there, set TRITON_INTERPRET=1 '
             f"before Python starts to run the kernels slowly on a CPU, {_INSTEAD}"
         )
+    for width in widths:
+        if width * dtype.itemsize % 16:
+            raise ValueError(
+                f'backend="triton": expected rows of whole 16 bytes, got a width of {width} in {dtype}; '
+                f"round it up to a multiple of {16 // dtype.itemsize}, {_INSTEAD}"
+            )
