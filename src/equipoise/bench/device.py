@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -15,21 +16,45 @@ from equipoise.bench.report import Table
 
 DEVICES = ("cpu", "cuda")
 _BUFFER = 2**31  # bytes, many times a GPU's cache
+_HEAD_START = 10_000_000  # cycles, some 5 ms
 
 
-def clock_for(device: str) -> Clock:
-    """Times a call on that device. Raises ValueError for one that is not there."""
+def clock_for(device: str, busy: bool = False) -> Clock:
+    """Times a call on that device; busy: without the host's time. Raises ValueError for a device that is not there."""
     if device not in DEVICES:
         raise ValueError(f"device: expected {' or '.join(DEVICES)}, got {device!r}")
     if device == "cpu":
         return host_seconds
     if not torch.cuda.is_available():
         raise ValueError("device: expected a GPU for cuda, got none that torch sees; use --device cpu")
-    return cuda_seconds
+    return busy_seconds if busy else cuda_seconds
 
 
 def cuda_seconds(run: Callable[[], object]) -> float:
-    """Seconds from when the GPU begins with it to when it has finished, by events."""
+    """Seconds from when it is asked for to when the GPU has finished, by events: the host's time counts."""
+    return _between_events(run)
+
+
+def busy_seconds(run: Callable[[], object]) -> float:
+    """Seconds of the GPU's work alone: it is kept waiting until the host has sent some of it.
+
+    A training loop is so, where the host runs ahead; what the host itself takes is `host_ms`.
+    """
+    torch.cuda._sleep(_HEAD_START)  # type: ignore[no-untyped-call]  # torch's
+    return _between_events(run)
+
+
+def host_ms(run: Callable[[], object]) -> float:
+    """Milliseconds in which the host sends it all to the GPU."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return 1e3 * seconds
+
+
+def _between_events(run: Callable[[], object]) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
     begin.record()
     result = run()

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from equipoise.bench.device import host_ms
 from equipoise.bench.harness import Effort, Seconds, Spread, Variant, fastest, ratio, spread, time_side_by_side
 from equipoise.bench.ours import picked
 from equipoise.bench.problem import Candidate, Layer, Problem, Shape, described, make_problem
@@ -120,19 +121,25 @@ def memory_table(problem: Problem, layers: Mapping[str, Layer]) -> Table:
 
 
 def peak_table(problem: Problem, layers: Mapping[str, Layer]) -> Table:
-    """What a GPU's allocator held at most in forward and backward, beyond what it held before."""
+    """What a GPU's allocator held at most beyond what it held before, and how long the host takes to send the work."""
     x_TD = problem.x_TD.clone().requires_grad_()
     gradients = 3 * problem.shape.num_experts * problem.shape.dim * problem.shape.hidden_dim * x_TD.element_size()
     rows = []
+
+    def run(layer: Layer) -> None:
+        torch.autograd.backward(layer.forward(x_TD), problem.grad_TD)
+
     for name, layer in layers.items():
         drop_gradients(layer, x_TD)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        torch.autograd.backward(layer.forward(x_TD), problem.grad_TD)
-        rows.append((name, (torch.cuda.max_memory_allocated() - before) / MIB))
+        run(layer)
+        peak = (torch.cuda.max_memory_allocated() - before) / MIB
+        drop_gradients(layer, x_TD)
+        rows.append((name, peak, host_ms(partial(run, layer))))
         drop_gradients(layer, x_TD)
     text = f"Gradients of the experts' weights are in it: {gradients / MIB:.0f} MiB, dense has fewer."
-    return Table(described(problem, len(x_TD)), ("forward + backward", "peak, MiB"), tuple(rows), text)
+    return Table(described(problem, len(x_TD)), ("forward + backward", "peak, MiB", "host, ms"), tuple(rows), text)
 
 
 COMPARED = ("time / dense", "time / equipoise")

@@ -90,7 +90,7 @@ def layer(
         for each, number in product(shapes, tokens):
             yield from measure(each, number, DTYPES[on.dtype], effort, only, on.device)
 
-    effort = replace(_effort(rounds, quick), clock=clock_for(on.device))
+    effort = replace(_effort(rounds, quick), clock=clock_for(on.device, busy=True))
     return run_bench(parts, effort, asdict(on), to)
 
 

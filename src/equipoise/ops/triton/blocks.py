@@ -52,15 +52,16 @@ def cut_for(num_rows: int, num_experts: int, itemsize: int, shared_bytes: int) -
     mean = num_rows // max(1, num_experts)
     rows = 16 if mean <= 16 else 32 if mean <= 32 else 64 if mean <= 64 or itemsize == 4 else 128
     if rows == 128:
-        up, one = Blocks(rows, 128, 64, 8, 4), Blocks(rows, 256, 64, 8, 4)
-        weights = Blocks(128, 128, 64, 8, 4)
+        up, down, grad = Blocks(rows, 128, 64, 8, 4), Blocks(rows, 128, 64, 4, 3), Blocks(rows, 256, 64, 8, 4)
+        weights = Blocks(128, 128, 32, 4, 4)
     else:
-        up = one = Blocks(rows, 64, 64 if itemsize < 4 else 32, 4, 4)
+        up = down = grad = Blocks(rows, 64, 32 if itemsize == 4 else 128 if rows == 16 else 64, 4, 4)
         weights = Blocks(64, 64, max(16, min(64, rows)), 4, 3)
-    up, one, weights = (
-        blocks.fitting(itemsize, matrices, shared_bytes) for blocks, matrices in ((up, 2), (one, 1), (weights, 1))
+    up, down, grad, weights = (
+        blocks.fitting(itemsize, matrices, shared_bytes)
+        for blocks, matrices in ((up, 2), (down, 1), (grad, 1), (weights, 1))
     )
-    return Cut(up, one, one, one, weights)
+    return Cut(up, down, grad, grad, weights)
 
 
 @cache
