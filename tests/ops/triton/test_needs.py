@@ -49,7 +49,5 @@ def test_rows_that_are_not_whole_16_bytes_are_refused():
     from equipoise.ops.triton.needs import require
 
     pytest.importorskip("triton")
-    with pytest.raises(
-        ValueError, match=r"rows of whole 16 bytes, got a width of 12 in torch.bfloat16; round it up"
-    ):
+    with pytest.raises(ValueError, match=r"rows of whole 16 bytes, got a width of 12 in torch.bfloat16; round it up"):
         require(torch.device("cuda"), torch.bfloat16, (16, 12))
