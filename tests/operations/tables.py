@@ -73,7 +73,9 @@ def metric_rows(families):
     rows = []
     for family, labels in families:
         name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
-        unit = next(unit for ending, unit in UNITS if (family.name if family.type == "counter" else name).endswith(ending))
+        unit = next(
+            unit for ending, unit in UNITS if (family.name if family.type == "counter" else name).endswith(ending)
+        )
         told = f"`{name}`", family.type, unit, ", ".join(f"`{label}`" for label in labels), family.documentation
         rows.append(told)
     return rows
