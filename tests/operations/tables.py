@@ -1,4 +1,4 @@
-"""The tables of docs/operations, made from what the code really exports: `python -m tests.operations.tables` writes them.
+"""The tables of docs/operations, made from what the code exports: `python -m tests.operations.tables` writes them.
 
 A table stands below its comment `<!-- table: NAME -->` and ends at the next blank line. The tests compare.
 """
@@ -128,10 +128,11 @@ def _read(expr):
 
 def panel_rows():
     """title, kind, unit, what it shows."""
-    return [
-        (panel["title"].replace("$layer", "each layer"), panel["type"], panel["fieldConfig"]["defaults"]["unit"], panel["description"])
-        for panel in export_grafana()["panels"]
-    ]  # fmt: skip
+    rows = []
+    for panel in export_grafana()["panels"]:
+        unit = panel["fieldConfig"]["defaults"]["unit"]
+        rows.append((panel["title"].replace("$layer", "each layer"), panel["type"], unit, panel["description"]))
+    return rows
 
 
 METRIC = ("metric", "type", "unit", "labels", "meaning")

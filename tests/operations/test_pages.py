@@ -1,4 +1,4 @@
-"""The operations pages are true: their tables are what the code exports, their configurations pass the servers' own checks.
+"""The operations pages are true: their tables are what the code exports, configurations pass the servers' checks.
 
 The slow tests follow each page to the letter, with the real Prometheus and Alertmanager.
 """
@@ -118,7 +118,7 @@ def test_what_is_counted_in_prose():
 
 @pytest.fixture
 def servers(tmp_path):
-    """A folder with the servers' programs, to be put on the path; Alertmanager's templates are in its working folder."""
+    """A folder with their programs, for the path. Alertmanager finds its templates in its working folder."""
     folder = tmp_path / "programs"
     folder.mkdir()
     for name in ("prometheus", "promtool"):
