@@ -69,15 +69,15 @@ def _sample_labels(family):
 
 
 def metric_rows(families):
-    """name, type, unit, labels, meaning."""
+    """name, type and unit, labels, meaning."""
     rows = []
     for family, labels in families:
         name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
         unit = next(
             unit for ending, unit in UNITS if (family.name if family.type == "counter" else name).endswith(ending)
         )
-        told = f"`{name}`", family.type, unit, ", ".join(f"`{label}`" for label in labels), family.documentation
-        rows.append(told)
+        kind = family.type if unit == "labels" else f"{family.type}, {unit}"
+        rows.append((f"`{name}`", kind, ", ".join(labels), family.documentation))
     return rows
 
 
@@ -135,7 +135,7 @@ def panel_rows():
     return rows
 
 
-METRIC = ("metric", "type", "unit", "labels", "meaning")
+METRIC = ("metric", "type, unit", "labels", "meaning")
 ALERT = ("alert", "severity", "for", "says")
 TABLES = {
     "summary": lambda: (METRIC, level_rows("summary")),
