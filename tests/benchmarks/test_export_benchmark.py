@@ -1,10 +1,10 @@
-"""The side of benchmarks/export_vllm.py that needs no vLLM: our scores of a folder are transformers' of what goes out."""
+"""The side of benchmarks/export_vllm.py that needs no vLLM: our scores of a folder are those of transformers."""
 
 import pytest
 import torch
 import transformers
-
 from benchmarks.export_vllm import FAMILIES, _scores, ours, saved
+
 from equipoise.convert import FAMILIES as KNOWN
 from equipoise.convert import export_checkpoint, import_checkpoint
 
