@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
-from equipoise.layer import FeedForward, MoE
+from equipoise.layer import FeedForward
+from equipoise.layer.choice import RoutedLayer
 from equipoise.monitor.watch import Watch
 from equipoise.recovery.actions import Patient, Training
 from equipoise.recovery.canary import Canary
@@ -73,7 +74,9 @@ def recover(
     themselves.
     For layers of other libraries than equipoise, router_rollback and full_rollback are what can be done.
     """
-    layers: Mapping[str, MoE] = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+    layers: Mapping[str, RoutedLayer] = {
+        name: module for name, module in model.named_modules() if isinstance(module, RoutedLayer)
+    }
     dense: dict[str, FeedForward] = {}
     canary = Canary(model, held_out_loss)
     patient = Patient(

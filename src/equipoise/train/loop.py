@@ -108,7 +108,7 @@ class Trainer:
             self.watch.co_select(config.co_select)
         self.faults = FaultDesk(out, self.model, self.show_text, self.watch.recorder) if config.accept_faults else None
         self.repairs: Repairs | NoRepairs = NoRepairs()
-        if ranks is None and self.model.moe_layers:  # a dense model is trained by the same loop
+        if ranks is None and self.model.routed_layers:  # a dense model is trained by the same loop
             self.repairs = Repairs(config, self.model, self.optimizer, data, out, self.watch, told)
         self.step_number = 0
         self._clock = (time.perf_counter(), 0)  # when the speed was last taken, and at which step
