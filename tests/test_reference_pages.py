@@ -1,4 +1,4 @@
-"""The reference: a page for each router, loss, balancer and detector, alike in form; its snippets print what it says."""
+"""The reference: a page for each router, loss, balancer and detector, alike in form; snippets print what they say."""
 
 import ast
 import re
