@@ -10,14 +10,17 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 
-def pages(entries):
+def menu(entries=None):
+    """Name and page of each entry of the site's navigation, at any depth."""
+    if entries is None:
+        entries = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]
     for entry in entries:
-        for target in entry.values():
-            yield from pages(target) if isinstance(target, list) else [target]
+        for name, target in entry.items():
+            yield from menu(target) if isinstance(target, list) else [(name, target)]
 
 
 def test_each_page_has_its_place():
-    nav = list(pages(tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]))
+    nav = [page for _, page in menu()]
     assert sorted(nav) == sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 
 
