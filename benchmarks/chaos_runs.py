@@ -280,8 +280,7 @@ class _Server:
                 logits = self._forward(step)
         lost = int((~torch.isfinite(logits).all(-1)).sum())
         changed = self.watch.step(step)
-        resolved = [alert for alert in changed if alert.state == "resolved"]
-        self.recovery.after_flush(step, self.watch.alerts, self.watch.stats(), resolved)
+        self.recovery.after_flush(step, self.watch.alerts, self.watch.stats(), changed)
         return lost + sum(stats.dropped["tokens"] for stats in self.watch.stats())
 
     def _forward(self, step: int) -> Tensor:

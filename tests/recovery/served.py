@@ -80,8 +80,7 @@ class Server:
             self.step += 1
             self.bench.serve(self.step if seed is None else seed)
             changed = self.watch.step(self.step)
-            resolved = [alert for alert in changed if alert.state == "resolved"]
-            self.recovery.after_flush(self.step, self.watch.alerts, self.watch.stats(), resolved)
+            self.recovery.after_flush(self.step, self.watch.alerts, self.watch.stats(), changed)
 
     def collapse(self, layer=LAYER, expert=5, intensity=40.0):
         with self.watch.recorder.paused():

@@ -214,13 +214,11 @@ def _load_row(stats: RoutingStats, group: int, cell: int) -> Text:
 
 def _statistics(stats: RoutingStats) -> list[Text]:
     even = stats.effective_experts / stats.num_experts
-    lost = sum(count for reason, count in stats.dropped.items() if reason != "tokens")
-    total = int(stats.counts_E.sum())
     return [
         Text(f"{stats.effective_experts:.1f}/{stats.num_experts}", "red" if even < 0.5 else ""),
         Text(f"{stats.max_violation:.2f}"),
         Text(str(len(stats.dead_experts)), "yellow" if stats.dead_experts else "dim"),
-        Text(f"{lost / total:.1%}" if lost and total else "0", "yellow" if lost else "dim"),
+        Text(f"{stats.drop_rate:.1%}" if stats.drop_rate else "0", "yellow" if stats.drop_rate else "dim"),
         Text(f"{stats.load_entropy:.3f}"),
     ]
 

@@ -16,7 +16,7 @@ from equipoise.monitor.check import Check, Desk
 from equipoise.monitor.detectors import CollapseDetector, expected_per_expert
 from equipoise.monitor.evidence import Evidence
 from equipoise.monitor.incidents import EXHAUSTED, LOOK_AT_INPUT, Incident, told
-from equipoise.monitor.rules import drop_rate, load_moved
+from equipoise.monitor.rules import load_moved
 from equipoise.monitor.triage_serving import FAULTS, WEIGHTS, changed_in_service, serving_checks
 from equipoise.types import Action, RoutingStats
 
@@ -278,7 +278,7 @@ def _dead(evidence: Evidence) -> Check:
 
 def _dropped(evidence: Evidence) -> Check:
     question = "Are assignments dropped?"
-    rates = {layer: drop_rate(h[-1]) for layer, h in evidence.routing.items() if h}
+    rates = {layer: h[-1].drop_rate for layer, h in evidence.routing.items() if h}
     worst = max(rates, key=lambda layer: rates[layer], default=None)
     if worst is None or rates[worst] <= 0.01:
         return Check(question, "ok", f"At most {max(rates.values(), default=0.0):.2%}.")

@@ -63,7 +63,7 @@ class Lifting:
         after = self._limits.lift_after
         if after is None and self._trial is None:
             return []
-        num = {each.layer: int(each.counts_E.sum()) for each in stats if each.num_tokens}  # silence is not health
+        num = {each.layer: each.num_assignments for each in stats if each.num_tokens}  # silence is not health
         if self._trial is not None:
             return self._judge(step, patient, firing, num)
         repaired = [name for name, layer in patient.layers.items() if layer.mode != NORMAL]

@@ -32,8 +32,7 @@ class Keeper:
         changed = self.watch.step(step)
         if not self.watch.is_due(step):
             return []
-        resolved = [alert for alert in changed if alert.state == "resolved"]
-        done = self.recovery.after_flush(step, self.watch.alerts, self.watch.stats(), resolved)
+        done = self.recovery.after_flush(step, self.watch.alerts, self.watch.stats(), changed)
         return [*changed, *done]
 
     def remember(self, step: int, checkpoint: str | None = None) -> Record:

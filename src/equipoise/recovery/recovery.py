@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from equipoise.layer.mode import Mode
+from equipoise.monitor.alerts import alert_key
 from equipoise.monitor.baseline import Baseline
 from equipoise.monitor.incidents import EXHAUSTED, LOOK_AT_INPUT, PAGE, Incident
 from equipoise.recovery.actions import Patient
@@ -76,13 +77,14 @@ class Recovery:
         step: int,
         firing: Sequence[Alert],
         stats: Sequence[RoutingStats],
-        resolved: Sequence[Alert] = (),
+        changed: Sequence[Alert] = (),
         *,
         act: bool | None = None,
     ) -> list[Action]:
         """Judge the repair on trial, and begin the next one if an alert calls for it. What was done, in order.
 
-        firing: the alerts that are firing after this flush. stats: its records. resolved: alerts that it resolved.
+        firing: the alerts that are firing after this flush. stats: its records. changed: alerts that it fired or
+        resolved, of which the resolved ones close their cases.
         act: for this flush, in place of the recovery's own.
         """
         self._said = []
@@ -91,8 +93,9 @@ class Recovery:
         self._rest = max(0, self._rest - 1)
         if self._trial is not None:
             self._judge(step, by_key, stats)
-        for alert in resolved:
-            self._close(step, alert)
+        for alert in changed:
+            if alert.state == "resolved":
+                self._close(step, alert)
         may_lift = act and self._trial is None and not self._rest
         self._lifted(self._lifting.after_flush(step, self.patient, firing, stats, may_lift))
         for alert in sorted(firing, key=lambda each: (_URGENT[each.finding.severity], each.since_step)):
@@ -112,7 +115,7 @@ class Recovery:
         if self._trial is not None:
             self._end("undone", step, "the model broke while it was on trial")
         self._lifted(self._lifting.put_back(step, self.patient, "the model broke meanwhile"))
-        alert = Alert(f"{finding.layer}:{finding.rule}", "firing", step, step, finding)
+        alert = Alert(alert_key(finding), "firing", step, step, finding)
         self._ripe(step, alert)
         self._emit(alert)
         while self._begin(step, alert, (), act=True):

@@ -188,8 +188,7 @@ class Care:
         """Flush, judge, and repair if an alert calls for it. What was done. In the care thread, or without one."""
         step = self.engine.num_steps()
         changed, moved = self._flush(step)
-        resolved = [alert for alert in changed if alert.state == "resolved"]
-        done = self.recovery.after_flush(step, self.watch.alerts, self.watch.stats(), resolved)
+        done = self.recovery.after_flush(step, self.watch.alerts, self.watch.stats(), changed)
         self.after_look(step)
         self._last_look = time.monotonic()
         return [*moved, *done]
@@ -205,8 +204,7 @@ class Care:
         firing = [each for each in self.watch.alerts if each.key == alert.key] or [
             replace(alert, step=step, since_step=step)
         ]
-        resolved = [each for each in changed if each.state == "resolved"]
-        return self.recovery.after_flush(step, firing, self.watch.stats(), resolved, act=True)
+        return self.recovery.after_flush(step, firing, self.watch.stats(), changed, act=True)
 
     def _flush(self, step: int) -> tuple[list[Alert], list[Action]]:
         """(alerts that changed, transitions of the breaker)."""

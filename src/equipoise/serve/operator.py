@@ -11,6 +11,7 @@ from equipoise.faults.catalogue import Fault, from_json, sentence
 from equipoise.faults.injection import Injection, ModelFault, inject
 from equipoise.layer.mode import NORMAL
 from equipoise.models.run_files import CHECKPOINTS, Loaded
+from equipoise.monitor.alerts import alert_key
 from equipoise.recovery.canary import Canary
 from equipoise.recovery.catalogue import REPAIRS
 from equipoise.serve.care import Care
@@ -87,7 +88,7 @@ class Operator:
     def repair(self, layer: str, rule: str, message: str) -> list[Action]:
         """Someone else's alert calls for a repair."""
         finding = Finding(rule, layer, None, "critical", 1.0, 0.0, message, "Look at whoever sent it.")
-        return self._care.look_for(Alert(f"{layer}:{rule}", "firing", 0, 0, finding))
+        return self._care.look_for(Alert(alert_key(finding), "firing", 0, 0, finding))
 
     def set_act(self, act: bool) -> bool:
         """Whether repairs are made, or only proposed."""

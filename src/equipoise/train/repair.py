@@ -88,8 +88,7 @@ class Repairs:
 
     def after_flush(self, step: int, changed: Sequence[Alert]) -> list[Action]:
         """Repair, or propose to, if an alert calls for it."""
-        resolved = [alert for alert in changed if alert.state == "resolved"]
-        return self.recovery.after_flush(step, self._watch.alerts, self._watch.stats(), resolved)
+        return self.recovery.after_flush(step, self._watch.alerts, self._watch.stats(), changed)
 
     def rescue(self, step: int) -> list[Action]:
         """The loss or the gradient is not finite: repair what can be; the last action is "kept" if it could."""
