@@ -68,7 +68,6 @@ EXEMPT = {
     "equipoise/ops/triton/experts.py": "a registered operator, as above",
     "equipoise/ops/triton/kernels/products.py": "a kernel takes pointers and sizes one by one",
     "equipoise/layer/moe.py:__init__": "the layer's constructor is its configuration, each argument one word",
-    "equipoise/commands/place.py:place": "one verb for a person at a prompt, each option one word",
     "equipoise/models/generate.py:generate": "one verb for a person at a prompt, each option one word",
 }
 

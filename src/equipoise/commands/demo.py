@@ -8,11 +8,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from equipoise.commands.shown import Json
 from equipoise.commands.train import reporter_of
 from equipoise.disk.files import free_folder
 from equipoise.train.alerts import NOWHERE, Alerts
-
-Json = Annotated[bool, tyro.conf.arg(name="json")]
 
 
 def demo(
