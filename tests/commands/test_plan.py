@@ -74,7 +74,7 @@ def test_names_alone_are_listed(run, asked):
 
 
 def test_a_run_is_planned_as_it_would_train(asked, ours):
-    found = asked(ours / "config.json", "--train", "--precision", "fp32", "--batch", 8, "--seq-len", 16)
+    found = asked(ours / "config.json", "--train", "--precision", "fp32", "--batch", 8, "--context", 16)
     assert found["work"] == "training"
     assert found["setup"]["context"] == 16
     assert found["memory"]["parts"]["optimizer"] == 8 * found["parameters"]["total"]

@@ -16,7 +16,7 @@ from equipoise.plan.placement_file import write_placements
 from equipoise.types import Placement
 
 ROOT = Path(__file__).parents[2]
-SMALL = ("--experts", 8, "--ranks", 4, "--layers", 2, "--qps", 5000, "--seconds", 0.1)
+SMALL = ("--num-experts", 8, "--ranks", 4, "--num-layers", 2, "--qps", 5000, "--seconds", 0.1)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_too_much_traffic_is_said(run):
 
 
 def test_ctrl_c_shows_what_there_is():
-    command = [sys.executable, "-m", "equipoise", "simulate", "--seconds", "1000", "--qps", "1000", "--layers", "1"]
+    command = [sys.executable, "-m", "equipoise", "simulate", "--seconds", "1000", "--qps", "1000", "--num-layers", "1"]
     command += ["--json", "--picture", "/dev/null"]
     code = """if True:
         import os, runpy, signal, sys, threading, time

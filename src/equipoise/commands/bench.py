@@ -57,7 +57,8 @@ def layer(
         to: Where the results go.
     """
     from equipoise.bench.layer import measure
-    from equipoise.bench.problem import DTYPES, parse_shape, tiny
+    from equipoise.bench.problem import parse_shape, tiny
+    from equipoise.models.dtypes import DTYPES
 
     shapes = [parse_shape(text) for text in shape]
     if quick:
@@ -105,7 +106,8 @@ def decode(
     """
     from equipoise.bench import decode as layers
     from equipoise.bench import generate
-    from equipoise.bench.problem import DTYPES, parse_shape, tiny
+    from equipoise.bench.problem import parse_shape, tiny
+    from equipoise.models.dtypes import DTYPES
 
     shapes, kind = [parse_shape(text) for text in shape], DTYPES[dtype]
     if not tokens or min(tokens) < 1:
@@ -206,8 +208,8 @@ def routing(
         quick: Tiny sizes, to see that it runs.
         to: Where the results go.
     """
-    from equipoise.bench.problem import DTYPES
     from equipoise.bench.routing import FULL, SMOKE, measure
+    from equipoise.models.dtypes import DTYPES
 
     settings = {"dtype": dtype, "rounds": rounds}
     sizes = SMOKE if quick else FULL
@@ -232,8 +234,8 @@ def scaling(
         quick: Tiny sizes, to see that it runs.
         to: Where the results go.
     """
-    from equipoise.bench.problem import DTYPES
     from equipoise.bench.scaling import FULL, QUICK, measure
+    from equipoise.models.dtypes import DTYPES
 
     settings = {"dtype": dtype, "rounds": rounds}
     sizes = QUICK if quick else FULL

@@ -23,7 +23,7 @@ def format_of(name: str, dtype: torch.dtype) -> WeightFormat:
         return Int8()
     if name in NAMES:
         return Int4(int(name.partition("-")[2] or _GROUP))
-    raise ValueError(f"experts: expected one of {', '.join(NAMES)}, got {name!r}")
+    raise ValueError(f"expert_precision: expected one of {', '.join(NAMES)}, got {name!r}")
 
 
 def layers_of(model: nn.Module) -> dict[str, MoE]:
