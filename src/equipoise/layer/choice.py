@@ -5,21 +5,19 @@ The experts themselves are whoever's it is; this knows only the decision. See `m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from equipoise.layer.balance import adaptive_of, attach_losses, check_fit, coefs_of, sort_balance
 from equipoise.layer.dispatch import WholePlan
-from equipoise.layer.moe import Tap, check_fit, sort_balance
+from equipoise.layer.tap import Tap
 from equipoise.layer.tokens import TokenView
-from equipoise.ops.attach_loss import attach_loss
 from equipoise.routing.adaptive import Adaptive
 from equipoise.routing.balancers import Balancer, BalancerConfig
-from equipoise.routing.coefficients import AdaptiveCoef, AdaptiveCoefConfig
 from equipoise.routing.losses import BalanceLoss, LossInputs
 from equipoise.routing.router import RouterConfig
-from equipoise.routing.schedules import value_at
 from equipoise.types import BatchScope, Routed, RoutingDecision
 
 
@@ -42,8 +40,7 @@ class Choice(nn.Module):
         self.num_experts, self.k = num_experts, router.k
         self.router = router.build(dim, num_experts)
         self.balancer: Balancer | None = balancer.build(num_experts, router.k) if balancer else None
-        adaptive = [loss for loss in self.losses if isinstance(loss.coef, AdaptiveCoefConfig)]
-        self.coefs = nn.ModuleDict({loss.name: loss.coef.build(num_experts, router.k) for loss in adaptive})  # type: ignore[union-attr]
+        self.coefs = coefs_of(self.losses, num_experts, router.k)
         self.tap = Tap()
         self._adaptive = self.adaptive
 
@@ -55,7 +52,7 @@ class Choice(nn.Module):
     @property
     def adaptive(self) -> tuple[Adaptive, ...]:
         """All state that adapts once per optimizer step."""
-        return tuple(module for module in self.modules() if isinstance(module, Adaptive))
+        return adaptive_of(self)
 
     def init_weights(self, std: float) -> None:
         """Draw the router; reset what adapts."""
@@ -76,23 +73,13 @@ class Choice(nn.Module):
         if self.training:
             for state in self._adaptive:
                 state.observe(decision, {})
-        values: dict[str, Tensor] = {}
+        losses: Mapping[str, Tensor] = {}
         if self.training and torch.is_grad_enabled() and self.losses:
             scope = scope or BatchScope()
             inputs = LossInputs(decision, view.sequence_ids_T, view.num_sequences, self.k, self.router.weight)
-            values = {loss.name: loss(inputs) for loss in self.losses}
-            terms = [scope.share * self._coef(loss, scope.step) * values[loss.name] for loss in self.losses]
-            y_TD = attach_loss(y_TD, torch.stack(terms).sum())
-        losses = {name: value.detach() for name, value in values.items()}
+            y_TD, losses = attach_losses(y_TD, self.losses, self.coefs, inputs, scope.step, scope.share)
         self.tap(Routed(decision, WholePlan(counts_e, {}), losses))
         return y_TD
-
-    def _coef(self, loss: BalanceLoss, step: int) -> float | Tensor:
-        if isinstance(loss.coef, AdaptiveCoefConfig):
-            state = self.coefs[loss.name]
-            assert isinstance(state, AdaptiveCoef)
-            return state.value
-        return value_at(loss.coef, step)
 
 
 def check_choice(
