@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from equipoise.layer import MoE
+from equipoise.layer import MoE, moe_layers
 from equipoise.monitor.adapters.padding import Arguments
 from equipoise.monitor.adapters.transformers_moe import INDEX_NAMES, ROUTER_NAMES, WEIGHT_NAMES, experts_layers
 
@@ -67,8 +67,7 @@ def targets(model: nn.Module) -> dict[str, Target]:
     """The MoE layers by name, in the model's order: equipoise's, then those of transformers."""
     found = {
         name: Target(name, module.num_experts, module, module.router, module.experts)
-        for name, module in model.named_modules()
-        if isinstance(module, MoE)
+        for name, module in moe_layers(model).items()
     }
     for name, layer in experts_layers(model).items():
         block = model.get_submodule(name)

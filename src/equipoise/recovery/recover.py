@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
 
-from equipoise.layer import FeedForward, MoE
+from equipoise.layer import FeedForward, moe_layers
 from equipoise.monitor.watch import Watch
 from equipoise.recovery.actions import Patient, Training
 from equipoise.recovery.canary import Canary
@@ -72,8 +72,7 @@ def recover(
     themselves.
     For layers of other libraries than equipoise, router_rollback and full_rollback are what can be done.
     """
-    layers: Mapping[str, MoE] = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
-    dense: dict[str, FeedForward] = {}
+    layers, dense = moe_layers(model), dict[str, FeedForward]()
     canary = Canary(model, held_out_loss)
     patient = Patient(
         model,
