@@ -27,7 +27,7 @@ from equipoise.models.rope import rotary_tables
 from equipoise.models.shortcut import units
 from equipoise.types import BatchScope
 
-IGNORE_INDEX = -100
+IGNORE = -100  # a target that is none, as in torch's own cross-entropy
 
 
 class Decoder(nn.Module):
@@ -164,11 +164,11 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, *, max_chunk_elements: in
             for chunk in zip(logits_chunks, target_chunks, strict=True)
         )
         total = torch.stack(list(sums)).sum()
-    return total, (targets != IGNORE_INDEX).sum()
+    return total, (targets != IGNORE).sum()
 
 
 def _chunk_cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    return F.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORE_INDEX, reduction="sum")
+    return F.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORE, reduction="sum")
 
 
 def _check_inputs(config: DecoderConfig, tokens_BS: Tensor, padding_BK: Tensor | None, cache: KVCache | None) -> None:
