@@ -97,7 +97,7 @@ def test_without_load_latency_is_the_sum_of_its_parts():
 @pytest.mark.parametrize(("ranks", "top_k"), [(4, 2), (8, 8), (16, 2)])
 def test_bytes_on_links_are_the_arithmetic(ranks, top_k):
     """Even routing over many experts: R (1 - (1 - 1/R)^k) ranks per token, one of R of them at home."""
-    scenario = changed(SMALL, model={"experts": 64 * ranks, "top_k": top_k}, machines={"ranks": ranks})
+    scenario = changed(SMALL, model={"num_experts": 64 * ranks, "top_k": top_k}, machines={"ranks": ranks})
     result = simulate(scenario)
     expected = ranks * (1 - (1 - 1 / ranks) ** top_k) * (1 - 1 / ranks)
     assert result.copies_per_token == pytest.approx(expected, rel=0.02)
@@ -282,7 +282,7 @@ def test_more_skew_is_slower_and_spills_more():
 
 def test_drift_moves_the_hot_rank():
     """With a hot expert that stays, one link carries the most; when it wanders over all ranks, the load evens out."""
-    still = changed(SMALL, traffic={"skew": 3.0, "seconds": 0.4}, model={"layers": 1})
+    still = changed(SMALL, traffic={"skew": 3.0, "seconds": 0.4}, model={"num_layers": 1})
     wandering = changed(still, traffic={"drift_s": 0.05})  # once around the 8 experts
     spread = [max(r.busy_R) / (sum(r.busy_R) / 4) for r in (simulate(still), simulate(wandering))]
     assert spread[0] > 1.2 * spread[1]
