@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -39,25 +38,13 @@ from equipoise.train.hash_tables import fit_hash_tables
 from equipoise.train.interference import interference
 from equipoise.train.optim import learning_rate
 from equipoise.train.repair import Repairs
-from equipoise.train.report import sentence
+from equipoise.train.report import Reporter, sentence
 from equipoise.train.self_contained import keep_with_run
 from equipoise.train.specialisation import Specialisation, check_domains, route_text, specialisation
 from equipoise.train.spread import Alone, OverRanks, Spread, check_ranks
-from equipoise.train.state import restore_run, run_state
+from equipoise.train.state import RunState
 from equipoise.train.step import gradients
 from equipoise.types import Action, Alert, Sink
-
-
-class Reporter(Protocol):
-    """Shows the run to a person."""
-
-    def update(self) -> None:
-        """Something in the store has changed."""
-        ...
-
-    def say(self, text: str) -> None:
-        """One line about an event."""
-        ...
 
 
 class Trainer:
@@ -95,7 +82,8 @@ class Trainer:
         if config.specialisation:
             check_domains(data.val, config.batch_size, config.data.seq_len, config.eval_batches)
         self._store: RunStore | NoStore = _open_store(config, out, resume) if is_main else NoStore()
-        if is_main:
+        if isinstance(self._store, RunStore):  # the main rank's
+            self.reporter.follow(self._store)
             keep_with_run(out, config, data)
             for text in self.tuning.keep(out) if fresh else ():
                 self.reporter.say(text)
@@ -110,6 +98,8 @@ class Trainer:
         self.repairs: Repairs | NoRepairs = NoRepairs()
         if ranks is None and self.model.moe_layers:  # a dense model is trained by the same loop
             self.repairs = Repairs(config, self.model, self.optimizer, data, out, self.watch, told)
+        parts = (self.model, self.optimizer, self.loader, self.watch, self.repairs, self.tuning)
+        self._state = RunState(*parts)
         self.step_number = 0
         self._clock = (time.perf_counter(), 0)  # when the speed was last taken, and at which step
         try:
@@ -213,8 +203,7 @@ class Trainer:
         """
         if where := non_finite_parameter(self.model):
             self._rescue(self.step_number, "the weights are not finite after the update", lambda: str(where))
-        content = run_state(self.model, self.optimizer, self.loader, self.watch, self.repairs, self.tuning)
-        path = self.spread.save(self.out / "checkpoints", self.step_number, content, self.optimizer)
+        path = self.spread.save(self.out / "checkpoints", self.step_number, self._state.content(), self.optimizer)
         self.tuning.saved(self.out)
         if refused := self.repairs.remember(self.step_number, path):
             self.reporter.say(refused)
@@ -299,9 +288,7 @@ class Trainer:
             self._store.truncate_after(0)
             self.repairs.forget_after(0)
             return
-        step = restore_run(
-            path, self.spread, self.model, self.optimizer, self.loader, self.watch, self.repairs, self.tuning
-        )
+        step = self._state.restore(path, self.spread)
         self.step_number = step
         self._store.truncate_after(step)
         if not self.repairs.remembers(step):
