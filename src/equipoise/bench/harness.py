@@ -13,12 +13,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from equipoise.bench.progress import Progress, Quiet
+
+T = TypeVar("T")
+
+
+def sections(known: Mapping[str, T], only: Sequence[str]) -> dict[str, T]:
+    """Those of these names, in their order; all for no names. Raises ValueError for a section that is not there."""
+    if unknown := set(only) - set(known):
+        raise ValueError(f"only: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    return {name: known[name] for name in only or known}
 
 
 @dataclass(frozen=True)

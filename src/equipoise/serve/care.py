@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from equipoise.layer.mode import NORMAL
@@ -29,6 +30,7 @@ from equipoise.recovery.recent import RecentScores
 from equipoise.recovery.recovery import Recovery
 from equipoise.recovery.weights import reload_weights
 from equipoise.serve.equipment import Equipment
+from equipoise.serve.posted import fulfil
 from equipoise.types import Action, Alert, Finding, RoutingStats, Sink
 
 T = TypeVar("T")
@@ -148,18 +150,10 @@ class Care:
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Have this thread do it, between two looks. Raises RuntimeError when it is stopping."""
         future: Future[T] = Future()
-
-        def do() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except BaseException as error:  # it belongs to whoever asked
-                    future.set_exception(error)
-
         with self._condition:
             if self._stopping:
                 raise RuntimeError("the server is stopping: nothing is changed any more")
-            self._inbox.append(do)
+            self._inbox.append(partial(fulfil, future, function))
             self._condition.notify_all()
         return future
 
