@@ -90,9 +90,5 @@ class Server:
         return next(stats.max_violation for stats in self.watch.stats() if stats.layer == layer)
 
 
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from tests.recovery.served import LAYER, OTHER, Server, bits, same
+from tests.bits import bits
+from tests.recovery.served import LAYER, OTHER, Server, same
 
 from equipoise.faults import DeadExpert, inject
 from equipoise.layer.mode import NORMAL, Mode

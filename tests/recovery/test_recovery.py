@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.bits import bits
 from tests.recovery.conftest import new_model
-from tests.recovery.served import LAYER, OTHER, Server, bits, same
+from tests.recovery.served import LAYER, OTHER, Server, same
 
 from equipoise.faults import DeadExpert, inject
 from equipoise.layer.mode import NORMAL, Mode

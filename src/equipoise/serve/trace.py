@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from equipoise.layer import MoE
-from equipoise.ops.by_token import by_token
+from equipoise.monitor.by_token import by_token
 from equipoise.types import Decision, Routed
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from equipoise.models.run_files import load
-from equipoise.ops.by_token import by_token
+from equipoise.monitor.by_token import by_token
 from equipoise.train.loop import load_config
 from equipoise.train.run import open_data
 from equipoise.train.specialisation import RoutedText, route_text

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from equipoise.ops.by_token import by_token
+from equipoise.monitor.by_token import by_token
 
 
 def test_by_hand():
