@@ -155,5 +155,5 @@ def _trouble(name: str, firing: Sequence[Alert]) -> bool:
 
 def _set(gate: Gate, patient: Patient, name: str, mode: Mode) -> None:
     with gate.changing():
-        patient.layers[name].set_mode(mode, patient.dense.get(name))
+        patient.set_mode(name, mode)
         patient.on_change()

@@ -241,14 +241,14 @@ class Recovery:
 
     def _undo(self, trial: Trial) -> str:
         """Put back what was before; what could not be, as the end of a sentence."""
-        layer = self.patient.layers.get(trial.action.layer)
+        name = trial.action.layer
         with self._gate.changing():
             self.patient.on_change()
             if trial.change is not None:
                 trial.change.undo()
                 return ""
-            if trial.mode_before is not None and layer is not None:
-                layer.set_mode(trial.mode_before, self.patient.dense.get(trial.action.layer))
+            if trial.mode_before is not None and name in self.patient.layers:
+                self.patient.set_mode(name, trial.mode_before)
         return "; the process was restarted meanwhile: what it changed in weights stays"
 
     # ------------------------------------------------------------------------------------------------- judgement
@@ -384,8 +384,8 @@ class Recovery:
                 self._lifting.load_json(state["lifting"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"recovery state: expected what state_dict() returned, got {error!r}") from error
-        for name, layer in self.patient.layers.items():
-            layer.set_mode(modes.get(name, Mode()), self.patient.dense.get(name))
+        for name in self.patient.layers:
+            self.patient.set_mode(name, modes.get(name, Mode()))
         self._cases, self._trial, self._rest = cases, trial, rest
 
 

@@ -81,7 +81,7 @@ class Operator:
         lifted = [name for name, each in care.layers.items() if each.mode != NORMAL and layer in (None, name)]
         with care.engine.gate.changing():
             for name in lifted:
-                care.layers[name].set_mode(NORMAL)
+                care.recovery.patient.set_mode(name, NORMAL)
             care.engine.forget_cache()
         return [self._tell("lift", name, "kept", "the repair in force was lifted by an operator") for name in lifted]
 

@@ -22,18 +22,17 @@ from equipoise.recovery.canary import Canary, Health
 from equipoise.recovery.dense_path import dense_from_state
 from equipoise.recovery.known_good import KnownGood, Record, RefusedError
 from equipoise.recovery.policy import TRAINING_RUNGS, policy_of
-from equipoise.recovery.recent import RecentScores
+from equipoise.recovery.recent import NUM_TOKENS, RecentScores
 from equipoise.recovery.recovery import Recovery
 from equipoise.recovery.rehearsal import Rehearsal, rehearse
 from equipoise.recovery.remember import remember
 from equipoise.recovery.swap import swap
+from equipoise.recovery.weights import finite_experts
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import TokenData
 from equipoise.train.evaluate import evaluate
 from equipoise.train.snapshot import pack_optimizer, unpack_optimizer
 from equipoise.types import Action, Alert, Finding, Sink
-
-RECENT_TOKENS = 4096
 
 
 class Repairs:
@@ -57,7 +56,7 @@ class Repairs:
         layers = model.moe_layers
         # No more than a step's tokens: what a repair sees is then the same in a run that was resumed.
         tokens_per_step = config.batch_size * config.data.seq_len
-        self._recent = RecentScores(layers, min(RECENT_TOKENS, tokens_per_step))
+        self._recent = RecentScores(layers, min(NUM_TOKENS, tokens_per_step))
         self._canary = Canary(model, self.held_out_loss)
         patient = Patient(
             model,
@@ -189,7 +188,7 @@ class Repairs:
 def broken(model: Decoder) -> Finding:
     """Where the model is not finite: the first expert or router of a layer, or the model as a whole."""
     for name, layer in model.moe_layers.items():
-        finite_E = torch.stack([torch.isfinite(each).flatten(1).all(1) for each in layer.experts.parameters()]).all(0)
+        finite_E = finite_experts(layer)
         if not bool(finite_E.all()):
             expert = int((~finite_E).nonzero()[0, 0])
             message = f"{name}: weights of expert {expert} are not finite"
