@@ -20,10 +20,10 @@ from equipoise.convert.families import family_for
 from equipoise.convert.fields import ConversionError
 from equipoise.convert.parts import Part
 from equipoise.convert.read import Progress, new_folder, state_shapes
-from equipoise.disk.checkpoint import CheckpointError, group_file, latest_checkpoint, verify
+from equipoise.disk.checkpoint import CHECKPOINTS, CheckpointError, group_file, latest_checkpoint, verify
 from equipoise.disk.rows import shapes
 from equipoise.models.dtypes import DTYPES
-from equipoise.models.run_files import CHECKPOINTS, read_config
+from equipoise.models.run_files import read_config
 from equipoise.models.tokenizer import TokenizerError
 from equipoise.models.tokenizers import load_tokenizer, publish_tokenizer
 

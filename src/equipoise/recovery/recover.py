@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from equipoise.disk.checkpoint import CHECKPOINTS
 from equipoise.layer import FeedForward, moe_layers
 from equipoise.monitor.watch import Watch
 from equipoise.recovery.actions import Patient, Training
@@ -80,7 +81,7 @@ def recover(
         recent=RecentScores(layers),
         known_good=None if run_folder is None else KnownGood(run_folder),
         dense=dense,
-        reload=None if run_folder is None else reload_weights(model, run_folder / "checkpoints"),
+        reload=None if run_folder is None else reload_weights(model, run_folder / CHECKPOINTS),
         training=training,
     )
     recovery = Recovery(patient, policy=policy, act=act, canary=canary, sinks=sinks, quiet=watch.recorder.paused)

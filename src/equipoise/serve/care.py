@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
+from equipoise.disk.checkpoint import CHECKPOINTS
 from equipoise.layer.mode import NORMAL
-from equipoise.models.run_files import CHECKPOINTS, Loaded
+from equipoise.models.run_files import Loaded
 from equipoise.monitor.profiles import Profile
 from equipoise.monitor.watch import Watch
 from equipoise.recovery.actions import Patient

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from equipoise.disk.checkpoint import CHECKPOINTS
 from equipoise.faults.catalogue import Fault, from_json, sentence
 from equipoise.faults.injection import Injection, ModelFault, inject
 from equipoise.layer.mode import NORMAL
-from equipoise.models.run_files import CHECKPOINTS, Loaded
+from equipoise.models.run_files import Loaded
 from equipoise.monitor.alerts import alert_key
 from equipoise.recovery.canary import Canary
 from equipoise.recovery.catalogue import REPAIRS

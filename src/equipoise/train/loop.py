@@ -15,6 +15,7 @@ import torch
 
 from equipoise.disk.atomic import atomic_write
 from equipoise.disk.checkpoint import (
+    CHECKPOINTS,
     clean_leftovers,
     latest_checkpoint,
     newest_folder,
@@ -23,6 +24,7 @@ from equipoise.disk.checkpoint import (
 from equipoise.faults import FaultDesk
 from equipoise.layer import reduce_and_update
 from equipoise.models.decoder import Decoder
+from equipoise.models.run_files import CONFIG
 from equipoise.monitor.alerts import still_firing
 from equipoise.monitor.rules import CountRule
 from equipoise.monitor.store import RunStore
@@ -67,13 +69,14 @@ class Trainer:
         ranks: Ranks | None = None,
     ) -> None:
         self.config, self.data, self.out, self.reporter = config, data, out, reporter
+        self.checkpoints = out / CHECKPOINTS
         check_ranks(config, ranks)
         is_main = ranks is None or ranks.is_main
         torch.manual_seed(config.seed)
         self.device = pick_device(config.device)
         self.model = Decoder(config.model).to(self.device)
         fit_hash_tables(self.model, data.train)
-        fresh = not (resume and newest_folder(out / "checkpoints"))
+        fresh = not (resume and newest_folder(self.checkpoints))
         self.tuning = _tuning(config, self.model, data, out, fresh)
         self.spread: Spread = Alone(self.tuning.parameters()) if ranks is None else OverRanks(self.model, ranks)
         self.optimizer = self.tuning.optimizer(config.optim)
@@ -203,13 +206,13 @@ class Trainer:
         """
         if where := non_finite_parameter(self.model):
             self._rescue(self.step_number, "the weights are not finite after the update", lambda: str(where))
-        path = self.spread.save(self.out / "checkpoints", self.step_number, self._state.content(), self.optimizer)
+        path = self.spread.save(self.checkpoints, self.step_number, self._state.content(), self.optimizer)
         self.tuning.saved(self.out)
         if refused := self.repairs.remember(self.step_number, path):
             self.reporter.say(refused)
         if self.spread.is_main:
-            protect = [self.out / "checkpoints" / name for name in self.repairs.protected()]
-            prune_checkpoints(self.out / "checkpoints", self.config.keep_checkpoints, protect)
+            protect = [self.checkpoints / name for name in self.repairs.protected()]
+            prune_checkpoints(self.checkpoints, self.config.keep_checkpoints, protect)
         self._clock = (time.perf_counter(), self.step_number)
         return path
 
@@ -281,8 +284,8 @@ class Trainer:
 
     def _resume(self) -> None:
         if self.spread.is_main:
-            clean_leftovers(self.out / "checkpoints")
-        path = newest_folder(self.out / "checkpoints")  # a damaged one is an error: not to be passed over in silence
+            clean_leftovers(self.checkpoints)
+        path = newest_folder(self.checkpoints)  # a damaged one is an error: not to be passed over in silence
         if path is None:
             self.reporter.say(f"{self.out} has no checkpoint yet: starting from step 0")
             self._store.truncate_after(0)
@@ -316,7 +319,7 @@ class Trainer:
             return first_non_finite(self.model, lambda: self.model(batch.tokens_BS))
 
     def _diverged(self, step: int, what: str, where: str) -> DivergenceError:
-        last = latest_checkpoint(self.out / "checkpoints")
+        last = latest_checkpoint(self.checkpoints)
         return DivergenceError(
             f"step {step}: {what}. First not finite: {where}. The last good checkpoint is {last or 'none'}. Lower "
             "optim.lr or raise optim.warmup, and go on from the checkpoint with --resume, or start again with another "
@@ -339,7 +342,7 @@ def _tuning(config: TrainConfig, model: Decoder, data: TokenData, out: Path, fre
 
 def _open_store(config: TrainConfig, out: Path, resume: bool) -> RunStore:
     """The run's store, with config.json beside it."""
-    path = out / "config.json"
+    path = out / CONFIG
     if path.exists() and not resume:
         raise ValueError(f"out: {out} already holds a run; go on with --resume, or choose another --out")
     if resume and not path.exists():
@@ -355,7 +358,7 @@ def _open_store(config: TrainConfig, out: Path, resume: bool) -> RunStore:
 
 def load_config(out: Path) -> TrainConfig:
     """The configuration of the run in a folder. Raises ValueError when there is none or it is damaged."""
-    path = out / "config.json"
+    path = out / CONFIG
     if not path.is_file():
         raise ValueError(f"out: {out} holds no run to resume (no config.json); leave out --resume, or check the path")
     return TrainConfig.from_json(path.read_text(encoding="utf-8", errors="replace"))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equipoise.disk.checkpoint import load_checkpoint
+from equipoise.disk.checkpoint import CHECKPOINTS, load_checkpoint
 from equipoise.layer import FeedForward
 from equipoise.models.decoder import Decoder
 from equipoise.monitor.watch import Watch
@@ -147,7 +147,7 @@ class Repairs:
 
     def _reload(self, name: str) -> Callable[[], None]:
         """Weights, balancers and optimizer of a checkpoint; step, data and history go on. Returns what undoes it."""
-        checkpoint = load_checkpoint(self._out / "checkpoints" / name)
+        checkpoint = load_checkpoint(self._out / CHECKPOINTS / name)
         tensors, described = pack_optimizer(self._optimizer)
         before = {key: tensor.clone() for key, tensor in tensors.items()}
         done = swap(self._model, checkpoint.tensors["model"], whole=True)

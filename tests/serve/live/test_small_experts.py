@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from equipoise.commands.serve import ServeOptions, serve
-from equipoise.disk.checkpoint import load_checkpoint
+from equipoise.disk.checkpoint import CHECKPOINTS, load_checkpoint
 from equipoise.faults import NaNExpert, SlowExpert
 from equipoise.faults.catalogue import to_json
-from equipoise.models.run_files import CHECKPOINTS, load
+from equipoise.models.run_files import load
 from equipoise.recovery.weights import reload_weights
 from equipoise.serve.care import CareConfig
 from equipoise.serve.request import Request, Sampling

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from equipoise.disk.atomic import atomic_write
 from equipoise.models.decoder import Decoder, cross_entropy_sum
 from equipoise.models.in_eval import in_eval
-from equipoise.models.run_files import CHECKPOINTS, Loaded, load
+from equipoise.models.run_files import Loaded, folder_of, load
 from equipoise.models.tokenizers import AnyTokenizer, has_tokenizer, load_tokenizer
 from equipoise.monitor.baseline import Baseline, baselines_of, from_json, to_json
 from equipoise.monitor.domain_shift import Shift, load_distance, shift_of
@@ -32,15 +32,9 @@ from equipoise.types import Routed
 FILE = "base_routing.safetensors"
 
 
-def folder_of(config: FinetuneConfig) -> Path:
-    """The run folder of the base, also where a checkpoint in it is named."""
-    path = Path(config.base)
-    return path.parent.parent if path.parent.name == CHECKPOINTS else path
-
-
 def tokenizer_of(config: FinetuneConfig, out: Path | None) -> AnyTokenizer:
     """The base's, from the run's own folder once that holds a copy."""
-    return load_tokenizer(out if out is not None and has_tokenizer(out) else folder_of(config))
+    return load_tokenizer(out if out is not None and has_tokenizer(out) else folder_of(Path(config.base)))
 
 
 def adopt(model: Decoder, config: FinetuneConfig) -> Loaded:
