@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from equipoise.monitor.incidents import effect_text, other_numbers, repairs, state_text, target
+from equipoise.monitor.incidents import all_numbers, repairs, state_text, target
 from equipoise.monitor.store import RunStore
 from equipoise.types import Action, Alert, RoutingStats
 
@@ -248,7 +248,7 @@ def _repair_text(action: Action) -> Text:
     word, _, length = state_text(action).partition(" ")
     what = (f"{action.kind} on {target(action)}", "bold")
     why = f" because of {action.reason}" if action.reason else ""
-    numbers = ", ".join(filter(None, (effect_text(action.detail), other_numbers(action.detail))))
+    numbers = all_numbers(action.detail)
     step = (f"step {action.step}{length and f', {length}'}: ", "dim")
     note = (f" ({action.note})" if action.note else "", "dim")
     return Text.assemble((f"{word} ", STATE_STYLES[action.state]), step, what, why, numbers and f", {numbers}", note)
