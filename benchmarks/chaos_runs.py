@@ -28,7 +28,7 @@ from equipoise.recovery.canary import Canary
 from equipoise.recovery.dense_path import dense_from_state
 from equipoise.recovery.known_good import KnownGood
 from equipoise.recovery.latency import LatencyGuard
-from equipoise.recovery.limits import Limits
+from equipoise.recovery.patience import Patience
 from equipoise.recovery.policy import OneRung, Policy, policy_of
 from equipoise.recovery.recent import RecentScores
 from equipoise.recovery.recovery import Recovery
@@ -254,7 +254,7 @@ class _Server:
             policy=_policy(case.rung) if acts else None,
             act=acts,
             canary=Canary(model, self.held_out_loss),
-            limits=Limits(),
+            patience=Patience(),
             sinks=(self.notes,),
             quiet=self.watch.recorder.paused,
         )

@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
+from tests.commands.running import run_command
 
-from equipoise.cli import main
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.plan.links import Cost, Links
 
@@ -15,12 +16,7 @@ GIB = 2**30
 
 @pytest.fixture
 def run(capsys):
-    def command(*words):
-        with pytest.raises(SystemExit) as ended:
-            main(["plan", *map(str, words)])
-        return ended.value.code, capsys.readouterr()
-
-    return command
+    return partial(run_command, capsys, "plan")
 
 
 @pytest.fixture

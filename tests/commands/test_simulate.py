@@ -5,12 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.commands.running import run_command
 
-from equipoise.cli import main
 from equipoise.plan.links import Cost, Links
 from equipoise.plan.placement_file import write_placements
 from equipoise.types import Placement
@@ -21,12 +22,7 @@ SMALL = ("--num-experts", 8, "--ranks", 4, "--num-layers", 2, "--qps", 5000, "--
 
 @pytest.fixture
 def run(capsys):
-    def command(*words):
-        with pytest.raises(SystemExit) as ended:
-            main(["simulate", *map(str, words)])
-        return ended.value.code, capsys.readouterr()
-
-    return command
+    return partial(run_command, capsys, "simulate")
 
 
 @pytest.fixture

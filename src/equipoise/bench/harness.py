@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -24,11 +24,16 @@ from equipoise.bench.progress import Progress, Quiet
 T = TypeVar("T")
 
 
-def sections(known: Mapping[str, T], only: Sequence[str]) -> dict[str, T]:
-    """Those of these names, in their order; all for no names. Raises ValueError for a section that is not there."""
+def in_sections(
+    known: Mapping[str, Callable[[Effort], Iterable[T]]], effort: Effort, only: Sequence[str]
+) -> Iterator[T]:
+    """What the sections of these names give, in that order; all for no names. Raises ValueError for another name."""
     if unknown := set(only) - set(known):
         raise ValueError(f"only: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    return {name: known[name] for name in only or known}
+    torch.manual_seed(0)
+    for name in only or known:
+        effort.progress.begin(name)
+        yield from known[name](effort)
 
 
 @dataclass(frozen=True)

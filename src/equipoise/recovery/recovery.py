@@ -22,7 +22,7 @@ from equipoise.recovery.case import Case, Trial, loss_of
 from equipoise.recovery.catalogue import REPAIRS
 from equipoise.recovery.gate import Gate
 from equipoise.recovery.lifting import Lifting
-from equipoise.recovery.limits import Limits
+from equipoise.recovery.patience import Patience
 from equipoise.recovery.policy import Ladder, Policy, Situation
 from equipoise.types import Action, ActionState, Alert, Finding, RoutingStats, Sink
 
@@ -50,20 +50,20 @@ class Recovery:
         policy: Policy | None = None,
         act: bool = False,
         canary: Canary | None = None,
-        limits: Limits = Limits(),  # noqa: B008 - frozen
+        patience: Patience = Patience(),  # noqa: B008 - frozen
         sinks: Sequence[Sink] = (),
         gate: Gate | None = None,
         quiet: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.patient, self.policy, self.act = patient, policy or Ladder(), act
-        self._canary, self._limits, self._sinks, self._quiet = canary, limits, tuple(sinks), quiet
+        self._canary, self._patience, self._sinks, self._quiet = canary, patience, tuple(sinks), quiet
         self._gate = gate or Gate()
         self._cases: dict[str, Case] = {}
         self._trial: Trial | None = None
         self._rest = 0  # flushes to go until the next repair may begin
         self._said: list[Action] = []
         measure = None if canary is None else self._measure
-        self._lifting = Lifting(limits, self._gate, measure, self._baselines)
+        self._lifting = Lifting(patience, self._gate, measure, self._baselines)
 
     @property
     def on_trial(self) -> Action | None:
@@ -134,9 +134,9 @@ class Recovery:
     def _ripe(self, step: int, alert: Alert) -> bool:
         """Whether it is time to act on the alert. Called once per flush in which it fires."""
         case = self._cases.setdefault(alert.key, Case(step, alert.finding))
-        case.reopen(step, alert.finding, self._limits.relapse_steps)
+        case.reopen(step, alert.finding, self._patience.relapse_steps)
         case.waited += 1
-        return alert.finding.severity == "critical" or case.waited >= self._limits.warning_flushes
+        return alert.finding.severity == "critical" or case.waited >= self._patience.warning_flushes
 
     def _begin(self, step: int, alert: Alert, stats: Sequence[RoutingStats], act: bool) -> bool:
         """Begin the next repair for the alert, if there is one. Whether anything was done or said."""
@@ -193,7 +193,7 @@ class Recovery:
             self._cases[key].closed = not worse
         elif REPAIRS[kind].judged_by != "alert" and self._canary is not None and trial.flushes >= CONTAINED_FLUSHES:
             self._judge_effect(step, stats)
-        elif trial.flushes >= self._limits.patience:
+        elif trial.flushes >= self._patience.trial_flushes:
             self._end("undone", step, f"the alert still fires {trial.flushes} flushes later", stats)
 
     def _judge_effect(self, step: int, stats: Sequence[RoutingStats]) -> None:
@@ -227,7 +227,7 @@ class Recovery:
         assert trial is not None
         self._trial = None
         if trial.flushes:  # what was undone at once has had no effect to wait for
-            self._rest = self._limits.cool_down
+            self._rest = self._patience.cool_down
         if state == "undone":
             note += self._undo(trial)
         detail = {"steps": float(step - trial.action.step)} | _effect("after", trial.action.layer, after)
@@ -270,7 +270,7 @@ class Recovery:
         if not after.finite:
             return "outputs on held-out text are no longer finite"
         own = REPAIRS[trial.action.kind].tolerance
-        tolerance = own if self._limits.tolerance is None else self._limits.tolerance
+        tolerance = own if self._patience.tolerance is None else self._patience.tolerance
         if after.loss > before + tolerance:
             return f"held-out loss rose from {before:.3f} to {after.loss:.3f} nats, more than {tolerance:g}"
         return ""
@@ -338,7 +338,7 @@ class Recovery:
         for action in done:
             self._tell(action)
             if action.state == "undone":
-                self._rest = self._limits.cool_down + self._limits.patience
+                self._rest = self._patience.cool_down + self._patience.trial_flushes
 
     def _say(self, action: Action) -> None:
         """Remember it, and tell the sinks and the caller."""

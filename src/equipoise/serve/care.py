@@ -25,7 +25,7 @@ from equipoise.recovery.actions import Patient
 from equipoise.recovery.breaker import BreakerConfig, Granularity
 from equipoise.recovery.gate import Gate
 from equipoise.recovery.latency import LatencyGuard
-from equipoise.recovery.limits import Limits
+from equipoise.recovery.patience import Patience
 from equipoise.recovery.policy import PolicyName, policy_of
 from equipoise.recovery.recent import RecentScores
 from equipoise.recovery.recovery import Recovery
@@ -116,7 +116,7 @@ class Care:
             policy=policy_of(config.policy),
             act=config.recover,
             canary=equipment.canary,
-            limits=Limits(lift_after=math.ceil(config.lift_after_s / config.flush_s) or None),
+            patience=Patience(lift_after=math.ceil(config.lift_after_s / config.flush_s) or None),
             sinks=self.sinks,
             gate=engine.gate,
             quiet=self.watch.recorder.paused,
