@@ -140,7 +140,7 @@ def test_a_process_of_its_own_trains_and_prints_json_alone():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["layer", "--shape", "finer"], "shape: expected coarse, fine, olmoe, decode, or D,F,E,K"),
+        (["layer", "--shape", "finer"], "shape: expected coarse, fine, olmoe, decode, qwen3, mixtral, or D,F,E,K"),
         (["layer", "--rounds", "0"], "rounds: expected at least 1, got 0"),
         (["layer", "--quick", "--only", "nothing"], "only: 'nothing' is in none of equipoise lean"),
         (["decode", "--tokens", "0"], "tokens: expected numbers of at least 1"),

@@ -12,21 +12,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from equipoise.bench.harness import Spread, spread
+from equipoise.bench.harness import Clock, Spread, host_seconds, spread
 
 GB = 1e9
 BUFFER = 2**29  # bytes, more than any cache
 MIN_SECONDS = 1.0
 
 
-def read_bandwidth(num_bytes: int = BUFFER, seconds: float = MIN_SECONDS) -> Spread:
-    """Bytes per second that all of torch's threads together read from memory.
+def read_bandwidth(
+    num_bytes: int = BUFFER, seconds: float = MIN_SECONDS, device: str = "cpu", clock: Clock = host_seconds
+) -> Spread:
+    """Bytes per second that all of torch's threads together read from memory, or the GPU from its own.
 
     The best of three readers that torch has: a sum, a maximum, and a matrix times a vector, over a buffer that no
     cache holds. Median and percentiles are of that reader's passes.
     """
-    buffer = torch.ones(num_bytes // 4)
-    matrix, vector = buffer.view(-1, 4096)[: num_bytes // 16384], torch.ones(4096)
+    buffer = torch.ones(num_bytes // 4, device=device)
+    matrix, vector = buffer.view(-1, 4096)[: num_bytes // 16384], torch.ones(4096, device=device)
     readers: tuple[Callable[[], Tensor], ...] = (
         lambda: buffer.sum(),
         lambda: buffer.max(),
@@ -38,7 +40,13 @@ def read_bandwidth(num_bytes: int = BUFFER, seconds: float = MIN_SECONDS) -> Spr
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(rates[0]) < 3:
         for reader, found in zip(readers, rates, strict=True):
-            start = time.perf_counter()
-            reader()
-            found.append(buffer.nbytes / (time.perf_counter() - start))
+            found.append(buffer.nbytes / clock(reader))
     return max((spread(found) for found in rates), key=lambda rate: rate.median)
+
+
+def product_rate(device: str, clock: Clock, side: int = 8192, dtype: torch.dtype = torch.bfloat16) -> Spread:
+    """FLOP/s of torch's product of two square matrices of normal numbers."""
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        clock(lambda: left @ right)
+    return spread([2 * side**3 / clock(lambda: left @ right) for _ in range(10)])

@@ -13,7 +13,8 @@ from itertools import count
 import torch
 from torch import Tensor, nn
 
-from equipoise.bench.ceilings import GB, read_bandwidth
+from equipoise.bench.ceilings import BUFFER, GB, read_bandwidth
+from equipoise.bench.device import GRAPHED
 from equipoise.bench.harness import Effort, Seconds, Spread, Variant, fastest, ratio, spread, time_side_by_side
 from equipoise.bench.ours import equipoise_moe, picked
 from equipoise.bench.peers import torchao
@@ -28,14 +29,20 @@ QUANTISED = {"equipoise int8": 8, "equipoise int4": 4}
 
 
 def measure(
-    shape: Shape, sizes: Sequence[int], dtype: torch.dtype, effort: Effort, only: tuple[str, ...] = ()
+    shape: Shape,
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    effort: Effort,
+    only: tuple[str, ...] = (),
+    device: str = "cpu",
 ) -> Iterator[Table | str]:
     """A table for each number of tokens, and notes about what was left out.
 
     effort: with least seconds per round and variant: one call is too short for a clock.
     """
-    problem = make_problem(shape, max(POOL, *sizes), dtype)
-    every, bandwidth = decode_variants(), read_bandwidth()
+    problem = make_problem(shape, max(POOL, *sizes), dtype, device=device)
+    bandwidth = read_bandwidth(BUFFER if device == "cpu" else 4 * BUFFER, device=device, clock=effort.clock)
+    every = decode_variants()
     built: dict[str, Layer] = {}
     for num_tokens in sizes:
         candidates, notes = available(every, problem, num_tokens, only)
@@ -54,10 +61,10 @@ def decode_variants() -> tuple[Candidate, ...]:
     """What `variants` has, the layer as it is by default, and experts of fewer bits."""
     auto = Candidate(OURS, "moe", partial(equipoise_moe, backend="auto"), trains=False)
     quantised = (
-        Candidate(name, f"int{bits}", partial(quantised_moe, bits=bits), needs_packing, trains=False)
+        Candidate(name, f"int{bits}", partial(quantised_moe, bits=bits), needs_packing, False, "cpu")
         for name, bits in QUANTISED.items()
     )
-    return (auto, *variants(), *quantised, *torchao.VARIANTS)
+    return (auto, *variants(), GRAPHED, *quantised, *torchao.VARIANTS)
 
 
 def quantised_moe(problem: Problem, bits: int) -> Layer:

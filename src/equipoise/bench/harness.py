@@ -1,8 +1,8 @@
 """Times variants side by side in one process, and compares what they compute before they are timed.
 
 Rounds alternate (A B C A B C ...), so that a machine that slows down slows all of them, and ratios are taken within a
-round. It knows nothing of what it times and prints nothing: `equipoise.bench.report` does that. CPU only: it doesn't
-wait for a device.
+round. It knows nothing of what it times and prints nothing: `equipoise.bench.report` does that. What
+runs elsewhere than on the CPU needs another clock than the default.
 """
 
 from __future__ import annotations
@@ -58,17 +58,30 @@ class Variant:
     reset: Callable[[], object] = lambda: None
 
 
+Clock = Callable[[Callable[[], object]], float]  # calls it once; the seconds that took
+
+
+def host_seconds(run: Callable[[], object]) -> float:
+    """Seconds until it returns. What it returns is freed off the clock."""
+    start = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
 @dataclass(frozen=True)
 class Effort:
     """How long to measure. A round calls a variant as often as it takes to fill min_seconds, at least once.
 
-    progress: is told of the rounds.
+    progress: is told of the rounds. clock: times one call.
     """
 
     rounds: int = 15
     warmup: int = 2
     min_seconds: float = 0.0
     progress: Progress = field(default_factory=Quiet)
+    clock: Clock = host_seconds
 
     def filling(self, min_seconds: float) -> Effort:
         """The same with another least time per round and variant."""
@@ -87,7 +100,7 @@ def time_side_by_side(variants: Sequence[Variant], effort: Effort) -> Seconds:
         raise KeyboardInterrupt
     with _no_collection():
         for _ in range(effort.warmup):
-            last = {variant.name: _seconds(variant, 1) for variant in variants}
+            last = {variant.name: _seconds(variant, 1, effort.clock) for variant in variants}
         calls = {name: max(1, math.ceil(effort.min_seconds / seconds)) for name, seconds in last.items()}
         rounds = _rounds(variants, calls, effort)
     columns = zip(*rounds, strict=True)
@@ -100,7 +113,7 @@ def _rounds(variants: Sequence[Variant], calls: Mapping[str, int], effort: Effor
     try:
         for number in range(1, effort.rounds + 1):
             gc.collect()
-            rounds.append([_seconds(variant, calls[variant.name]) for variant in variants])
+            rounds.append([_seconds(variant, calls[variant.name], effort.clock) for variant in variants])
             effort.progress.advance(number, effort.rounds)
     except KeyboardInterrupt:
         if not rounds or not effort.progress.stop():
@@ -108,15 +121,12 @@ def _rounds(variants: Sequence[Variant], calls: Mapping[str, int], effort: Effor
     return rounds
 
 
-def _seconds(variant: Variant, calls: int) -> float:
-    """Mean seconds of a call. What a call returns is freed off the clock."""
+def _seconds(variant: Variant, calls: int, clock: Clock) -> float:
+    """Mean seconds of a call."""
     total = 0.0
     for _ in range(calls):
         variant.reset()
-        start = time.perf_counter()
-        result = variant.run()
-        total += time.perf_counter() - start
-        del result
+        total += clock(variant.run)
     variant.reset()
     return total / calls
 

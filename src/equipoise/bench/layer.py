@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from equipoise.bench.device import host_ms
 from equipoise.bench.harness import Effort, Seconds, Spread, Variant, fastest, ratio, spread, time_side_by_side
 from equipoise.bench.ours import picked
 from equipoise.bench.problem import Candidate, Layer, Problem, Shape, described, make_problem
@@ -21,10 +22,15 @@ from equipoise.bench.variants import available, drop_gradients, inference_errors
 
 
 def measure(
-    shape: Shape, num_tokens: int, dtype: torch.dtype, effort: Effort, only: tuple[str, ...] = ()
+    shape: Shape,
+    num_tokens: int,
+    dtype: torch.dtype,
+    effort: Effort,
+    only: tuple[str, ...] = (),
+    device: str = "cpu",
 ) -> Iterator[Table | str]:
-    """Tables, and notes about what was left out, of one shape."""
-    problem = make_problem(shape, num_tokens, dtype)
+    """Tables, and notes about what was left out, of one shape. The effort's clock is for that device."""
+    problem = make_problem(shape, num_tokens, dtype, device=device)
     candidates, notes = available(variants(), problem, num_tokens, only, training=True)
     yield from notes
     effort.progress.begin(f"{shape.name}: comparing {len(candidates)} variants with fp32")
@@ -32,6 +38,8 @@ def measure(
     effort.progress.begin(f"{shape.name}: forward + backward")
     yield training_table(problem, candidates, layers, errors, effort)
     yield memory_table(problem, layers)
+    if device == "cuda":
+        yield peak_table(problem, layers)
     effort.progress.begin(f"{shape.name}: inference")
     yield inference_table(problem, candidates, layers, effort)
 
@@ -66,12 +74,12 @@ def training_table(
 
     runs = [Variant(name, partial(run, layer), partial(renew, layer)) for name, layer in layers.items()]
     seconds = time_side_by_side(runs, effort)
-    gflop = 3 * problem.shape.flops(len(x_TD)) / 1e9
+    flops, unit = 3 * problem.shape.flops(len(x_TD)), 1e12 if x_TD.is_cuda else 1e9
     rows = tuple(
-        (name, shown.times(1e3), gflop / shown.median, *ratios, errors[name])
+        (name, shown.times(1e3), flops / unit / shown.median, *ratios, errors[name])
         for name, shown, ratios in compared(seconds, candidates, picked(problem, len(x_TD), training=True))
     )
-    columns = ("forward + backward", "ms", "GFLOP/s", *COMPARED, "error")
+    columns = ("forward + backward", "ms", "TFLOP/s" if x_TD.is_cuda else "GFLOP/s", *COMPARED, "error")
     return Table(described(problem, len(x_TD)), columns, rows, note(seconds, candidates, problem, training=True))
 
 
@@ -110,6 +118,28 @@ def memory_table(problem: Problem, layers: Mapping[str, Layer]) -> Table:
     )
     columns = ("kept for backward", "MiB", "memory / equipoise", "memory / formula")
     return Table(described(problem, len(x_TD)), columns, rows, text)
+
+
+def peak_table(problem: Problem, layers: Mapping[str, Layer]) -> Table:
+    """What a GPU's allocator held at most beyond what it held before, and how long the host takes to send the work."""
+    x_TD = problem.x_TD.clone().requires_grad_()
+    gradients = 3 * problem.shape.num_experts * problem.shape.dim * problem.shape.hidden_dim * x_TD.element_size()
+    rows = []
+
+    def run(layer: Layer) -> None:
+        torch.autograd.backward(layer.forward(x_TD), problem.grad_TD)
+
+    for name, layer in layers.items():
+        drop_gradients(layer, x_TD)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(layer)
+        peak = (torch.cuda.max_memory_allocated() - before) / MIB
+        drop_gradients(layer, x_TD)
+        rows.append((name, peak, host_ms(partial(run, layer))))
+        drop_gradients(layer, x_TD)
+    text = f"Gradients of the experts' weights are in it: {gradients / MIB:.0f} MiB, dense has fewer."
+    return Table(described(problem, len(x_TD)), ("forward + backward", "peak, MiB", "host, ms"), tuple(rows), text)
 
 
 COMPARED = ("time / dense", "time / equipoise")

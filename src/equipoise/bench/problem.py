@@ -34,6 +34,8 @@ SHAPES = {
     "fine": Shape("fine", dim=512, hidden_dim=256, num_experts=64, top_k=8),
     "olmoe": Shape("olmoe", dim=2048, hidden_dim=1024, num_experts=64, top_k=8),
     "decode": Shape("decode", dim=2048, hidden_dim=1024, num_experts=64, top_k=8),
+    "qwen3": Shape("qwen3", dim=2048, hidden_dim=768, num_experts=128, top_k=8),  # 30B-A3B
+    "mixtral": Shape("mixtral", dim=4096, hidden_dim=14336, num_experts=8, top_k=2),  # 8x7B
 }
 
 
@@ -73,15 +75,15 @@ class Problem:
         return Problem(self.shape, *(tensor.float() for tensor in tensors))
 
 
-def make_problem(shape: Shape, num_tokens: int, dtype: torch.dtype, seed: int = 0) -> Problem:
+def make_problem(shape: Shape, num_tokens: int, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> Problem:
     """Normal tokens, of which those are kept whose K-th and next logits differ by more than bf16 rounds away.
 
     So a router that computes its logits in bf16 decides as one in fp32 does. The load is near even.
     """
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator(device).manual_seed(seed)
 
     def normal(*size: int, std: float = 1.0) -> Tensor:
-        return torch.randn(size, generator=random).mul_(std).to(dtype)
+        return torch.randn(size, generator=random, device=device).mul_(std).to(dtype)
 
     E, D, F = shape.num_experts, shape.dim, shape.hidden_dim
     router_ED = normal(E, D, std=0.02)
@@ -129,7 +131,7 @@ class Candidate:
     """A variant before it is built.
 
     computes: what it is compared with, a key of `TWINS`; variants of one kind must agree. trains: whether it has a
-    backward pass.
+    backward pass. device: the only kind of device that it is for, as in "cuda"; None for any.
     """
 
     name: str
@@ -137,6 +139,7 @@ class Candidate:
     build: Callable[[Problem], Layer]
     check: Check = always
     trains: bool = True
+    device: str | None = None
 
 
 # ---------------------------------------------------------------------------------------------- the plain reference

@@ -26,7 +26,7 @@ from equipoise.bench.harness import Spread
 
 SPEED_VARIABLES = ("GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "OMP_NUM_THREADS")  # part of what was measured, if set
 
-PEERS = ("transformers", "accelerate", "st-moe-pytorch", "torchao", "torchtitan", "xllamacpp")
+PEERS = ("transformers", "accelerate", "st-moe-pytorch", "torchao", "torchtitan", "triton", "xllamacpp")
 
 Cell = str | float | int | Spread | None
 
@@ -64,6 +64,7 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "equipoise": version("equipoise"),
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
         **{name: found for name in PEERS if (found := _installed(name))},
     } | {name: os.environ[name] for name in SPEED_VARIABLES if name in os.environ}
 

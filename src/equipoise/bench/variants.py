@@ -60,6 +60,9 @@ def available(
     for candidate in candidates:
         if (only and not any(part in candidate.name for part in only)) or (training and not candidate.trains):
             continue
+        if candidate.device not in (None, problem.x_TD.device.type):
+            notes.append(f"{candidate.name} left out: it is for {candidate.device}.")
+            continue
         try:
             candidate.check(problem.shape, num_tokens, problem.x_TD.dtype)
             can_run[candidate.name] = candidate

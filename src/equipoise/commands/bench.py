@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from itertools import product
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -22,14 +23,32 @@ if TYPE_CHECKING:
 
 Only = tuple[str, ...]
 DtypeName = Literal["bf16", "fp32"]
+Device = Literal["cpu", "cuda"]
 To = Annotated[Output, tyro.conf.OmitArgPrefixes]
+
+
+@dataclass(frozen=True)
+class Where:
+    """What a layer is measured in, and on.
+
+    Args:
+        dtype: Of weights and tokens.
+        device: cpu, or cuda, where ceilings and peak memory are measured too, and decoding as a CUDA graph.
+    """
+
+    dtype: DtypeName = "bf16"
+    device: Device = "cpu"
+
+
+HERE = Where()
+On = Annotated[Where, tyro.conf.OmitArgPrefixes]
 
 
 def layer(
     *,
     shape: tuple[str, ...] = ("coarse", "fine"),
-    tokens: int = 4096,
-    dtype: DtypeName = "bf16",
+    tokens: tuple[int, ...] = (4096,),
+    on: On = HERE,
     rounds: int = 5,
     only: Only = (),
     quick: bool = False,
@@ -48,35 +67,39 @@ def layer(
     again as slow as what backend="auto" picks.
 
     Args:
-        shape: coarse, fine, olmoe or decode, or D,F,E,K as in 512,256,64,8. Several are measured in turn.
-        tokens: In the batch, T.
-        dtype: Of weights and tokens.
+        shape: coarse, fine, olmoe, qwen3, mixtral or decode, or D,F,E,K as in 512,256,64,8; several in turn.
+        tokens: In the batch, T; several in turn.
+        on: Numbers and device.
         rounds: More give narrower intervals.
         only: Variants with one of these in the name, as in --only lean dense.
         quick: Tiny sizes, to see that it runs. Its times say nothing.
         to: Where the results go.
     """
+    from equipoise.bench.device import ceilings_of_the_gpu, clock_for
     from equipoise.bench.layer import measure
     from equipoise.bench.problem import parse_shape, tiny
     from equipoise.models.dtypes import DTYPES
 
     shapes = [parse_shape(text) for text in shape]
     if quick:
-        shapes, tokens = [tiny(each) for each in shapes], 256
-    settings = {"dtype": dtype, "tokens": tokens, "rounds": rounds}
-    return run_bench(
-        lambda effort: (item for each in shapes for item in measure(each, tokens, DTYPES[dtype], effort, only)),
-        _effort(rounds, quick),
-        settings,
-        to,
-    )
+        shapes, tokens = [tiny(each) for each in shapes], (256,)
+    _at_least_one(tokens)
+
+    def parts(effort: Effort) -> Iterator[Table | str]:
+        if on.device == "cuda":
+            yield ceilings_of_the_gpu()
+        for each, number in product(shapes, tokens):
+            yield from measure(each, number, DTYPES[on.dtype], effort, only, on.device)
+
+    effort = replace(_effort(rounds, quick), clock=clock_for(on.device, busy=True))
+    return run_bench(parts, effort, asdict(on), to)
 
 
 def decode(
     *,
     shape: tuple[str, ...] = ("decode",),
     tokens: tuple[int, ...] = (1, 4, 16, 64),
-    dtype: DtypeName = "bf16",
+    on: On = HERE,
     rounds: int = 9,
     model: bool = True,
     only: Only = (),
@@ -97,33 +120,33 @@ def decode(
     Args:
         shape: coarse, fine, olmoe or decode, or D,F,E,K. Several are measured in turn.
         tokens: At once, T. A table for each.
-        dtype: Of weights and tokens.
+        on: Numbers and device.
         rounds: More give narrower intervals.
-        model: Also decode with the whole model of the recipe demo, beside transformers' Mixtral of the same weights.
+        model: Also the whole model of the recipe demo, beside transformers' Mixtral of the same weights; on a CPU.
         only: Variants with one of these in the name.
         quick: Tiny sizes, to see that it runs.
         to: Where the results go.
     """
     from equipoise.bench import decode as layers
     from equipoise.bench import generate
+    from equipoise.bench.device import clock_for
     from equipoise.bench.problem import parse_shape, tiny
     from equipoise.models.dtypes import DTYPES
 
-    shapes, kind = [parse_shape(text) for text in shape], DTYPES[dtype]
-    if not tokens or min(tokens) < 1:
-        raise ValueError(f"tokens: expected numbers of at least 1, got {list(tokens)}")
+    shapes, kind = [parse_shape(text) for text in shape], DTYPES[on.dtype]
+    _at_least_one(tokens)
     if quick:
         shapes, tokens = [tiny(each) for each in shapes], tokens[:2]
-    effort = replace(_effort(rounds, quick), min_seconds=0.0 if quick else 0.05)
+    effort = replace(_effort(rounds, quick), min_seconds=0.0 if quick else 0.05, clock=clock_for(on.device))
 
     def parts(effort: Effort) -> Iterator[Table | str]:
         for each in shapes:
-            yield from layers.measure(each, tokens, kind, effort, only)
-        if model and not only:
+            yield from layers.measure(each, tokens, kind, effort, only, on.device)
+        if model and not only and on.device == "cpu":
             few = (1, 2) if quick else (1, 16)
             yield from generate.measure(_demo(quick), few, 4 if quick else 24, kind, replace(effort, min_seconds=0.0))
 
-    return run_bench(parts, effort, {"dtype": dtype, "rounds": rounds}, to)
+    return run_bench(parts, effort, asdict(on), to)
 
 
 def train(
@@ -240,6 +263,11 @@ def scaling(
     settings = {"dtype": dtype, "rounds": rounds}
     sizes = QUICK if quick else FULL
     return run_bench(lambda effort: measure(sizes, DTYPES[dtype], effort, only), _effort(rounds, quick), settings, to)
+
+
+def _at_least_one(tokens: tuple[int, ...]) -> None:
+    if not tokens or min(tokens) < 1:
+        raise ValueError(f"tokens: expected numbers of at least 1, got {list(tokens)}")
 
 
 def _effort(rounds: int, quick: bool, warmup: int = 2) -> Effort:

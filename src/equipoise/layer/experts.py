@@ -24,6 +24,7 @@ from equipoise.ops.native.experts import native_experts, why_not_native
 from equipoise.ops.native.few import few_native_experts, is_few, unsupported_plain
 from equipoise.ops.ragged import RaggedPlan, Sort
 from equipoise.ops.triton.experts import triton_experts
+from equipoise.ops.triton.needs import why_not_triton
 from equipoise.ops.triton.order import sort_by_key
 
 BackendName = Literal["auto", "lean", "native", "few", "native_few", "grouped", "triton", "reference"]
@@ -68,9 +69,9 @@ def backend_for(
 
     The rule for "auto" comes from `equipoise bench layer` and `decode`. On a CPU, without gradients, few rows go
     through one call in C++ where it can run, else through few operators. All others go through the products in C++
-    where they can run (docs/native.md), else the lean loop. On a GPU a loop over experts would wait for the host, so
-    grouped_mm is taken where it can run. Where they can't run, "native" is "lean", and "native_few" is "few". Triton's
-    kernels have not been measured on a GPU, and are taken only where they are asked for.
+    where they can run (docs/native.md), else the lean loop. On a GPU a loop over experts would wait for the host:
+    Triton's kernels are taken where they can run and were measured (docs/gpu.md), else grouped_mm where it can run.
+    Where they can't run, "native" is "lean", and "native_few" is "few".
     """
     if name == "native" and (missing := why_not_native(x_TD, up_eHD, down_eDF, activation)):
         return "lean", f"native was asked for, but {missing}"
@@ -80,9 +81,11 @@ def backend_for(
         return name, "asked for"
     if x_TD.device.type == "cpu":
         return _backend_on_a_cpu(x_TD, up_eHD, down_eDF, num_rows, activation)
+    if not (missing := why_not_triton(x_TD, down_eDF)):
+        return "triton", "fastest on a GPU, keeps the least for backward, no host synchronisation"
     if reason := grouped_mm_supports(x_TD, up_eHD, down_eDF):
         return "lean", reason
-    return "grouped", "one kernel for all experts, no host synchronisation"
+    return "grouped", f"one kernel for all experts, no host synchronisation; {missing}"
 
 
 def _backend_on_a_cpu(
@@ -205,7 +208,7 @@ class Experts(nn.Module):
         up, down, out_dtype = self.up, self.down_proj, x.dtype
         compute_dtype = torch.promote_types(x.dtype, up.dtype)
         device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):  # the meta device has none
+        if device != "meta" and torch.is_autocast_enabled(device):  # the meta device has none
             compute_dtype = torch.get_autocast_dtype(device)
         x, up_c, down_c = x.to(compute_dtype), up.to(compute_dtype), down.to(compute_dtype)
         biases = self.biases and (self.biases[0].to(compute_dtype), self.biases[1].to(compute_dtype))

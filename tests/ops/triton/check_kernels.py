@@ -1,6 +1,7 @@
-"""The Triton kernels under Triton's interpreter, against the reference loop and by-hand numbers.
+"""The Triton kernels against the reference loop and by-hand numbers: interpreted on a CPU, or compiled on a GPU.
 
-Not collected by itself: test_under_interpreter.py runs it with TRITON_INTERPRET=1 set before triton is imported.
+Not collected by itself: test_kernels.py runs it with TRITON_INTERPRET=1 set before triton is imported, and, on a
+GPU, without.
 """
 
 import copy
@@ -18,24 +19,36 @@ from equipoise.ops.activation import pre_activation_dim
 from equipoise.ops.lean_experts import lean_experts
 from equipoise.ops.ragged import RaggedPlan, ragged_plan
 from equipoise.ops.triton import launch
+from equipoise.ops.triton.blocks import cut_for
 from equipoise.ops.triton.experts import triton_backward, triton_experts, triton_forward
-from equipoise.ops.triton.order import blocks_for, most_tiles, sort_by_key, tiles_of
+from equipoise.ops.triton.kernels.products import INTERPRETED
+from equipoise.ops.triton.order import most_tiles, sort_by_key, tiles_of
 from equipoise.routing import BiasBalance, SwitchLoss, TopK
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),  # in rows that are never stored
+]
 ACTIVATIONS = ("swiglu", "gelu", "clamped_swiglu")
 # The interpreter cuts bits off where a GPU rounds fp32 to bf16, so its limit is twice that of rounding.
 LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
+@pytest.fixture(autouse=True)
+def on_their_device():
+    """Tensors are made where the kernels run."""
+    with torch.device("cpu" if INTERPRETED.value else "cuda"):
+        yield
+
+
 def problem(T, K, E, D, F, *, activation="swiglu", dtype=torch.float32, choose=None, drop=0.0, scattered=False):
     """(x, weights, up, down), the plan from weights, in dtype. choose: (T, K) expert ids."""
     H = pre_activation_dim(F, activation)
-    ids = torch.rand(T, E).topk(K).indices if choose is None else choose
+    ids = torch.rand(T, E).topk(K).indices if choose is None else torch.as_tensor(choose)
     keep = torch.rand(T * K) >= drop if drop else None
     tensors = (torch.randn(T, D), torch.rand(T * K), torch.randn(E, H, D) / D**0.5, torch.randn(E, D, F) / F**0.5)
-    if activation == "clamped_swiglu" and dtype != torch.bfloat16:  # in bf16 z is cut to just the edge of the clamp,
-        tensors = (tensors[0] * 6, *tensors[1:])  # where the slope jumps; the others do reach the limits
+    if activation == "clamped_swiglu" and dtype == torch.float32:  # in 16 bits z is rounded to just the edge of the
+        tensors = (tensors[0] * 6, *tensors[1:])  # clamp, where the slope jumps; fp32 does reach the limits
     args = [tensor.to(torch.float32 if i == 1 else dtype).requires_grad_() for i, tensor in enumerate(tensors)]
 
     def plan(weights: torch.Tensor) -> RaggedPlan:
@@ -64,7 +77,7 @@ def errors(args, plan, activation="swiglu"):
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 def test_output_and_gradients_are_the_reference_loops(dtype, activation):
     """D and F no powers of two and longer than a tile, a fifth of the assignments dropped, loads uneven."""
-    args, plan = problem(13, 3, 5, 72, 70, activation=activation, dtype=dtype, drop=0.2)
+    args, plan = problem(13, 3, 5, 72, 88, activation=activation, dtype=dtype, drop=0.2)
     assert max(errors(args, plan, activation)) < LIMITS[dtype]
 
 
@@ -75,7 +88,7 @@ def test_rows_without_a_fixed_number_per_token(activation, drop):
     assert max(errors(args, plan, activation)) < LIMITS[torch.float32]
 
 
-ALL_TO_ONE = torch.tensor([[3, 1]] * 41)  # 41 rows are 2 tiles of 16 and one of 9; experts 0, 2, 4, 5 have none
+ALL_TO_ONE = [[3, 1]] * 41  # 41 rows are 2 tiles of 16 and one of 9; experts 0, 2, 4, 5 have none
 
 
 @pytest.mark.parametrize(
@@ -84,11 +97,11 @@ ALL_TO_ONE = torch.tensor([[3, 1]] * 41)  # 41 rows are 2 tiles of 16 and one of
         ((7, 1, 1, 8, 8), None),  # one expert
         ((6, 4, 4, 8, 8), None),  # all experts
         ((1, 2, 8, 24, 40), None),  # one token: a decode step
-        ((1, 1, 1, 1, 1), None),
+        ((1, 1, 1, 4, 4), None),
         ((41, 2, 6, 16, 16), ALL_TO_ONE),
-        ((16, 1, 2, 16, 16), torch.zeros(16, 1, dtype=torch.int64)),  # exactly a tile
-        ((300, 2, 2, 17, 33), None),  # tiles of 64
-        ((150, 1, 3, 130, 5), None),
+        ((16, 1, 2, 16, 16), [[0]] * 16),  # exactly a tile
+        ((300, 2, 2, 20, 36), None),  # tiles of 64
+        ((150, 1, 3, 132, 8), None),
     ],
     ids=str,
 )
@@ -99,7 +112,7 @@ def test_edges(sizes, choose):
 
 def test_tiles_of_128_rows_in_16_bit():
     args, plan = problem(300, 1, 2, 24, 40, dtype=torch.float16)
-    assert blocks_for(300, 2, 2).rows == 128
+    assert cut_for(300, 2, 2, 2**18).rows == 128
     assert max(errors(args, plan)) < LIMITS[torch.float16]
 
 
@@ -108,10 +121,10 @@ def test_tiles_of_128_rows_in_16_bit():
 def test_any_sizes_and_any_loads(data):
     T, E = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 9))
     K = data.draw(st.integers(1, E))
-    D, F = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    D, F = 4 * data.draw(st.integers(1, 18)), 4 * data.draw(st.integers(1, 18))
     ids = [data.draw(st.permutations(range(E)))[:K] for _ in range(T)]
     drop, scattered = data.draw(st.sampled_from([0.0, 0.5])), data.draw(st.booleans())
-    args, plan = problem(T, K, E, D, F, choose=torch.tensor(ids), drop=drop, scattered=scattered)
+    args, plan = problem(T, K, E, D, F, choose=ids, drop=drop, scattered=scattered)
     assert max(errors(args, plan)) < 1e-5
 
 
@@ -204,7 +217,7 @@ def slow_table(counts: list[int], rows_per_tile: int) -> list[tuple[int, int, in
 def test_the_tile_table_by_hand():
     """Rows 0-4 are expert 0's, 5-37 expert 2's, row 38 expert 3's; tiles of 16: one, none, three, one."""
     tiles = tiles_of(torch.tensor([5, 0, 33, 1]), 45, 4)  # six rows were dropped
-    assert tiles.blocks.rows == 16
+    assert tiles.cut.rows == 16
     assert tiles.num_tiles == 45 // 16 + 4
     there = [(0, 0, 5), (2, 5, 38), (2, 21, 38), (2, 37, 38), (3, 38, 39)]
     assert list(zip(*tiles.table.tolist(), strict=True)) == [*there, (-1, 0, 0)]
@@ -218,8 +231,8 @@ def test_the_tile_table_is_the_loops_and_has_room(counts, dropped):
     if num_rows == 0:
         return
     tiles = tiles_of(torch.tensor(counts), num_rows, 2)
-    expected = slow_table(counts, tiles.blocks.rows)
-    assert len(expected) <= tiles.num_tiles == most_tiles(num_rows, len(counts), tiles.blocks.rows)
+    expected = slow_table(counts, tiles.cut.rows)
+    assert len(expected) <= tiles.num_tiles == most_tiles(num_rows, len(counts), tiles.cut.rows)
     nothing = [(-1, 0, 0)] * (tiles.num_tiles - len(expected))
     assert list(zip(*tiles.table.tolist(), strict=True)) == expected + nothing
 
@@ -227,8 +240,8 @@ def test_the_tile_table_is_the_loops_and_has_room(counts, dropped):
 @given(st.integers(0, 700), st.integers(1, 130), st.integers(0, 2**31))
 @settings(max_examples=8)
 def test_the_sort_is_the_stable_one(num, num_keys, seed):
-    generator = torch.Generator().manual_seed(seed)
-    keys = torch.randint(num_keys, (num,), generator=generator)
+    torch.manual_seed(seed)
+    keys = torch.randint(num_keys, (num,))
     for actual, expected in zip(sort_by_key(keys, num_keys), ragged.sort_on_device(keys, num_keys), strict=True):
         assert actual.dtype == torch.int64
         assert torch.equal(actual, expected)

@@ -27,10 +27,27 @@ def test_on_a_cpu_the_error_names_the_interpreter():
     assert "expected tensors on a GPU, got cpu; move the layer there, set TRITON_INTERPRET=1" in done.stderr
 
 
-def test_auto_never_means_triton():
+def test_auto_takes_triton_only_where_it_was_measured():
     from equipoise.layer.experts import Experts, backend_for
 
-    with torch.device("meta"):  # stands for any device that is not a CPU
+    with torch.device("meta"):  # stands for any device that is neither a CPU nor such a GPU
         experts = Experts(4, 8, 8)
     name, _ = backend_for("auto", torch.empty(3, 8, device="meta"), experts.up, experts.down_proj)
     assert name == "grouped"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu_of_that_kind_auto_is_triton():
+    experts = MoE(64, 64, 4).to("cuda", torch.bfloat16).experts
+    measured = torch.cuda.get_device_capability() >= (9, 0)
+    assert ("backend=triton" in repr(experts)) == measured
+    odd = MoE(60, 64, 4).to("cuda", torch.bfloat16).experts  # 120 bytes
+    assert "backend=triton" not in repr(odd)
+
+
+def test_rows_that_are_not_whole_16_bytes_are_refused():
+    from equipoise.ops.triton.needs import require
+
+    pytest.importorskip("triton")
+    with pytest.raises(ValueError, match=r"rows of whole 16 bytes, got a width of 12 in torch.bfloat16; round it up"):
+        require(torch.device("cuda"), torch.bfloat16, (16, 12))

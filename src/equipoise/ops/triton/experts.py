@@ -2,10 +2,10 @@
 
 Saved: x, the pre-activation z, the combine weights and index vectors (arXiv 2512.14080 section 3). Forward launches the
 tile table, the first product with gather and activation, the second with the combine weight, and the sum of a token's
-rows; backward the same way back, and one product per weight gradient. Nothing waits for the host. The slow twins are
-`ops.reference.experts` and `ops.lean_experts`. Backward is once differentiable.
-
-Proven under Triton's interpreter and compiled for GPUs, not run on one: docs/gpu.md.
+rows; backward the same way back, and one product per weight gradient. Rows of x and of the gradient are gathered into
+memory in backward, for as long as they are used: two products read them, and read blocks faster than rows from
+everywhere. Nothing waits for the host. The slow twins are `ops.reference.experts` and `ops.lean_experts`. Backward is
+once differentiable. Measured: docs/gpu.md.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def triton_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """(y_TD, z_RH): weighted sum of the experts' outputs, and the pre-activation (empty unless save)."""
-    require(x_TD.device, x_TD.dtype)
+    require(x_TD.device, x_TD.dtype, (x_TD.shape[1], down_eDF.shape[2]))
     kind, num_rows = check_activation(activation), token_ids_R.shape[0]
     if num_rows == 0 or x_TD.shape[0] == 0:
         return x_TD.new_zeros(x_TD.shape), x_TD.new_empty(num_rows if save else 0, up_eHD.shape[1])
     tiles = tiles_of(counts_e, num_rows, x_TD.element_size())
     a_RF, z_RH = launch.up_rows(x_TD, token_ids_R, up_eHD, tiles, kind, save)
-    y_RD = launch.product_of_rows(a_RF, down_eDF, tiles, scale_R=weights_R)
+    y_RD = launch.product_of_rows(a_RF, down_eDF, tiles, tiles.cut.down, scale_R=weights_R)
     return launch.sum_of_rows(y_RD, token_ids_R, rows_TK, x_TD.shape[0], tiles), z_RH
 
 
@@ -63,16 +63,19 @@ def triton_backward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, up and down."""
-    require(x_TD.device, x_TD.dtype)
+    require(x_TD.device, x_TD.dtype, (x_TD.shape[1], down_eDF.shape[2]))
     kind, num_rows = check_activation(activation), token_ids_R.shape[0]
     if num_rows == 0 or x_TD.shape[0] == 0:
         return tuple(t.new_zeros(t.shape) for t in (x_TD, weights_R, up_eHD, down_eDF))  # type: ignore[return-value]
     tiles = tiles_of(counts_e, num_rows, x_TD.element_size())
-    grad_z_RH, a_RF, grad_weights_R = launch.grad_z_rows(grad_TD, token_ids_R, down_eDF, z_RH, weights_R, tiles, kind)
-    grad_down = launch.products_over_rows(grad_TD, a_RF, token_ids_R, tiles, gather_left=True)
-    del a_RF
-    grad_up = launch.products_over_rows(grad_z_RH, x_TD, token_ids_R, tiles, gather_right=True)
-    grad_x_RD = launch.product_of_rows(grad_z_RH, up_eHD, tiles, transposed=True)
+    cut = tiles.cut
+    grad_y_RD = grad_TD.index_select(0, token_ids_R)
+    a_RF = launch.product_of_rows(grad_y_RD, down_eDF, tiles, cut.grad_a, transposed=True)
+    grad_z_RH, grad_weights_R = launch.activation_backward(a_RF, z_RH, weights_R, tiles, kind)
+    grad_down = launch.products_over_rows(grad_y_RD, a_RF, tiles)
+    del grad_y_RD, a_RF
+    grad_up = launch.products_over_rows(grad_z_RH, x_TD.index_select(0, token_ids_R), tiles)
+    grad_x_RD = launch.product_of_rows(grad_z_RH, up_eHD, tiles, cut.grad_x, transposed=True)
     grad_x_TD = launch.sum_of_rows(grad_x_RD, token_ids_R, rows_TK, x_TD.shape[0], tiles)
     return grad_x_TD, grad_weights_R, grad_up, grad_down
 

@@ -1,8 +1,6 @@
 """Sorting assignments by expert and cutting the rows into tiles, without the host ever knowing the counts.
 
 `sort_by_key` is the twin of `ops.ragged.sort_on_device`; `tiles_of` makes the table that the grouped products read.
-Block sizes follow from shapes alone. They are the customary ones for these shapes, and are not tuned: nothing has been
-timed on a GPU.
 """
 
 from __future__ import annotations
@@ -12,22 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from equipoise.ops.triton.blocks import Cut, cut_for, shared_memory
 from equipoise.ops.triton.needs import require
 
 _SORT_BLOCK = 128  # keys are compared with each other within a block: 16 K comparisons
 _KEYS_BLOCK = 64
 _TILES_BLOCK = 16
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """How a product is cut: rows x cols of the result per program, `inner` of the summed dimension at a time."""
-
-    rows: int
-    cols: int
-    inner: int
-    warps: int
-    stages: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +24,7 @@ class Tiles:
 
     table: Tensor
     ends_e: Tensor
-    blocks: Blocks
+    cut: Cut
 
     @property
     def num_tiles(self) -> int:
@@ -44,25 +32,18 @@ class Tiles:
         return self.table.shape[1]
 
 
-def blocks_for(num_rows: int, num_experts: int, itemsize: int) -> Blocks:
-    """Rows of a tile follow the mean load, so that few rows are masked; three stages fit the smallest shared memory."""
-    mean = num_rows // max(1, num_experts)
-    rows = 16 if mean <= 16 else 32 if mean <= 32 else 64 if mean <= 128 or itemsize == 4 else 128
-    return Blocks(rows, 64, 64 if itemsize < 4 else 32, 8 if rows == 128 else 4, 3)
-
-
 def most_tiles(num_rows: int, num_experts: int, rows_per_tile: int) -> int:
     """An upper bound of sum over experts of ceil(rows of it / rows_per_tile), whatever the routing."""
     return num_rows // rows_per_tile + min(num_experts, num_rows)
 
 
-def tiles_of(counts_e: Tensor, num_rows: int, itemsize: int) -> Tiles:
-    """counts_e: int64 or int32, rows per expert; num_rows: R > 0, at least their sum."""
+def tiles_of(counts_e: Tensor, num_rows: int, itemsize: int, cut: Cut | None = None) -> Tiles:
+    """counts_e: int64 or int32, rows per expert; num_rows: R > 0, at least their sum. cut: None for `cut_for`'s."""
     from equipoise.ops.triton.kernels.order import tile_table_kernel
 
     num_experts = counts_e.shape[0]
-    blocks = blocks_for(num_rows, num_experts, itemsize)
-    num_tiles = most_tiles(num_rows, num_experts, blocks.rows)
+    cut = cut or cut_for(num_rows, num_experts, itemsize, shared_memory(counts_e.device))
+    num_tiles = most_tiles(num_rows, num_experts, cut.rows)
     table = torch.empty(3, num_tiles, dtype=torch.int32, device=counts_e.device)
     ends_e = torch.empty(num_experts, dtype=torch.int32, device=counts_e.device)
     tile_table_kernel[(-(-num_tiles // _TILES_BLOCK),)](
@@ -71,11 +52,11 @@ def tiles_of(counts_e: Tensor, num_rows: int, itemsize: int) -> Tiles:
         ends_e,
         num_experts,
         num_tiles,
-        BLOCK_M=blocks.rows,
+        BLOCK_M=cut.rows,
         BLOCK_E=power_of_two(num_experts),
         BLOCK_TILES=_TILES_BLOCK,
     )
-    return Tiles(table, ends_e, blocks)
+    return Tiles(table, ends_e, cut)
 
 
 @torch.library.custom_op("equipoise::triton_sort", mutates_args=())

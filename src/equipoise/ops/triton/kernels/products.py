@@ -1,7 +1,9 @@
-"""Grouped products over tiles of rows: what is gathered, scaled or activated on the way is fused.
+"""Grouped products over tiles of rows: what is gathered, activated or scaled on the way is fused.
 
-Products accumulate in fp32. Offsets of rows and experts are int64: E x 2F x D passes 2^31 in large models; within one
-expert's matrix they are int32. fp32 inputs are multiplied in full precision, as torch does unless told otherwise.
+Products accumulate in fp32. What lies in memory as blocks is loaded through tensor descriptors, which the copy engine
+of Hopper and later GPUs reads by itself (earlier ones compute addresses); what is gathered is loaded through pointers.
+Beyond the edges of a matrix a descriptor gives zeros. fp32 inputs are multiplied in full precision, as torch does
+unless told otherwise.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from equipoise.ops.triton.kernels.activation import activate, activate_backward
+from equipoise.ops.triton.kernels.activation import activate
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -31,37 +33,34 @@ def in_groups(program, num_m, num_n, GROUP: tl.constexpr):
     return first + inside % size, inside // size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def up_kernel(
-    x_ptr, token_ids_ptr, up_ptr, z_ptr, a_ptr, table_ptr, num_tiles, D, F,
+    x_ptr, token_ids_ptr, up_desc, z_ptr, a_ptr, table_ptr, num_tiles, D, F,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, STORE_Z: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """a (R, F) = activation(z), z (R, H) = x[token_ids] up[e]^T; both halves of z in one program. z where wanted."""
     tile, col = in_groups(tl.program_id(0), num_tiles, tl.cdiv(F, BLOCK_N), GROUP)
-    expert = tl.load(table_ptr + tile).to(tl.int64)
+    expert = tl.load(table_ptr + tile)
     if expert < 0:
         return
     row = tl.load(table_ptr + num_tiles + tile) + tl.arange(0, BLOCK_M)
     row_mask = row < tl.load(table_ptr + 2 * num_tiles + tile)
     token = tl.load(token_ids_ptr + row, mask=row_mask, other=0).to(tl.int64)
-    n = col * BLOCK_N + tl.arange(0, BLOCK_N)
-    H = 2 * F if GATED else F
-    weight_ptr = up_ptr + expert * H * D
+    first = col * BLOCK_N
     gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, D, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         x = tl.load(x_ptr + token[:, None] * D + k[None, :], mask=row_mask[:, None] & (k[None, :] < D), other=0.0)
-        weight_mask = (n[None, :] < F) & (k[:, None] < D)
-        at = n[None, :] * D + k[:, None]
-        gate = add_product(x, tl.load(weight_ptr + at, mask=weight_mask, other=0.0), gate)
+        gate = add_product(x, up_desc.load([expert, first, start]).reshape(BLOCK_N, BLOCK_K).T, gate)
         if GATED:
-            up = add_product(x, tl.load(weight_ptr + F * D + at, mask=weight_mask, other=0.0), up)
+            up = add_product(x, up_desc.load([expert, F + first, start]).reshape(BLOCK_N, BLOCK_K).T, up)
+    n = first + tl.arange(0, BLOCK_N)
     mask = row_mask[:, None] & (n[None, :] < F)
     row = row.to(tl.int64)
     if STORE_Z:
-        z = z_ptr + row[:, None] * H + n[None, :]
+        z = z_ptr + row[:, None] * (2 * F if GATED else F) + n[None, :]
         tl.store(z, gate.to(z_ptr.dtype.element_ty), mask=mask)
         if GATED:
             tl.store(z + F, up.to(z_ptr.dtype.element_ty), mask=mask)
@@ -69,132 +68,64 @@ def up_kernel(
     tl.store(a_ptr + row[:, None] * F + n[None, :], a.to(a_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def rows_kernel(
-    in_ptr, weight_ptr, scale_ptr, out_ptr, table_ptr, num_tiles, N, K,
+    in_desc, weight_desc, scale_ptr, out_ptr, table_ptr, num_tiles, N, K,
     TRANSPOSED: tl.constexpr, SCALED: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out (R, N) = scale * in (R, K) W[e]^T; the weights are (e, N, K), with TRANSPOSED (e, K, N)."""
+    """out (R, N) = scale * in (R, K) W[e]^T; the weights are (e, N, K), with TRANSPOSED (e, K, N).
+
+    A tile's rows beyond its expert's last belong to others: they are computed, and not stored.
+    """
     tile, col = in_groups(tl.program_id(0), num_tiles, tl.cdiv(N, BLOCK_N), GROUP)
-    expert = tl.load(table_ptr + tile).to(tl.int64)
+    expert = tl.load(table_ptr + tile)
     if expert < 0:
         return
-    row = tl.load(table_ptr + num_tiles + tile) + tl.arange(0, BLOCK_M)
-    row_mask = row < tl.load(table_ptr + 2 * num_tiles + tile)
-    wide = row.to(tl.int64)
-    n = col * BLOCK_N + tl.arange(0, BLOCK_N)
-    of_expert = weight_ptr + expert * N * K
+    first_row = tl.load(table_ptr + num_tiles + tile)
+    first = col * BLOCK_N
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        rows = tl.load(in_ptr + wide[:, None] * K + k[None, :], mask=row_mask[:, None] & (k[None, :] < K), other=0.0)
-        at = k[:, None] * N + n[None, :] if TRANSPOSED else n[None, :] * K + k[:, None]
-        weight = tl.load(of_expert + at, mask=(n[None, :] < N) & (k[:, None] < K), other=0.0)
-        total = add_product(rows, weight, total)
+        if TRANSPOSED:
+            weight = weight_desc.load([expert, start, first]).reshape(BLOCK_K, BLOCK_N)
+        else:
+            weight = weight_desc.load([expert, first, start]).reshape(BLOCK_N, BLOCK_K).T
+        total = add_product(in_desc.load([first_row, start]), weight, total)
+    row = first_row + tl.arange(0, BLOCK_M)
+    row_mask = row < tl.load(table_ptr + 2 * num_tiles + tile)
     if SCALED:
         total *= tl.load(scale_ptr + row, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-    out = out_ptr + wide[:, None] * N + n[None, :]
+    n = first + tl.arange(0, BLOCK_N)
+    out = out_ptr + row.to(tl.int64)[:, None] * N + n[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (n[None, :] < N))
 
 
 @triton.jit
-def grad_z_kernel(
-    grad_ptr, token_ids_ptr, down_ptr, z_ptr, scale_ptr, grad_z_ptr, a_ptr, partial_ptr, table_ptr, num_tiles, D, F,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """From dO[token_ids] down[e]: grad_z (R, H), scale * a (R, F), and each column tile's part of <dO down, a> (R, n).
-
-    a is computed again from z; the parts, one per tile of columns, add up to the gradient of the combine weight.
-    """
-    num_cols = tl.cdiv(F, BLOCK_N)
-    tile, col = in_groups(tl.program_id(0), num_tiles, num_cols, GROUP)
-    expert = tl.load(table_ptr + tile).to(tl.int64)
-    if expert < 0:
-        return
-    row = tl.load(table_ptr + num_tiles + tile) + tl.arange(0, BLOCK_M)
-    row_mask = row < tl.load(table_ptr + 2 * num_tiles + tile)
-    token = tl.load(token_ids_ptr + row, mask=row_mask, other=0).to(tl.int64)
-    n = col * BLOCK_N + tl.arange(0, BLOCK_N)
-    of_expert = down_ptr + expert * D * F
-    grad_a = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(0, D, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        grad = tl.load(grad_ptr + token[:, None] * D + k[None, :], mask=row_mask[:, None] & (k[None, :] < D), other=0.0)
-        at = k[:, None] * F + n[None, :]
-        weight = tl.load(of_expert + at, mask=(n[None, :] < F) & (k[:, None] < D), other=0.0)
-        grad_a = add_product(grad, weight, grad_a)
-    H = 2 * F if GATED else F
-    wide = row.to(tl.int64)
-    mask = row_mask[:, None] & (n[None, :] < F)
-    at_z = wide[:, None] * H + n[None, :]
-    gate = tl.load(z_ptr + at_z, mask=mask, other=0.0).to(tl.float32)
-    up = gate
-    if GATED:
-        up = tl.load(z_ptr + at_z + F, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + row, mask=row_mask, other=0.0).to(tl.float32)[:, None]
-    a, grad_gate, grad_up = activate_backward(grad_a * scale, gate, up, ACTIVATION)
-    part = tl.sum(tl.where(mask, grad_a * a, 0.0), 1)
-    tl.store(partial_ptr + wide * num_cols + col, part, mask=row_mask)
-    tl.store(a_ptr + wide[:, None] * F + n[None, :], (a * scale).to(a_ptr.dtype.element_ty), mask=mask)
-    tl.store(grad_z_ptr + at_z, grad_gate.to(grad_z_ptr.dtype.element_ty), mask=mask)
-    if GATED:
-        tl.store(grad_z_ptr + at_z + F, grad_up.to(grad_z_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
 def weights_kernel(
-    left_ptr, right_ptr, token_ids_ptr, out_ptr, ends_ptr, M, N,
-    GATHER_LEFT: tl.constexpr, GATHER_RIGHT: tl.constexpr,
+    left_desc, right_desc, left_ptr, right_ptr, out_ptr, ends_ptr, M, N,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out (e, M, N) = left^T right over the rows of each expert; zeros where it has none.
+    """out (e, M, N) = left^T right over the rows of each expert, left (R, M), right (R, N); zeros where it has none.
 
-    left: (R, M), or (T, M) read through token_ids; right likewise, with N.
+    The last rows, fewer than a block, are loaded through pointers, with zeros in place of the next expert's.
     """
     tile, col = in_groups(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
     expert = tl.program_id(1)
     first = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends_ptr + expert)
+    whole = first + (end - first) // BLOCK_K * BLOCK_K
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     n = col * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for start in range(first, end, BLOCK_K):
-        row = start + tl.arange(0, BLOCK_K)
-        mask = row < end
-        wide = row.to(tl.int64)
-        token = tl.load(token_ids_ptr + row, mask=mask, other=0).to(tl.int64)
-        of_left = token if GATHER_LEFT else wide
-        of_right = token if GATHER_RIGHT else wide
-        left = tl.load(left_ptr + of_left[None, :] * M + m[:, None], mask=mask[None, :] & (m[:, None] < M), other=0.0)
-        right = tl.load(
-            right_ptr + of_right[:, None] * N + n[None, :], mask=mask[:, None] & (n[None, :] < N), other=0.0
-        )
-        total = add_product(left, right, total)
+    for start in range(first, whole, BLOCK_K):
+        left = left_desc.load([start, tile * BLOCK_M])
+        total = add_product(left.T, right_desc.load([start, col * BLOCK_N]), total)
+    if whole < end:
+        row = whole + tl.arange(0, BLOCK_K)
+        mask = (row < end)[:, None]
+        wide = row.to(tl.int64)[:, None]
+        left = tl.load(left_ptr + wide * M + m[None, :], mask=mask & (m[None, :] < M), other=0.0)
+        right = tl.load(right_ptr + wide * N + n[None, :], mask=mask & (n[None, :] < N), other=0.0)
+        total = add_product(left.T, right, total)
     out = out_ptr + expert.to(tl.int64) * M * N + m[:, None] * N + n[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
-
-
-@triton.jit
-def sum_kernel(
-    y_ptr, rows_ptr, token_ends_ptr, out_ptr, ends_ptr, num_experts, D, K,
-    RAGGED: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """out (T, D): the sum of each token's rows of y, in fp32, in a fixed order, without those that were dropped.
-
-    rows: K per token; with RAGGED token t's are rows[token_ends[t - 1]:token_ends[t]].
-    """
-    token = tl.program_id(0)
-    num_rows = tl.load(ends_ptr + num_experts - 1)
-    first, end = token.to(tl.int64) * K, token.to(tl.int64) * K + K
-    if RAGGED:
-        first = tl.load(token_ends_ptr + token - 1, mask=token > 0, other=0)
-        end = tl.load(token_ends_ptr + token)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    for at in range(first, end):
-        row = tl.load(rows_ptr + at)
-        width = tl.where(row < num_rows, D, 0)  # 0: a dropped row
-        total += tl.load(y_ptr + row * D + d, mask=d < width, other=0.0).to(tl.float32)
-    tl.store(out_ptr + token.to(tl.int64) * D + d, total.to(out_ptr.dtype.element_ty), mask=d < D)

@@ -1,4 +1,4 @@
-"""Runs check_kernels.py in a process of its own: Triton's interpreter has to be chosen before triton is imported."""
+"""Runs check_*.py in processes of their own: Triton's interpreter has to be chosen before triton is imported."""
 
 import importlib.util
 import os
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -23,8 +24,16 @@ def pytest_in_a_process(file: str, interpret: bool) -> subprocess.CompletedProce
 
 @pytest.mark.parametrize(
     ("file", "interpret"),
-    [("check_kernels.py", True), ("check_compilation.py", False)],
-    ids=["interpreted", "compiled"],
+    [
+        pytest.param("check_kernels.py", True, id="interpreted"),
+        pytest.param("check_compilation.py", False, id="compiled"),
+        pytest.param(
+            "check_kernels.py",
+            False,
+            id="on a gpu",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+        ),
+    ],
 )
 def test_kernels(file, interpret):
     done = pytest_in_a_process(file, interpret)
