@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from equipoise.faults.injection import Change, Run, check_positive
 from equipoise.faults.targets import Target, check_expert, find, targets
 from equipoise.layer import MoE
+from equipoise.layer.choice import Choice
 from equipoise.layer.experts import Experts
 from equipoise.monitor.adapters.padding import Arguments
 from equipoise.monitor.adapters.transformers_moe import INDEX_NAMES
@@ -43,6 +44,11 @@ class SlowExpert:
     def put_in(self, model: nn.Module, run: Run | None) -> Change:
         """Hook the experts of the layer."""
         target = find(model, "SlowExpert", self.layer)
+        if isinstance(target.block, Choice):
+            raise ValueError(
+                f"SlowExpert.layer: expected an MoE layer, {self.layer} chooses attention experts, which are computed "
+                "inside the attention and not one by one; choose another layer"
+            )
         check_expert("SlowExpert.expert", target, self.expert)
         has_tokens = _has_tokens(target, self.expert)
         if not isinstance(target.block, MoE):
@@ -73,7 +79,7 @@ class SlowRank:
 
     def put_in(self, model: nn.Module, run: Run | None) -> Change:
         """Hook the experts of all layers."""
-        found = targets(model).values()
+        found = [target for target in targets(model).values() if not isinstance(target.block, Choice)]
         if not found:
             raise ValueError(f"SlowRank: expected a model with MoE layers, {type(model).__name__} has none")
         return _unhook([_slow(target, self.seconds, lambda args, kwargs: True) for target in found])

@@ -1,6 +1,7 @@
-"""The MoE layers of a model as faults need them: router, its weight, the selection bias, the stacked experts.
+"""What routes in a model, as faults need it: router, its weight, the selection bias, the stacked experts.
 
-It finds equipoise's own layers, and those of transformers as the monitor finds them. It changes nothing.
+It finds equipoise's MoE layers and what chooses its attention experts, and the MoE layers of transformers as the
+monitor finds them. It changes nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from equipoise.layer import MoE, moe_layers
+from equipoise.layer import MoE
+from equipoise.layer.choice import Choice, routed_layers
 from equipoise.monitor.adapters.padding import Arguments
 from equipoise.monitor.adapters.transformers_moe import INDEX_NAMES, ROUTER_NAMES, WEIGHT_NAMES, experts_layers
 
@@ -18,7 +20,9 @@ CORRECTION_BIAS = "e_score_correction_bias"  # what transformers calls the bias 
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """One MoE layer. block: the module with everything in it. router: None where none was found."""
+    """One MoE layer, or one choice of attention experts. block: the module with everything in it. router: None where
+    none was found. experts: without any weights where they are the attention's.
+    """
 
     name: str
     num_experts: int
@@ -35,7 +39,7 @@ class Target:
 
     def selection_bias(self) -> tuple[nn.Module, str] | None:
         """(block, path in it) of the bias (E,) that is added for the selection only; None where there is none."""
-        if isinstance(self.block, MoE):
+        if isinstance(self.block, MoE | Choice):
             return None if self.block.balancer is None else (self.block, "balancer.bias_E")
         named = [*self.block.named_buffers(), *self.block.named_parameters()]
         paths = [path for path, x in named if path.endswith(CORRECTION_BIAS) and x.shape == (self.num_experts,)]
@@ -64,10 +68,10 @@ def tensor_at(module: nn.Module, path: str) -> Tensor:
 
 
 def targets(model: nn.Module) -> dict[str, Target]:
-    """The MoE layers by name, in the model's order: equipoise's, then those of transformers."""
+    """What routes by name, in the model's order: equipoise's layers, then those of transformers."""
     found = {
-        name: Target(name, module.num_experts, module, module.router, module.experts)
-        for name, module in moe_layers(model).items()
+        name: Target(name, module.num_experts, module, module.router, _experts_of(module))
+        for name, module in routed_layers(model).items()
     }
     for name, layer in experts_layers(model).items():
         block = model.get_submodule(name)
@@ -76,6 +80,10 @@ def targets(model: nn.Module) -> dict[str, Target]:
         experts = next(module for module in block.modules() if takes_selection(module))
         found[name] = Target(name, layer.num_experts, block, router, experts)
     return found
+
+
+def _experts_of(layer: MoE | Choice) -> nn.Module:
+    return layer.experts if isinstance(layer, MoE) else nn.Identity()
 
 
 def takes_selection(module: nn.Module) -> bool:

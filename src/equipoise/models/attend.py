@@ -66,8 +66,9 @@ def attend(q_BHSD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask: Tensor | None, 
     if sight.sinks_H is not None:
         return attend_with_sinks(q_BHSD, k_BHKD, v_BHKD, mask, sight.sinks_H[None, :, None, None])
     shares_heads = q_BHSD.shape[1] != k_BHKD.shape[1]
+    causal = True if mask is None and S > 1 else False  # noqa: SIM210 - to a compiler S > 1 is a symbol, and no bool
     return F.scaled_dot_product_attention(
-        q_BHSD, k_BHKD, v_BHKD, attn_mask=mask, is_causal=mask is None and S > 1, enable_gqa=shares_heads
+        q_BHSD, k_BHKD, v_BHKD, attn_mask=mask, is_causal=causal, enable_gqa=shares_heads
     )
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that torch's own d
 from torch.utils.checkpoint import checkpoint
 
 from equipoise.layer import MoE
-from equipoise.layer.choice import Choice
+from equipoise.layer.choice import Choice, routed_layers
 from equipoise.models.attend import attention_mask, token_positions
 from equipoise.models.block import BatchView, Block, norm_of
 from equipoise.models.cache import KVCache
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
     @property
     def routed_layers(self) -> dict[str, MoE | Choice]:
         """All that routes, by name: the MoE layers, and what chooses attention experts ("layers.3.self_attn.heads")."""
-        return {name: module for name, module in self.named_modules() if isinstance(module, MoE | Choice)}
+        return routed_layers(self)
 
     def forward(
         self,

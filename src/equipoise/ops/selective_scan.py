@@ -7,6 +7,7 @@ decays are products of exp(dt A) <= 1, never quotients of them, so that no chunk
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +51,11 @@ def chunked_scan(inputs: ScanInputs, chunk: int = 32) -> tuple[Tensor, Tensor]:
     """
     if chunk < 1:
         raise ValueError(f"chunk: expected at least 1 step, got {chunk}. Take 16 to 64.")
-    y_BSI, h_BIN = _Chunked.apply(
-        inputs.x_BSI, inputs.dt_BSI, inputs.A_IN, inputs.B_BSN, inputs.C_BSN, inputs.h_BIN, chunk
-    )  # type: ignore[no-untyped-call]  # torch's
+    tensors = (inputs.x_BSI, inputs.dt_BSI, inputs.A_IN, inputs.B_BSN, inputs.C_BSN, inputs.h_BIN)
+    if torch.compiler.is_compiling():  # one operator: a graph of all steps would grow with the sequence
+        y_BSI, h_BIN, _ = scan(*tensors, chunk)
+        return y_BSI, h_BIN
+    y_BSI, h_BIN = _Chunked.apply(*tensors, chunk)  # type: ignore[no-untyped-call]  # torch's
     return y_BSI, h_BIN
 
 
@@ -82,44 +85,109 @@ class _Steps:
         return h
 
 
+def _forward(
+    x: Tensor, dt: Tensor, A: Tensor, b: Tensor, c: Tensor, h: Tensor, chunk: int
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """(y, the state after, the state before each chunk)."""
+    sequences = _time_first(x, dt, b, c)
+    outputs, before = [], []
+    for start in range(0, x.shape[1], chunk):
+        steps = _Steps.cut(sequences, start, chunk)
+        before.append(h)
+        states = steps.states(steps.decays(A), h)
+        outputs.append((states @ steps.c[..., None]).squeeze(-1))
+        h = states[-1].clone()
+    y = torch.cat(outputs).transpose(0, 1).contiguous() if outputs else torch.empty_like(x)
+    return y, h.clone() if not outputs else h, before
+
+
+def _backward(
+    dy_BSI: Tensor, dh: Tensor, inputs: tuple[Tensor, ...], before: Sequence[Tensor], chunk: int
+) -> tuple[Tensor, ...]:
+    """Gradients of x, dt, A, B, C and the state before: the recurrence backwards in time, from the last chunk."""
+    x, dt, A, b, c = inputs
+    sequences = _time_first(x, dt, b, c)
+    (dy,) = _time_first(dy_BSI)
+    found: list[tuple[Tensor, ...]] = []
+    dA = torch.zeros_like(A)
+    for number in reversed(range(len(before))):
+        start = number * chunk
+        steps = _Steps.cut(sequences, start, chunk)
+        *of_steps, of_A, dh = _chunk_gradients(steps, A, before[number], dy[start : start + chunk], dh)
+        found.append(tuple(of_steps))
+        dA += of_A
+    if not found:
+        return torch.zeros_like(x), torch.zeros_like(dt), dA, torch.zeros_like(b), torch.zeros_like(c), dh
+    dx, ddt, db, dc = (torch.cat(parts[::-1]).transpose(0, 1) for parts in zip(*found, strict=True))
+    return dx, ddt, dA, db, dc, dh
+
+
 class _Chunked(torch.autograd.Function):
-    """The chunked scan with its gradient: the same recurrence backwards in time, chunk by chunk from the last."""
+    """The chunked scan with its gradient."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, dt: Tensor, A: Tensor, b: Tensor, c: Tensor, h: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor]:
-        sequences = _time_first(x, dt, b, c)
-        outputs, before = [], []
-        for start in range(0, x.shape[1], chunk):
-            steps = _Steps.cut(sequences, start, chunk)
-            before.append(h)
-            states = steps.states(steps.decays(A), h)
-            outputs.append((states @ steps.c[..., None]).squeeze(-1))
-            h = states[-1].clone()
+        y, after, before = _forward(x, dt, A, b, c, h, chunk)
         ctx.chunk = chunk
         ctx.save_for_backward(x, dt, A, b, c, *before)
-        y = torch.cat(outputs).transpose(0, 1).contiguous() if outputs else torch.empty_like(x)
-        return y, h.clone() if not outputs else h
+        return y, after
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dy_BSI, dh = gradients
-        x, dt, A, b, c, *before = ctx.saved_tensors
-        sequences = _time_first(x, dt, b, c)
-        (dy,) = _time_first(dy_BSI)
-        found: list[tuple[Tensor, ...]] = []
-        dA = torch.zeros_like(A)
-        for number in reversed(range(len(before))):
-            start = number * ctx.chunk
-            steps = _Steps.cut(sequences, start, ctx.chunk)
-            *of_steps, of_A, dh = _chunk_gradients(steps, A, before[number], dy[start : start + ctx.chunk], dh)
-            found.append(tuple(of_steps))
-            dA += of_A
-        if not found:
-            return torch.zeros_like(x), torch.zeros_like(dt), dA, torch.zeros_like(b), torch.zeros_like(c), dh, None
-        dx, ddt, db, dc = (torch.cat(parts[::-1]).transpose(0, 1) for parts in zip(*found, strict=True))
-        return dx, ddt, dA, db, dc, dh, None
+        inputs, before = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        return *_backward(dy_BSI, dh, inputs, before, ctx.chunk), None
+
+
+# ------------------------------------------------------------------------------------- as an operator, for compilers
+
+
+@torch.library.custom_op("equipoise::chunked_scan", mutates_args=())
+def scan(
+    x: Tensor, dt: Tensor, A: Tensor, b: Tensor, c: Tensor, h: Tensor, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, the state after, the states before each chunk (P, B, I, N)). Letters as in `ScanInputs`."""
+    y, after, before = _forward(x, dt, A, b, c, h, chunk)
+    return y, after, torch.stack(before) if before else h.new_empty(0, *h.shape)
+
+
+@scan.register_fake
+def _(x: Tensor, dt: Tensor, A: Tensor, b: Tensor, c: Tensor, h: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), h.new_empty(h.shape), h.new_empty(-(-x.shape[1] // chunk), *h.shape)
+
+
+@torch.library.custom_op("equipoise::chunked_scan_backward", mutates_args=())
+def scan_backward(
+    dy: Tensor, dh: Tensor, inputs: Sequence[Tensor], before: Tensor, chunk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C, which are `inputs`, and of the state before. dy, dh: of y and the state after."""
+    dx, ddt, dA, db, dc, d_before = _backward(dy, dh, tuple(inputs), before.unbind(), chunk)
+    d_before = d_before.clone() if d_before is dh else d_before.contiguous()  # an operator returns no argument
+    return dx.contiguous(), ddt.contiguous(), dA, db.contiguous(), dc.contiguous(), d_before
+
+
+@scan_backward.register_fake
+def _(
+    dy: Tensor, dh: Tensor, inputs: Sequence[Tensor], before: Tensor, chunk: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    of_x, of_dt, of_A, of_b, of_c, of_h = (each.new_empty(each.shape) for each in (*inputs, dh))
+    return of_x, of_dt, of_A, of_b, of_c, of_h
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, dt, A, b, c, _, ctx.chunk = inputs
+    ctx.save_for_backward(x, dt, A, b, c, output[2])
+
+
+def _of_operator(ctx: Any, dy: Tensor, dh: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *scan_backward(dy, dh, ctx.saved_tensors[:5], ctx.saved_tensors[5], ctx.chunk), None
+
+
+scan.register_autograd(_of_operator, setup_context=_save)
+
+# ------------------------------------------------------------------------------------------------------------ parts
 
 
 def _time_first(*sequences: Tensor) -> tuple[Tensor, ...]:

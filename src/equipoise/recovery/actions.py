@@ -13,7 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from equipoise.layer import Capacity, FeedForward, MoE
+from equipoise.layer import Capacity, FeedForward
+from equipoise.layer.choice import Choice, RoutedLayer
 from equipoise.layer.mode import Mode
 from equipoise.recovery.canary import Health
 from equipoise.recovery.known_good import KnownGood
@@ -39,15 +40,16 @@ class Training:
 class Patient:
     """A live model, and what repairs may use.
 
-    layers: its equipoise MoE layers by name. recent: the newest traffic. known_good: what can be gone back to.
-    dense: stand-ins of layers without shared experts. reload: takes the name of a checkpoint, loads it into the model,
-    verified, and returns what undoes that; None where there are no checkpoints. training: None when serving.
+    layers: equipoise's by name, MoE layers and what chooses attention experts. recent: the newest traffic.
+    known_good: what can be gone back to. dense: stand-ins of layers without shared experts. reload: takes the name of a
+    checkpoint, loads it into the model, verified, and returns what undoes that; None where there are no checkpoints.
+    training: None when serving.
     health: of the model before the repair, on held-out text; None without a canary. seed: of noise. on_change: called
     when a repair has changed the model or was undone, before others may use it again.
     """
 
     model: nn.Module
-    layers: Mapping[str, MoE]
+    layers: Mapping[str, RoutedLayer]
     recent: RecentScores | None = None
     known_good: KnownGood | None = None
     dense: Mapping[str, FeedForward] = field(default_factory=dict)
@@ -57,7 +59,7 @@ class Patient:
     seed: int = 0
     on_change: Callable[[], None] = lambda: None
 
-    def layer(self, name: str) -> MoE:
+    def layer(self, name: str) -> RoutedLayer:
         """The layer of that name. Raises ValueError for another, as for layers of other libraries."""
         if name not in self.layers:
             known = ", ".join(self.layers) or "none"
@@ -85,12 +87,16 @@ Apply = Callable[[Patient, Finding], Change]
 
 
 @torch.no_grad()
-def balancing_bias(selection_TE: Tensor, k: int) -> tuple[Tensor, float]:
+def balancing_bias(selection_TE: Tensor, k: int, num_choosers: int = 1) -> tuple[Tensor, float]:
     """(bias (E,) fp32, MaxVio that it gives) for these scores: quantile balancing, repeated until the load is even.
 
     One step of it is enough when thresholds hardly depend on the bias; from a saturated router a few are needed.
+    num_choosers: equal parts of the experts, in each of which a token chooses k / num_choosers for itself.
     Raises ValueError for scores that are not finite, and for k = E.
     """
+    if num_choosers > 1:
+        parts = [balancing_bias(part_TE, k // num_choosers) for part_TE in selection_TE.chunk(num_choosers, dim=1)]
+        return torch.cat([bias for bias, _ in parts]), max(violation for _, violation in parts)
     selection_TE = selection_TE.float()
     E = selection_TE.shape[1]
     if k >= E:
@@ -117,12 +123,13 @@ def apply_quantile_bias(patient: Patient, finding: Finding) -> Change:
     """
     layer = patient.layer(finding.layer)
     traits = layer.router.config.traits
-    if not (traits.takes_bias and traits.free_choice):
+    choosers = layer.num_choosers if isinstance(layer, Choice) else 1
+    if not (traits.takes_bias and (traits.free_choice or choosers > 1)):
         name = type(layer.router.config).__name__
         raise ValueError(f"quantile_bias: {name} does not choose freely under a bias; go back to a good router")
     if patient.recent is None:
         raise ValueError("quantile_bias: needs recent traffic; attach RecentScores to the layers")
-    bias_E, violation = balancing_bias(patient.recent.scores(finding.layer), layer.k)
+    bias_E, violation = balancing_bias(patient.recent.scores(finding.layer), layer.k, choosers)
     detail = {"max_violation_expected": violation}
     mode, balancer = layer.mode, layer.balancer
     if balancer is None:

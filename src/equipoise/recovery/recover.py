@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import nn
 
 from equipoise.disk.checkpoint import CHECKPOINTS
-from equipoise.layer import FeedForward, moe_layers
+from equipoise.layer import FeedForward
+from equipoise.layer.choice import routed_layers
 from equipoise.monitor.watch import Watch
 from equipoise.recovery.actions import Patient, Training
 from equipoise.recovery.canary import Canary
@@ -73,7 +74,7 @@ def recover(
     themselves.
     For layers of other libraries than equipoise, router_rollback and full_rollback are what can be done.
     """
-    layers, dense = moe_layers(model), dict[str, FeedForward]()
+    layers, dense = routed_layers(model), dict[str, FeedForward]()
     canary = Canary(model, held_out_loss)
     patient = Patient(
         model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from equipoise.layer import FeedForward
+from equipoise.layer import FeedForward, MoE
 from equipoise.layer.mode import NORMAL
 from equipoise.monitor.baseline import baselines_of
 from equipoise.recovery.actions import Patient
@@ -52,10 +52,11 @@ def remember(
 
 def _renew(patient: Patient, canary: Canary, dense: dict[str, FeedForward], health: Health) -> str:
     """Distil a stand-in for each layer whose experts have tokens; says what all of them would cost."""
-    counts = {name: health.stats[name].counts_E for name in patient.layers}
-    whole = {name: layer for name, layer in patient.layers.items() if not layer.bypass.on(layer.mode).diverts}
+    layers = {name: layer for name, layer in patient.layers.items() if isinstance(layer, MoE)}
+    counts = {name: health.stats[name].counts_E for name in layers}
+    whole = {name: layer for name, layer in layers.items() if not layer.bypass.on(layer.mode).diverts}
     dense.update(build_dense_paths(whole, counts, canary.run))
-    bare = {name: layer for name, layer in patient.layers.items() if layer.shared is None}
+    bare = {name: layer for name, layer in layers.items() if layer.shared is None}
     if not bare:
         return ""
     with diverted(bare, dense):

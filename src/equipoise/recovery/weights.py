@@ -132,6 +132,11 @@ def apply_reseed(patient: Patient, finding: Finding) -> Change:
     if patient.training is None:
         raise ValueError("reseed: a copy of an expert only helps where it is trained further")
     layer = patient.layer(finding.layer)
+    if not isinstance(layer, MoE):
+        raise ValueError(
+            f"reseed: expected an MoE layer, {finding.layer} chooses attention experts, whose projections belong to "
+            "the attention; go back to a good router"
+        )
     hot, dead = _hot_and_dead(patient, layer, finding)
     generator = torch.Generator().manual_seed(patient.seed)
     names = {id(tensor): name for name, tensor in patient.model.named_parameters()}

@@ -87,7 +87,7 @@ class Care:
         after_look: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.config, self.engine, self.sinks = config, engine, tuple(sinks)
-        self.model, self.layers = loaded.model, loaded.model.moe_layers
+        self.model, self.layers = loaded.model, loaded.model.routed_layers
         self.notes = list(equipment.notes)
         self.guard: LatencyGuard | None = None
         self.watch = Watch(
@@ -246,7 +246,7 @@ class Care:
             return None
         try:
             return LatencyGuard(
-                self.layers,
+                self.model.moe_layers,
                 self.config.breaker,
                 granularity=self.config.breaker_by,
                 dense=equipment.dense,

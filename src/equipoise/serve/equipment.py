@@ -71,7 +71,7 @@ def _first_record(
 ) -> KnownGood | None:
     """A registry of the server's own, with the model as it is now, if that is healthy."""
     registry = KnownGood(folder)
-    patient = Patient(loaded.model, loaded.model.moe_layers, known_good=registry, dense=dense)
+    patient = Patient(loaded.model, loaded.model.routed_layers, known_good=registry, dense=dense)
     try:
         remember(patient, canary, dense, 0, distil=False)
     except RefusedError as error:

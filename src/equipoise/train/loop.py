@@ -99,7 +99,7 @@ class Trainer:
             self.watch.co_select(config.co_select)
         self.faults = FaultDesk(out, self.model, self.show_text, self.watch.recorder) if config.accept_faults else None
         self.repairs: Repairs | NoRepairs = NoRepairs()
-        if ranks is None and self.model.moe_layers:  # a dense model is trained by the same loop
+        if ranks is None and self.model.routed_layers:  # a dense model is trained by the same loop
             self.repairs = Repairs(config, self.model, self.optimizer, data, out, self.watch, told)
         parts = (self.model, self.optimizer, self.loader, self.watch, self.repairs, self.tuning)
         self._state = RunState(*parts)

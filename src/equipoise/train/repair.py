@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from equipoise.disk.checkpoint import CHECKPOINTS, load_checkpoint
-from equipoise.layer import FeedForward
+from equipoise.layer import FeedForward, MoE
 from equipoise.models.decoder import Decoder
 from equipoise.monitor.watch import Watch
 from equipoise.recovery.actions import Patient, Training
@@ -53,7 +53,7 @@ class Repairs:
         self.rate_scale = 1.0
         self.known_good = KnownGood(out, keep=config.keep_known_good)
         self._dense: dict[str, FeedForward] = {}
-        layers = model.moe_layers
+        layers = model.routed_layers
         # No more than a step's tokens: what a repair sees is then the same in a run that was resumed.
         tokens_per_step = config.batch_size * config.data.seq_len
         self._recent = RecentScores(layers, min(NUM_TOKENS, tokens_per_step))
@@ -187,10 +187,9 @@ class Repairs:
 @torch.no_grad()
 def broken(model: Decoder) -> Finding:
     """Where the model is not finite: the first expert or router of a layer, or the model as a whole."""
-    for name, layer in model.moe_layers.items():
-        finite_E = finite_experts(layer)
-        if not bool(finite_E.all()):
-            expert = int((~finite_E).nonzero()[0, 0])
+    for name, layer in model.routed_layers.items():
+        expert = _broken_expert(layer) if isinstance(layer, MoE) else None
+        if expert is not None:
             message = f"{name}: weights of expert {expert} are not finite"
             remedy = "Copy another expert over it, or go back to a checkpoint."
             return Finding("not_finite", name, expert, "critical", nan, 0.0, message, remedy)
@@ -201,3 +200,9 @@ def broken(model: Decoder) -> Finding:
     message = "the loss or its gradient is not finite, with finite expert weights"
     remedy = "Lower the learning rate, or go back to a checkpoint."
     return Finding("diverged", "model", None, "critical", nan, 0.0, message, remedy)
+
+
+def _broken_expert(layer: MoE) -> int | None:
+    """The first with a weight that is not finite."""
+    finite_E = finite_experts(layer)
+    return None if bool(finite_E.all()) else int((~finite_E).nonzero()[0, 0])

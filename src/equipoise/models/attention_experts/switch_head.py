@@ -35,8 +35,8 @@ class SwitchHeadLayer(nn.Module):
         H, d = config.num_heads, config.head_size
         self.layer, self.num_heads, self.head_dim = layer, H, d
         router, num_experts = switch.router(H), H * switch.num_experts
-        self.values = Choice(router, config.dim, num_experts, switch.balance)
-        self.outputs = Choice(router, config.dim, num_experts, switch.balance)
+        self.values = Choice(router, config.dim, num_experts, switch.balance, H)
+        self.outputs = Choice(router, config.dim, num_experts, switch.balance, H)
         self.q_proj = nn.Linear(config.dim, H * d, bias=False)
         self.k_proj = nn.Linear(config.dim, H * d, bias=False)
         self.v_experts = nn.Parameter(torch.empty(num_experts, d, config.dim))
