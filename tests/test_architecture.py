@@ -67,6 +67,7 @@ EXEMPT = {
     "equipoise/ops/native/experts.py": "the same schemas",
     "equipoise/ops/triton/experts.py": "a registered operator, as above",
     "equipoise/ops/triton/kernels/products.py": "a kernel takes pointers and sizes one by one",
+    "equipoise/ops/triton/kernels/rows.py": "the same",
     "equipoise/layer/moe.py:__init__": "the layer's constructor is its configuration, each argument one word",
     "equipoise/models/generate.py:generate": "one verb for a person at a prompt, each option one word",
 }

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+PORTS = ("8000", "8001", "9090", "9093", "9099", "9469")
 PAGES = sorted((Path(__file__).parents[1] / "docs" / "tutorials").glob("*.md"))
 SLOW = {"upcycle-and-serve"}  # downloads 93 MB, and trains 692 M parameters
 BLOCK = re.compile(r"(?:<!-- run: (?P<how>[^>]+) -->\n)?```(?P<kind>sh|python)\n(?P<text>.*?)```", re.DOTALL)
@@ -32,7 +33,7 @@ class Block:
 
 def blocks(page):
     text = page.read_text()
-    for port in ("8000", "8001"):
+    for port in PORTS:
         with socket.create_server(("127.0.0.1", 0)) as free:
             text = text.replace(port, str(free.getsockname()[1]))
     return [Block(found["kind"], found["how"] or "", found["text"]) for found in BLOCK.finditer(text)]

@@ -1,8 +1,11 @@
 """The nouns that check themselves."""
 
+import inspect
+
 import pytest
 
-from equipoise.types import Placement
+from equipoise.layer import MoE
+from equipoise.types import Placement, is_observable
 
 
 def test_even_placement_covers_all_experts_once():
@@ -24,3 +27,11 @@ def test_replicas_are_found():
 def test_a_placement_that_cannot_work_is_refused(slots, message):
     with pytest.raises(ValueError, match=message):
         Placement(slots)
+
+
+def test_a_layer_is_observable_though_its_tap_is_a_module_within():
+    """isinstance with a protocol looks no deeper than `getattr_static` from Python 3.12 on, and misses submodules."""
+    layer = MoE(8, 8, 4)
+    assert inspect.getattr_static(layer, "tap", None) is None
+    assert is_observable(layer)
+    assert not is_observable(layer.router)

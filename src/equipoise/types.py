@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from math import nan
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 
@@ -251,9 +251,11 @@ DROP_REASONS = ("capacity", "hard_cap", "tokens")
 REROUTE_REASONS = ("moved", "spilled", "diverted")
 
 
-@runtime_checkable
 class Observable(Protocol):
-    """A layer that can be watched: its `tap` is called with a `Routed` in every forward, losses under `loss_names`."""
+    """A layer that can be watched: its `tap` is called with a `Routed` in every forward, losses under `loss_names`.
+
+    `is_observable` tells. From Python 3.12 on isinstance does not see modules within modules, as the tap is.
+    """
 
     @property
     def tap(self) -> Module: ...  # noqa: D102 - described by the class
@@ -263,6 +265,11 @@ class Observable(Protocol):
 
     @property
     def loss_names(self) -> tuple[str, ...]: ...  # noqa: D102 - described by the class
+
+
+def is_observable(layer: object) -> TypeGuard[Observable]:
+    """Whether it has all that an `Observable` has."""
+    return all(hasattr(layer, name) for name in ("tap", "num_experts", "loss_names"))
 
 
 @dataclass(frozen=True, eq=False)

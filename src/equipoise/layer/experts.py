@@ -81,11 +81,11 @@ def backend_for(
         return name, "asked for"
     if x_TD.device.type == "cpu":
         return _backend_on_a_cpu(x_TD, up_eHD, down_eDF, num_rows, activation)
-    if not (missing := why_not_triton(x_TD, down_eDF)):
+    if not why_not_triton(x_TD, down_eDF):
         return "triton", "fastest on a GPU, keeps the least for backward, no host synchronisation"
     if reason := grouped_mm_supports(x_TD, up_eHD, down_eDF):
         return "lean", reason
-    return "grouped", f"one kernel for all experts, no host synchronisation; {missing}"
+    return "grouped", "one kernel for all experts, no host synchronisation"
 
 
 def _backend_on_a_cpu(

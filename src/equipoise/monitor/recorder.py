@@ -29,6 +29,7 @@ from equipoise.types import (
     ProductDecision,
     Routed,
     RoutingStats,
+    is_observable,
 )
 
 _REASONS = DROP_REASONS + REROUTE_REASONS
@@ -220,7 +221,7 @@ def observable_layers(model: nn.Module, required: bool = True) -> dict[str, Obse
 
     Raises ValueError when there is none and at least one is required.
     """
-    layers: dict[str, Observable] = {n: module for n, module in model.named_modules() if isinstance(module, Observable)}
+    layers: dict[str, Observable] = {n: module for n, module in model.named_modules() if is_observable(module)}
     layers |= experts_layers(model)
     if required and not layers:
         raise ValueError(

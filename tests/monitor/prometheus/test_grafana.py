@@ -1,8 +1,10 @@
 """The dashboard as data: portable, laid out without overlap, and about metrics that are exported."""
 
+import copy
 import json
 import re
 
+import pytest
 from tests.monitor.prometheus.cases import alert, scrape, window
 
 from equipoise.monitor.baseline import baselines_of
@@ -75,3 +77,42 @@ def test_every_metric_is_exported():
             assert set(re.findall(r"equipoise_\w+", target["expr"])) <= exported, panel["title"]
     for variable in DASHBOARD["templating"]["list"][1:]:
         assert set(re.findall(r"equipoise_\w+", variable["query"]["query"])) <= exported
+
+
+def through_grafanas_types(dashboard):
+    """Read by the types that Grafana makes of its schemas, and written again: what they don't know is lost."""
+    pytest.importorskip("grafana_foundation_sdk", reason="needs Grafana's types: pip install grafana-foundation-sdk")
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.cog.plugins import register_default_plugins
+    from grafana_foundation_sdk.models.dashboard import Dashboard
+
+    register_default_plugins()
+    return json.loads(JSONEncoder().encode(Dashboard.from_json(copy.deepcopy(dashboard))))
+
+
+def lost(before, after, path=""):
+    """Where `after` has not what `before` has. It may have more: defaults."""
+    if isinstance(before, dict):
+        return [
+            name
+            for key, value in before.items()
+            for name in (lost(value, after[key], f"{path}.{key}") if key in after else [f"{path}.{key}"])
+        ]
+    if isinstance(before, list) and len(before) == len(after):
+        return [
+            name for at, (a, b) in enumerate(zip(before, after, strict=True)) for name in lost(a, b, f"{path}[{at}]")
+        ]
+    return [] if before == after else [path]
+
+
+def test_grafanas_own_types_know_every_field():
+    assert lost(DASHBOARD, through_grafanas_types(DASHBOARD)) == []
+
+
+def test_what_grafana_does_not_know_would_be_found():
+    odd = json.loads(json.dumps(DASHBOARD))  # panels of a kind share their options
+    odd["panels"][0]["options"]["colourMode"] = "value"
+    odd["panels"][8]["targets"][0]["expression"] = "up"
+    assert lost(odd, through_grafanas_types(odd)) == [
+        ".panels[0].options.colourMode", ".panels[8].targets[0].expression"
+    ]  # fmt: skip

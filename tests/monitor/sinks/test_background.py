@@ -253,6 +253,8 @@ def test_a_forked_child_has_its_own_queue(tmp_path):
     code = (
         PRELUDE
         + """
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # that of Python 3.12, of forks beside threads
 class Gated:
     def __init__(self):
         self.gate, self.there = threading.Event(), threading.Event()
