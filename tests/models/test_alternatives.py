@@ -125,7 +125,7 @@ def test_a_finder_of_single_neurons_is_kept_with_routers(make_model):
 # ---------------------------------------------------------------------------------------------- served or refused
 
 
-@pytest.mark.parametrize("name", ["peer", "peer and moe", "zero experts"])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "gpt2" not in name])
 def test_the_engine_answers_as_generate_does(make_model, name):
     model = make_model(name, vocab_size=257)
     engine = Engine(model, BYTES, num_blocks=16, block_size=4)
@@ -137,14 +137,6 @@ def test_the_engine_answers_as_generate_does(make_model, name):
             answers.setdefault(output.id, []).extend(output.token_ids)
     expected = generate(model, tokens()[:, :5], 8, temperature=0)[:, 5:].tolist()
     assert [answers[str(number)] for number in range(B)] == expected
-
-
-def test_a_serving_engine_refuses_states(make_model):
-    model = make_model("mamba, peer and zero experts")
-    with pytest.raises(
-        ValueError, match=r"model: expected attention in every layer, got Mamba in layers \[0, 1\]\. The"
-    ):
-        Engine(model, BYTES, num_blocks=4)
 
 
 def test_a_cache_without_states_is_refused(make_model):

@@ -131,3 +131,4 @@ def assert_nothing_leaks(engine: Engine) -> None:
     assert engine.pool.num_used == 0
     assert engine.scheduler.num_waiting == 0
     assert engine.scheduler.running == []
+    assert engine.scheduler.num_free_slots == engine.limits.max_running

@@ -14,7 +14,7 @@ from equipoise.layer import FeedForward, MoE, ProductKeyExperts
 from equipoise.models.attention_experts.build import AttentionExperts, build_attention
 from equipoise.models.cache import KVCache
 from equipoise.models.config import DecoderConfig, MoEConfig
-from equipoise.models.mamba import KeepsStates, MambaMixer
+from equipoise.models.mamba import KeepsManyStates, KeepsStates, MambaMixer
 from equipoise.models.rope import Rotary
 from equipoise.types import BatchScope
 
@@ -71,6 +71,10 @@ class Block(nn.Module):
         """What the block's attention, or its Mamba layer, makes of the normed stream."""
         if self.mamba is None:
             return self._attend(x_BSD, view)
+        cache: object = view.cache
+        if isinstance(cache, KeepsManyStates):
+            mamba = self.mamba
+            return cache.mix(mamba.layer, lambda x_BSD, states: mamba(x_BSD, None, states), x_BSD)
         if view.cache is not None and not isinstance(view.cache, KeepsStates):
             raise ValueError(
                 f"cache: expected one that keeps the states of Mamba layers, got {type(view.cache).__name__}, which "

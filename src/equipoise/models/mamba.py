@@ -8,6 +8,7 @@ leave behind is a state of fixed size, which a cache keeps by layer (`KeepsState
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, get_args, runtime_checkable
 
@@ -98,6 +99,15 @@ class KeepsStates(Protocol):
 
     def keep(self, layer: int, state: MambaState) -> None:
         """To be the state once the forward is done (`KVCache.advance`)."""
+        ...
+
+
+@runtime_checkable
+class KeepsManyStates(Protocol):
+    """A cache whose row of tokens is of many sequences, each with states of its own."""
+
+    def mix(self, layer: int, run: Callable[[Tensor, KeepsStates], Tensor], x_1TD: Tensor) -> Tensor:
+        """What `run` makes of each sequence's tokens (B, S, D) and the states before them, back in the row."""
         ...
 
 

@@ -20,6 +20,7 @@ from equipoise.serve.request import FinishReason, Output, Request, RequestError
 from equipoise.serve.runner import Computed, Runner, StepResult
 from equipoise.serve.scheduler import Limits, Piece, Scheduler
 from equipoise.serve.sequence import Sequence
+from equipoise.serve.states import States
 from equipoise.serve.trace import joined
 
 MAX_FAILURES = 3  # forwards in a row, after which a request is given up
@@ -68,8 +69,9 @@ class Occupancy:
 class Engine:
     """Continuous batching over one model.
 
-    num_blocks, block_size: of the cache. on_step: is told about each forward that did not fail, and must not raise.
-    Raises ValueError for sizes out of range, and for a model with Mamba layers.
+    num_blocks, block_size: of the cache. prefix_reuse: whether prompts share what their beginnings have in common;
+    models with Mamba layers never do, as a state is of all tokens before it. on_step: is told about each forward that
+    did not fail, and must not raise. Raises ValueError for sizes out of range.
     """
 
     def __init__(
@@ -83,17 +85,14 @@ class Engine:
         prefix_reuse: bool = True,
         on_step: Callable[[StepReport], None] = lambda report: None,
     ) -> None:
-        if model.config.mamba_layer_ids:
-            raise ValueError(
-                f"model: expected attention in every layer, got Mamba in layers {list(model.config.mamba_layer_ids)}. "
-                "The engine keeps keys and values in blocks, which a state is not: continue text with `generate`."
-            )
         self.model, self.tokenizer, self.limits = model.eval(), tokenizer, limits
         weight = model.embed_tokens.weight
-        self.pool = BlockPool(num_blocks, block_size, reuse=prefix_reuse)
+        has_states = bool(model.config.mamba_layer_ids)
+        self.pool = BlockPool(num_blocks, block_size, reuse=prefix_reuse and not has_states)
         self.scheduler = Scheduler(self.pool, limits)
         kv = PagedKV(model.config, num_blocks, block_size, weight.dtype, weight.device)
-        self._runner = Runner(model, kv, num_ids(model, tokenizer))
+        states = States(model.config, limits.max_running, weight.dtype, weight.device) if has_states else None
+        self._runner = Runner(model, kv, num_ids(model, tokenizer), states)
         self._sequences: dict[str, Sequence] = {}
         self._order = 0
         self._on_step = on_step
@@ -266,17 +265,22 @@ def _is_past(deadline: float | None, now: float) -> bool:
     return deadline is not None and deadline <= now
 
 
-def blocks_that_fit(model: Decoder, block_size: int, gigabytes: float) -> int:
+def blocks_that_fit(model: Decoder, block_size: int, gigabytes: float, max_running: int = 1) -> int:
     """How many blocks so much memory holds; at least enough for one whole sequence is needed.
 
+    max_running: sequences at a time; the states of each, in models that have some, are taken off first. Without
+    attention there is nothing in the blocks, and so many are enough for all of them.
     Raises ValueError, with what is needed, for less.
     """
     dtype: torch.dtype = model.embed_tokens.weight.dtype
     each = PagedKV.bytes_per_block(model.config, block_size, dtype)
-    number, needed = int(gigabytes * 2**30 // each), -(-model.config.max_seq_len // block_size)
-    if number < needed:
+    states = max_running * States.bytes_per_slot(model.config, dtype)
+    needed, left = -(-model.config.max_seq_len // block_size), gigabytes * 2**30 - states
+    number = int(left // each) if each else max_running * needed
+    if number < needed or left < 0:
+        beside = f", and states of {max_running} sequences {states / 2**30:.3g} GB" if states else ""
         raise ValueError(
-            f"cache_gb: one sequence of {model.config.max_seq_len} tokens takes {needed * each / 2**30:.3g} GB, got "
-            f"{gigabytes:g}; give the cache more"
+            f"cache_gb: one sequence of {model.config.max_seq_len} tokens takes {needed * each / 2**30:.3g} GB{beside}"
+            f", got {gigabytes:g}; give the cache more"
         )
     return number

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from equipoise.models.attend import WHOLE, Sight, attend, attend_with_sinks, attention_mask
 from equipoise.models.config import DecoderConfig
+from equipoise.models.mamba import KeepsStates
+from equipoise.serve.states import Apart, States
 
 _CACHED_BYTES = 2**22  # keys and values of one layer; measured for 8 heads of 64
 
@@ -20,7 +22,8 @@ _CACHED_BYTES = 2**22  # keys and values of one layer; measured for 8 heads of 6
 class PagedKV:
     """Keys and values of num_blocks * block_size tokens, slot = block * block_size + offset.
 
-    both_LS2HD: a slot's key and value lie side by side, so that one copy brings both.
+    both_LS2HD: a slot's key and value lie side by side, so that one copy brings both. L counts the layers with
+    attention.
     """
 
     def __init__(
@@ -31,7 +34,9 @@ class PagedKV:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (config.num_layers, num_blocks * block_size, 2, *config.cache_shape)
+        attending = _attending(config)
+        self.place_of = {layer: place for place, layer in enumerate(attending)}
+        shape = (len(attending), num_blocks * block_size, 2, *config.cache_shape)
         self.both_LS2HD = torch.zeros(shape, dtype=dtype, device=device)
         self.block_size = block_size
 
@@ -54,7 +59,7 @@ class PagedKV:
     def bytes_per_block(config: DecoderConfig, block_size: int, dtype: torch.dtype) -> int:
         """Memory of one block in all layers."""
         heads, width = config.cache_shape
-        return 2 * config.num_layers * block_size * heads * width * dtype.itemsize
+        return 2 * len(_attending(config)) * block_size * heads * width * dtype.itemsize
 
     def clear(self, slots: Sequence[int]) -> None:
         """Put zeros."""
@@ -62,13 +67,21 @@ class PagedKV:
             self.both_LS2HD.index_fill_(1, torch.tensor(slots, device=self.device), 0)
 
 
+def _attending(config: DecoderConfig) -> list[int]:
+    return [layer for layer in range(config.num_layers) if layer not in config.mamba_layer_ids]
+
+
 @dataclass(frozen=True)
 class Span:
-    """Tokens of one sequence in this forward: from position `start` on, so many. blocks: of all its tokens so far."""
+    """Tokens of one sequence in this forward: from position `start` on, so many. blocks: of all its tokens so far.
+
+    slot: where its states are, in a model that has some.
+    """
 
     blocks: Sequence[int]
     start: int
     num_tokens: int
+    slot: int | None = None
 
     @property
     def end(self) -> int:
@@ -108,10 +121,15 @@ class _Decoding:
 
 
 class Ragged:
-    """A `KVCache` for one forward over spans of many sequences, one after the other in a row of tokens (1, T)."""
+    """A `KVCache` for one forward over spans of many sequences, one after the other in a row of tokens (1, T).
 
-    def __init__(self, kv: PagedKV, spans: Sequence[Span]) -> None:
+    states: of a model with Mamba layers. They change at `commit`; keys and values do at once, as a forward that is
+    repeated writes the same ones.
+    """
+
+    def __init__(self, kv: PagedKV, spans: Sequence[Span], states: States | None = None) -> None:
         self._kv = kv
+        self._apart = None if states is None else Apart(states, [_piece(span) for span in spans])
         self._longest = max((span.end for span in spans), default=0)
         positions: list[int] = []
         slots: list[int] = []
@@ -147,7 +165,7 @@ class Ragged:
         self, layer: int, q_BHSD: Tensor, k_BHSD: Tensor, v_BHSD: Tensor, mask: Tensor | None, sight: Sight = WHOLE
     ) -> Tensor:
         """Keep the new keys and values, then let each span see what is its own."""
-        both_S2HD = self._kv.both_LS2HD[layer]
+        both_S2HD = self._kv.both_LS2HD[self._kv.place_of[layer]]
         both_S2HD.index_copy_(0, self._slots_T, torch.cat((k_BHSD, v_BHSD)).permute(2, 0, 1, 3))
         if len(self._decoding) == 1 and self._decoding[0].rows_B is None:
             return self._decode(self._decoding[0], q_BHSD[0], both_S2HD, sight)[None]
@@ -162,8 +180,19 @@ class Ragged:
             out_BHSD[0, :, group.rows_B] = self._decode(group, q_BHSD[0, :, group.rows_B], both_S2HD, sight)
         return out_BHSD
 
+    def mix(self, layer: int, run: Callable[[Tensor, KeepsStates], Tensor], x_1TD: Tensor) -> Tensor:
+        """A Mamba layer's part: each span with its own state. Raises ValueError without states."""
+        if self._apart is None:
+            raise ValueError(f"Ragged: expected states for layer {layer}, which is Mamba's, got none. Pass states=.")
+        return self._apart.mix(layer, run, x_1TD)
+
     def advance(self, num_tokens: int) -> None:
         """Nothing to do: the spans were decided before."""
+
+    def commit(self) -> None:
+        """All that follows from the forward has been computed: its states are now those of the sequences."""
+        if self._apart is not None:
+            self._apart.commit()
 
     def _decode(self, group: _Decoding, q_HBD: Tensor, both_S2HD: Tensor, sight: Sight) -> Tensor:
         """(query heads, B, D). The query heads of a key/value head are its queries: no copy of keys for each."""
@@ -204,6 +233,12 @@ class Ragged:
         return _Decoding(len(rows), rows_B, torch.tensor(blocks, device=device), mask_BK[:, None, None], ends_B)
 
 
+def _piece(span: Span) -> tuple[int, int, int]:
+    if span.slot is None:
+        raise ValueError(f"Ragged: expected a slot for each span of a model with states, got none for {span}")
+    return span.slot, span.start, span.num_tokens
+
+
 def _num_blocks(span: Span, block_size: int) -> int:
     """Blocks that its tokens so far are in."""
     return -(-span.end // block_size)
@@ -230,7 +265,7 @@ def _most_blocks(kv: PagedKV) -> int:
     """Blocks to copy together: on a CPU so many that the copy is still in its cache when it is used."""
     if kv.device.type != "cpu":
         return 2**31
-    return _CACHED_BYTES // (kv.block_size * kv.both_LS2HD[0, 0].nbytes)
+    return _CACHED_BYTES // (kv.block_size * kv.both_LS2HD.shape[2:].numel() * kv.both_LS2HD.itemsize)
 
 
 def _padded(blocks: Sequence[int], width: int) -> list[int]:

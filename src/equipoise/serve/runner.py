@@ -18,6 +18,7 @@ from equipoise.serve.paged_cache import PagedKV, Ragged, Span
 from equipoise.serve.request import Logprob
 from equipoise.serve.sampling import Row, all_finite, choose, logprobs_of
 from equipoise.serve.scheduler import Piece
+from equipoise.serve.states import States
 from equipoise.serve.trace import ExpertTrace, as_bits, experts_of, num_distinct
 
 
@@ -47,10 +48,13 @@ class StepResult:
 
 
 class Runner:
-    """A model, its cache, and what is seen of its experts. num_ids: tokens with a higher id are never chosen."""
+    """A model, its cache, and what is seen of its experts. num_ids: tokens with a higher id are never chosen.
 
-    def __init__(self, model: Decoder, kv: PagedKV, num_ids: int) -> None:
-        self.model, self.kv, self._num_ids = model, kv, num_ids
+    states: of its Mamba layers, if it has some.
+    """
+
+    def __init__(self, model: Decoder, kv: PagedKV, num_ids: int, states: States | None = None) -> None:
+        self.model, self.kv, self._num_ids, self._states = model, kv, num_ids, states
         self._num_experts = model.config.moe.num_choices if model.config.moe else 0
         self._trace = ExpertTrace(model.moe_layers)
 
@@ -59,12 +63,13 @@ class Runner:
         """Compute the pieces and choose the next tokens. The same pieces can be run again when this raises."""
         device = self.kv.device
         tokens = [token for piece in pieces for token in piece.sequence.tokens[piece.start : piece.end]]
-        spans = [Span(piece.sequence.blocks, piece.start, piece.num_tokens) for piece in pieces]
+        spans = [Span(each.sequence.blocks, each.start, each.num_tokens, each.sequence.slot) for each in pieces]
+        cache = Ragged(self.kv, spans, self._states)
         wanted, places = _logits_wanted(pieces)
         with self._trace.watching() as decisions:
             logits_NV = self.model(
                 torch.tensor([tokens], device=device),
-                cache=Ragged(self.kv, spans),
+                cache=cache,
                 logits_at=torch.tensor(wanted, device=device),
             )
         logits_NV = logits_NV[:, : self._num_ids]
@@ -80,6 +85,7 @@ class Runner:
             prompt = _prompt_logprobs(piece, logits_NV[places[n]]) if piece.sequence.request.prompt_logprobs else ()
             experts = experts_LTK[:, ends[n] - piece.num_tokens : ends[n]]
             computed.append(Computed(piece, token, finite[n], logprob, prompt, experts, bits[n]))
+        cache.commit()
         return StepResult(tuple(computed), num_distinct(experts_LTK, self._num_experts))
 
     def detach(self) -> None:

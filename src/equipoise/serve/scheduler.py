@@ -70,9 +70,15 @@ class Scheduler:
     def __init__(self, pool: BlockPool, limits: Limits) -> None:
         self.pool, self.limits = pool, limits
         self.running: list[Sequence] = []
+        self._free_slots = list(range(limits.max_running))
         self._waiting: dict[str, deque[Sequence]] = {}  # by client
         self._served: dict[str, int] = {}  # tokens that those who wait or run have had
         self.num_preempted = 0
+
+    @property
+    def num_free_slots(self) -> int:
+        """Sequences that could run beside those that do."""
+        return len(self._free_slots)
 
     @property
     def num_waiting(self) -> int:
@@ -96,6 +102,7 @@ class Scheduler:
         elif sequence.state == "waiting":
             self._waiting[sequence.request.client].remove(sequence)
         sequence.finish(self.pool)
+        self._give_back_slot(sequence)
         self._leave(sequence.request.client)
 
     def retract(self, sequences: Iterable[Sequence]) -> None:
@@ -103,6 +110,7 @@ class Scheduler:
         for sequence in sequences:
             self.running.remove(sequence)
             sequence.retract(self.pool)
+            self._give_back_slot(sequence)
             client = sequence.request.client
             self._waiting[client] = deque(_by_order([sequence, *self._waiting.get(client, ())]))
 
@@ -194,9 +202,14 @@ class Scheduler:
         sequence.num_computed = len(blocks) * self.pool.block_size
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
-        sequence.state = "running"
+        sequence.state, sequence.slot = "running", self._free_slots.pop()
         self.running.append(sequence)
         return sequence
+
+    def _give_back_slot(self, sequence: Sequence) -> None:
+        if sequence.slot is not None:
+            self._free_slots.append(sequence.slot)
+            sequence.slot = None
 
     # Turns: each client's tokens are counted, and who has had the least goes first (Sheng et al. 2024, section 4).
 

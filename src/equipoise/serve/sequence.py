@@ -15,7 +15,10 @@ State = Literal["waiting", "running", "finished"]
 
 
 class Sequence:
-    """tokens: prompt and answer. num_computed: tokens whose keys and values are in `blocks`. order: of arrival."""
+    """tokens: prompt and answer. num_computed: tokens whose keys and values are in `blocks`. order: of arrival.
+
+    slot: its own while it runs, for what can't be in blocks (`States`).
+    """
 
     def __init__(self, request: Request, order: int) -> None:
         self.request, self.order = request, order
@@ -24,6 +27,7 @@ class Sequence:
         self.num_computed = 0
         self.num_cached: int | None = None  # prompt tokens that were there already; None before the first admission
         self.blocks: list[int] = []
+        self.slot: int | None = None
         self.prefix, self.num_published = ROOT, 0
         self.text = TextStream(request.stop)
         self.failures = 0  # forwards in a row that have failed

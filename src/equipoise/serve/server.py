@@ -71,7 +71,7 @@ class Server:
             model,
             loaded.tokenizer,
             limits=config.limits,
-            num_blocks=blocks_that_fit(model, config.block_size, config.cache_gb),
+            num_blocks=blocks_that_fit(model, config.block_size, config.cache_gb, config.limits.max_running),
             block_size=config.block_size,
             prefix_reuse=config.prefix_reuse,
             on_step=self.metrics.on_step,
