@@ -18,7 +18,7 @@ KEPT = [("round_robin", "applied"), ("round_robin", "kept")]
 
 def repaired(bench, tmp_path, **options):
     """A server whose router has collapsed and is held by round robin; the fault is still in it."""
-    server = Server(bench, tmp_path, **{"limits": PATIENCE, "policy": OneRung("round_robin")} | options)
+    server = Server(bench, tmp_path, **{"patience": PATIENCE, "policy": OneRung("round_robin")} | options)
     server.run(2)
     fault = server.collapse()
     while server.notes.story != KEPT:
