@@ -28,7 +28,7 @@ from equipoise.recovery.canary import Canary
 from equipoise.recovery.dense_path import dense_from_state
 from equipoise.recovery.known_good import KnownGood
 from equipoise.recovery.latency import LatencyGuard
-from equipoise.recovery.limits import Limits
+from equipoise.recovery.patience import Patience
 from equipoise.recovery.policy import OneRung, Policy, policy_of
 from equipoise.recovery.recent import RecentScores
 from equipoise.recovery.recovery import Recovery
@@ -254,7 +254,7 @@ class _Server:
             policy=_policy(case.rung) if acts else None,
             act=acts,
             canary=Canary(model, self.held_out_loss),
-            limits=Limits(),
+            patience=Patience(),
             sinks=(self.notes,),
             quiet=self.watch.recorder.paused,
         )
@@ -280,8 +280,7 @@ class _Server:
                 logits = self._forward(step)
         lost = int((~torch.isfinite(logits).all(-1)).sum())
         changed = self.watch.step(step)
-        resolved = [alert for alert in changed if alert.state == "resolved"]
-        self.recovery.after_flush(step, self.watch.alerts, self.watch.stats(), resolved)
+        self.recovery.after_flush(step, self.watch.alerts, self.watch.stats(), changed)
         return lost + sum(stats.dropped["tokens"] for stats in self.watch.stats())
 
     def _forward(self, step: int) -> Tensor:

@@ -134,7 +134,7 @@ def main() -> None:
         options.ranks, options.dim, options.hidden_dim, options.qps, options.seconds = 2, 32, 64, [200.0], 0.5
         effort = Effort(sizes=(1024, 65536), rows=(1, 4), seconds=0.02, least=3, dim=32, hidden_dim=64)
     try:
-        shape = {"experts": options.experts, "layers": options.layers, "dim": options.dim}
+        shape = {"num_experts": options.experts, "num_layers": options.layers, "dim": options.dim}
         model = ModelShape(**shape, hidden_dim=options.hidden_dim, bytes_per_element=4, capacity=None)
         batching = Batching(window_s=options.window / 1e3, max_batch=options.max_batch)
         loads = tuple(options.qps)

@@ -73,7 +73,7 @@ class Rank:
     def made(model: ModelShape, number: int, world: int) -> Rank:
         """With weights drawn by its number."""
         torch.manual_seed(number)
-        e, d, f = model.experts // world, model.dim, model.hidden_dim
+        e, d, f = model.num_experts // world, model.dim, model.hidden_dim
         return Rank(number, world, torch.randn(e, d, f) / d, torch.randn(e, d, f) / d, torch.randn(e, f, d) / f)
 
     def expert(self, local: int, x_RD: Tensor) -> Tensor:
@@ -155,7 +155,8 @@ def _next(cell: Cell, began: float) -> tuple[Tensor, float]:
 def beside_links(rank: Rank, work: Work) -> tuple[float, float]:
     """Median seconds of a layer without its exchanges and products, and of a step's broadcast."""
     model, tokens = work.model, max(1, min(work.batching.max_batch, 16))
-    ids_TK = torch.from_numpy(np.random.default_rng(0).permuted(np.tile(np.arange(model.experts), (tokens, 1)), axis=1))
+    every_TE = np.tile(np.arange(model.num_experts), (tokens, 1))
+    ids_TK = torch.from_numpy(np.random.default_rng(0).permuted(every_TE, axis=1))
     size = len(rank.gate_eDF)
     local_TK = ids_TK[:, : model.top_k] % size + rank.number * size  # all here, so nobody else is needed
     x_TD, bounds = torch.randn(tokens, model.dim), torch.zeros(2, dtype=torch.int64)

@@ -94,7 +94,7 @@ def engine(subject: Subject) -> Iterator[Run]:
 @contextmanager
 def http_server(subject: Subject) -> Iterator[Run]:
     """`equipoise serve` as anybody starts it, with monitor, breaker and metrics, through HTTP."""
-    dtype = "bfloat16" if subject.dtype == torch.bfloat16 else "float32"
+    dtype = "bf16" if subject.dtype == torch.bfloat16 else "fp32"
     options = ("--no-prefix-reuse", "--dtype", dtype, "--name", "bench")
     folder = subject.folder
     with (

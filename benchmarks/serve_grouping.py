@@ -192,7 +192,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_grouping", description=__doc__)
     parser.add_argument("run", nargs="?", help="a run folder; --smoke makes a small one of its own")
-    parser.add_argument("--corpus", default="embedded", help="what prompts are taken from, see `equipoise train`")
+    parser.add_argument("--data", default="embedded", help="what prompts are taken from, see `equipoise train`")
     parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8, 16], metavar="N", help="decode_batch")
     parser.add_argument("--answers", type=int, default=48, help="side by side; more than the largest decode_batch")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
@@ -207,7 +207,7 @@ def main() -> None:
     elif options.run is None:
         parser.error("run: expected a run folder, such as `equipoise train demo` writes; or --smoke")
     with tempfile.TemporaryDirectory() as folder:
-        run, spec = small_run(Path(folder)) if options.smoke else (Path(options.run), options.corpus)
+        run, spec = small_run(Path(folder)) if options.smoke else (Path(options.run), options.data)
         loaded = load(run)
         work = Workload(prompts_of(loaded, spec, options.answers, options.prompt), options.tokens, options.skips)
         settings = {"run": run.name, "corpus": "two domains" if options.smoke else spec, "answers": options.answers}

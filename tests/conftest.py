@@ -1,4 +1,4 @@
-"""What all tests share: a fixed seed, and property tests that are the same in every run."""
+"""What all tests share: a fixed seed, property tests that are the same in every run, one thread where it matters."""
 
 import pytest
 import torch
@@ -11,3 +11,12 @@ settings.load_profile("equipoise")
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """torch computes in one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

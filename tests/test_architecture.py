@@ -69,7 +69,6 @@ EXEMPT = {
     "equipoise/ops/triton/kernels/products.py": "a kernel takes pointers and sizes one by one",
     "equipoise/ops/triton/kernels/rows.py": "kernels, as above",
     "equipoise/layer/moe.py:__init__": "the layer's constructor is its configuration, each argument one word",
-    "equipoise/commands/place.py:place": "one verb for a person at a prompt, each option one word",
     "equipoise/models/generate.py:generate": "one verb for a person at a prompt, each option one word",
 }
 

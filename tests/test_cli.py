@@ -50,7 +50,7 @@ def test_every_command_has_help_that_explains_it():
     [
         (["train"], "name a recipe"),
         (["train", "tiny", "--resume", "--out", "nowhere"], "holds no run to resume"),
-        (["train", "tiny", "--corpus", "no/such/file.txt"], "no such file or folder exists"),
+        (["train", "tiny", "--data", "no/such/file.txt"], "no such file or folder exists"),
         (["train", "tiny", "--steps", "0"], "steps: expected at least 1"),
         (["train", "tiny", "--resume", "--steps", "7"], "leave out the changes"),
         (["train", "--resume", "--freeze-router", "7"], "leave out the changes"),
@@ -70,7 +70,7 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(args, message, tmp_path
 
 def test_train_then_watch_then_refuse_to_overwrite(text, tmp_path):
     out = tmp_path / "run"
-    args = ["train", "tiny", "--corpus", text, "--steps", 12, "--eval-every", 6, "--checkpoint-every", 6, "--out", out]
+    args = ["train", "tiny", "--data", text, "--steps", 12, "--eval-every", 6, "--checkpoint-every", 6, "--out", out]
     done = run(*args, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -93,7 +93,7 @@ def test_train_then_watch_then_refuse_to_overwrite(text, tmp_path):
 
 
 def test_two_experts_say_whether_they_specialise(text, tmp_path):
-    args = ["train", "tiny_two_experts", "--corpus", text, "--steps", 12, "--eval-every", 0, "--out"]
+    args = ["train", "tiny_two_experts", "--data", text, "--steps", 12, "--eval-every", 0, "--out"]
     result = json.loads(run(*args, tmp_path / "a", "--json").stdout)
     assert [layer["layer"] for layer in result["specialisation"]] == ["layers.0.mlp", "layers.1.mlp"]
     for layer in result["specialisation"]:
@@ -107,7 +107,7 @@ def test_two_experts_say_whether_they_specialise(text, tmp_path):
 
 def test_ctrl_c_writes_a_checkpoint_and_resume_finishes(text, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "equipoise", "train", "tiny", "--corpus", str(text), "--steps", "40"]
+    command = [sys.executable, "-m", "equipoise", "train", "tiny", "--data", str(text), "--steps", "40"]
     command += ["--checkpoint-every", "0", "--eval-every", "0", "--out", str(out)]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
     wait_for_step(out, 3, child)
@@ -125,7 +125,7 @@ def test_ctrl_c_writes_a_checkpoint_and_resume_finishes(text, tmp_path):
 
 def test_a_sweep_stopped_by_ctrl_c_goes_on_with_the_same_command(text, tmp_path):
     out = tmp_path / "sweep"
-    args = ["bench", "sweep", "--corpus", text, "--coefs", "0", "0.1", "--rates", "0", "--seeds", "0", "--out", out]
+    args = ["bench", "sweep", "--data", text, "--coefs", "0", "0.1", "--rates", "0", "--seeds", "0", "--out", out]
     command = [sys.executable, "-m", "equipoise", *map(str, args), "--steps", "60"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
     wait_for_step(out / "cells" / "coef-0.1_rate-0_seed-0", 2, child)  # the second of two

@@ -100,7 +100,7 @@ COMMANDS = Commands(
             "Which experts of a run serve which domain, kind of token, position and words, and since when.",
         ),
         "dashboard": Command(
-            "equipoise.dashboard.command",
+            "equipoise.commands.dashboard",
             "dashboard",
             "Show runs in the browser: load of every expert, alerts, repairs, comparisons, while they train and after.",
         ),

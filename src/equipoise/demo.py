@@ -22,7 +22,7 @@ from equipoise.train.evaluate import sample_text
 from equipoise.train.loop import Trainer
 from equipoise.train.recipes import recipe
 from equipoise.train.repair import Repairs
-from equipoise.train.report import ConsoleReporter, Silent, perplexity
+from equipoise.train.report import Reporter, perplexity
 from equipoise.train.run import PROMPT, interruptible, open_data
 from equipoise.train.sources import require
 from equipoise.types import Finding, Sink
@@ -101,22 +101,18 @@ def demonstration(quick: bool = False, seed: int = 0) -> Demonstration:
     return Demonstration(config, inject_at=int(config.steps * 0.6), fault=fault)
 
 
-def run_demo(
-    plan: Demonstration, out: Path, reporter: ConsoleReporter | Silent, alerts: Alerts = NOWHERE
-) -> DemoResult:
+def run_demo(plan: Demonstration, out: Path, reporter: Reporter, alerts: Alerts = NOWHERE) -> DemoResult:
     """Run it in the folder `out`, which must not hold a run yet. alerts: where they go beside it."""
     require("matplotlib", "plot")
     with delivering(alerts, out, reporter) as sinks:
         return _run_demo(plan, out, reporter, sinks)
 
 
-def _run_demo(plan: Demonstration, out: Path, reporter: ConsoleReporter | Silent, sinks: Sequence[Sink]) -> DemoResult:
+def _run_demo(plan: Demonstration, out: Path, reporter: Reporter, sinks: Sequence[Sink]) -> DemoResult:
     reporter.say("preparing the text: files that this Python installation already has")
     config, data = open_data(plan.config)
     _introduce(config, data, reporter.say)
     trainer = Trainer(config, data, out, reporter, sinks=sinks)
-    if isinstance(reporter, ConsoleReporter):
-        reporter.follow(trainer.store)
     status = "failed"
     try:
         with interruptible() as interrupted:

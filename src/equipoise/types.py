@@ -398,6 +398,12 @@ class RoutingStats:
         return int(self.counts_E.sum())
 
     @property
+    def drop_rate(self) -> float:
+        """Share of the assignments that were lost, in [0, 1]; what was moved or spilled is not lost."""
+        lost = sum(count for reason, count in self.dropped.items() if reason != "tokens")
+        return lost / max(self.num_assignments, 1)
+
+    @property
     def load_E(self) -> np.ndarray:
         """float64 (E,), load relative to the fair share: 1 is fair, 0 is dead."""
         total = self.num_assignments

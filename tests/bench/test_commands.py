@@ -30,7 +30,7 @@ def measured(folder, *words):
     """What the command writes as JSON."""
     path = folder / "result.json"
     with pytest.raises(SystemExit) as end:
-        main(["bench", *words, "--quick", "--json", str(path)])
+        main(["bench", *words, "--quick", "--out", str(path)])
     assert end.value.code == 0
     return json.loads(path.read_text())
 
@@ -143,7 +143,6 @@ def test_a_process_of_its_own_trains_and_prints_json_alone():
         (["layer", "--shape", "finer"], "shape: expected coarse, fine, olmoe, decode, qwen3, mixtral, or D,F,E,K"),
         (["layer", "--rounds", "0"], "rounds: expected at least 1, got 0"),
         (["layer", "--quick", "--only", "nothing"], "only: 'nothing' is in none of equipoise lean"),
-        (["layer", "--quick", "--json", "a", "b"], "json: expected one path, or none to print it, got a b"),
         (["decode", "--tokens", "0"], "tokens: expected numbers of at least 1"),
         (["scaling", "--quick", "--only", "disks"], "only: expected some of tokens, experts, disk, import, got disks"),
     ],
@@ -167,7 +166,7 @@ def test_ctrl_c_shows_what_was_measured_by_then(capsys):
         yield Table("first", ("what", "ms"), (("a", Spread(1, 1, 1)),))
         raise KeyboardInterrupt
 
-    assert run_bench(stopped, bench._effort(1, quick=True), {}, Output(json=())) == 130
+    assert run_bench(stopped, bench._effort(1, quick=True), {}, Output(json=True)) == 130
     shown = json.loads(capsys.readouterr().out)
     assert [table["title"] for table in shown["tables"]] == ["first"]
     assert "Stopped by Ctrl-C: what was not measured by then is missing." in shown["notes"]

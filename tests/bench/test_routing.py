@@ -36,7 +36,7 @@ def tables(tmp_path_factory):
     """Rows by the cell of their first column, by the table's section."""
     path = tmp_path_factory.mktemp("routing") / "routing.json"
     with pytest.raises(SystemExit) as end:
-        main(["bench", "routing", "--quick", "--json", str(path)])
+        main(["bench", "routing", "--quick", "--out", str(path)])
     assert end.value.code == 0
     found = {}
     for table in json.loads(path.read_text())["tables"]:

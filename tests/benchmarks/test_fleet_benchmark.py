@@ -65,7 +65,7 @@ def test_mistakes_are_named(arguments, says):
 
 
 def test_a_layer_of_one_rank_is_the_sum_of_its_experts():
-    model = ModelShape(experts=4, top_k=2, layers=1, dim=8, hidden_dim=16, capacity=None)
+    model = ModelShape(num_experts=4, top_k=2, num_layers=1, dim=8, hidden_dim=16, capacity=None)
     rank = Rank.made(model, 0, 1)
     x_TD, ids_TK = torch.randn(5, 8), torch.tensor([[0, 1], [1, 3], [2, 0], [3, 2], [0, 3]])
     y_TD = rank.layer(x_TD, ids_TK, lambda rows, sends, gets: rows, lambda counts: counts)
@@ -75,7 +75,7 @@ def test_a_layer_of_one_rank_is_the_sum_of_its_experts():
 
 def test_a_layer_of_two_ranks_is_the_sum_of_their_experts():
     """Both ranks in one process: what rank 0 sends is handed to rank 1's layer by hand."""
-    model = ModelShape(experts=4, top_k=2, layers=1, dim=8, hidden_dim=16, capacity=None)
+    model = ModelShape(num_experts=4, top_k=2, num_layers=1, dim=8, hidden_dim=16, capacity=None)
     first, second = (Rank.made(model, number, 2) for number in (0, 1))
     x_TD, ids_TK = torch.randn(3, 8), torch.tensor([[0, 1], [1, 3], [2, 3]])
     sent = []

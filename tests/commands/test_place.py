@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from tests.commands.running import run_command
 
-from equipoise.cli import main
 from equipoise.monitor.recorder import RoutingSums
 from equipoise.monitor.stats import routing_stats
 from equipoise.monitor.store import RunStore
@@ -14,12 +14,6 @@ from equipoise.plan.traffic import pairs_of_ids
 from equipoise.types import CoSelection, Placement
 
 E, K = 16, 2
-
-
-def run_command(capsys, *words):
-    with pytest.raises(SystemExit) as ended:
-        main(["place", *map(str, words)])
-    return ended.value.code, capsys.readouterr()
 
 
 def choices(seed, tokens=1600):
@@ -55,7 +49,7 @@ def record(path, *, pairs):
 def test_a_recorded_file_is_planned_scored_and_written(recorded, tmp_path, capsys):
     out = tmp_path / "placement.json"
     words = (recorded, "--num-experts", E, "--ignore-ids", 255, "--ranks", 4, "--nodes", 2, "--replicas", 20)
-    code, said = run_command(capsys, *words, "--out", out, "--json")
+    code, said = run_command(capsys, "place", *words, "--out", out, "--json")
     assert code == 0, said.err
     answer = json.loads(said.out)
     assert answer["planned_on"] == "800 tokens in 8 windows"
@@ -67,7 +61,7 @@ def test_a_recorded_file_is_planned_scored_and_written(recorded, tmp_path, capsy
     assert [list(map(list, each.slots)) for each in placements.values()] == [each["slots"] for each in answer["layers"]]
     assert all([len(rank) for rank in each.slots] == [5] * 4 for each in placements.values())
 
-    code, said = run_command(capsys, *words, "--from", out, "--move-price", 1)
+    code, said = run_command(capsys, "place", *words, "--from", out, "--move-price", 1)
     assert code == 0, said.err
     assert "earlier" in said.out
     rows = [line.split() for line in said.out.splitlines() if line.split()[:1] == ["planned"]]
@@ -77,7 +71,7 @@ def test_a_recorded_file_is_planned_scored_and_written(recorded, tmp_path, capsy
 
 def test_the_score_is_that_of_the_second_half(recorded, capsys):
     code, said = run_command(
-        capsys, recorded, "--num-experts", E, "--ignore-ids", 255, "--ranks", 4, "--windows", 2, "--json"
+        capsys, "place", recorded, "--num-experts", E, "--ignore-ids", 255, "--ranks", 4, "--windows", 2, "--json"
     )
     assert code == 0, said.err
     ids_TK = np.where((raw := np.load(recorded)["indices"][800:, 0]) == 255, -1, raw)
@@ -89,7 +83,7 @@ def test_the_score_is_that_of_the_second_half(recorded, capsys):
 
 def test_a_run_with_pairs_is_planned_from_its_records(tmp_path, capsys):
     run = record(tmp_path / "run", pairs=True)
-    code, said = run_command(capsys, run, "--ranks", 4, "--json")
+    code, said = run_command(capsys, "place", run, "--ranks", 4, "--json")
     assert code == 0, said.err
     answer = json.loads(said.out)
     assert (answer["planned_on"], answer["scored_on"]) == ("steps 10 to 40", "steps 50 to 80")
@@ -101,10 +95,10 @@ def test_a_run_with_pairs_is_planned_from_its_records(tmp_path, capsys):
 
 def test_a_run_without_pairs_says_what_is_missing(tmp_path, capsys):
     run = record(tmp_path / "run", pairs=False)
-    code, said = run_command(capsys, run, "--ranks", 4, "--slots-per-rank", 5)
+    code, said = run_command(capsys, "place", run, "--ranks", 4, "--slots-per-rank", 5)
     assert code == 0, said.err
     assert "only load was planned" in said.out
-    code, said = run_command(capsys, run, "--ranks", 4, "--since", 50, "--json")
+    code, said = run_command(capsys, "place", run, "--ranks", 4, "--since", 50, "--json")
     assert json.loads(said.out)["planned_on"] == "steps 50 to 60"
 
 
@@ -122,23 +116,25 @@ def test_a_run_without_pairs_says_what_is_missing(tmp_path, capsys):
     ],
 )
 def test_mistakes_are_one_line(recorded, capsys, words, message):
-    code, said = run_command(capsys, recorded, "--ranks", 4, *words)
+    code, said = run_command(capsys, "place", recorded, "--ranks", 4, *words)
     assert code == 2
     assert len(said.err.strip().splitlines()) == 1
     assert any(part in said.err for part in message.split("|")), said.err
 
 
 def test_no_file_run_or_earlier_placement(tmp_path, recorded, capsys):
-    assert "expected a file that ends in" in run_command(capsys, tmp_path / "none", "--ranks", 4)[1].err
+    assert "expected a file that ends in" in run_command(capsys, "place", tmp_path / "none", "--ranks", 4)[1].err
     (tmp_path / "empty").mkdir()
-    assert "expected a run folder" in run_command(capsys, tmp_path / "empty", "--ranks", 4)[1].err
+    assert "expected a run folder" in run_command(capsys, "place", tmp_path / "empty", "--ranks", 4)[1].err
     run = record(tmp_path / "run", pairs=False)
-    assert "at least 2 flushes since step 80" in run_command(capsys, run, "--ranks", 4, "--since", 80)[1].err
+    assert "at least 2 flushes since step 80" in run_command(capsys, "place", run, "--ranks", 4, "--since", 80)[1].err
     write_placements(tmp_path / "p.json", {"layers.0.mlp": Placement.even(E, 8)})
-    said = run_command(capsys, run, "--ranks", 4, "--from", tmp_path / "p.json")[1].err
+    said = run_command(capsys, "place", run, "--ranks", 4, "--from", tmp_path / "p.json")[1].err
     assert "earlier placement: layer layers.0.mlp: expected 4 ranks, got 8" in said
     np.savez(tmp_path / "counts.npz", counts=np.ones((2, 4), int))
-    assert "expected expert ids, got counts" in run_command(capsys, tmp_path / "counts.npz", "--ranks", 2)[1].err
+    assert (
+        "expected expert ids, got counts" in run_command(capsys, "place", tmp_path / "counts.npz", "--ranks", 2)[1].err
+    )
     np.savez(tmp_path / "gaps.npz", indices=np.array([[[0, -1]]] * 40))
-    said = run_command(capsys, tmp_path / "gaps.npz", "--ranks", 2, "--num-experts", 4)[1].err
+    said = run_command(capsys, "place", tmp_path / "gaps.npz", "--ranks", 2, "--num-experts", 4)[1].err
     assert "pass ids that mark padding as --ignore-ids" in said

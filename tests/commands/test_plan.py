@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
+from tests.commands.running import run_command
 
-from equipoise.cli import main
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.plan.links import Cost, Links
 
@@ -15,12 +16,7 @@ GIB = 2**30
 
 @pytest.fixture
 def run(capsys):
-    def command(*words):
-        with pytest.raises(SystemExit) as ended:
-            main(["plan", *map(str, words)])
-        return ended.value.code, capsys.readouterr()
-
-    return command
+    return partial(run_command, capsys, "plan")
 
 
 @pytest.fixture
@@ -74,7 +70,7 @@ def test_names_alone_are_listed(run, asked):
 
 
 def test_a_run_is_planned_as_it_would_train(asked, ours):
-    found = asked(ours / "config.json", "--train", "--precision", "fp32", "--batch", 8, "--seq-len", 16)
+    found = asked(ours / "config.json", "--train", "--precision", "fp32", "--batch", 8, "--context", 16)
     assert found["work"] == "training"
     assert found["setup"]["context"] == 16
     assert found["memory"]["parts"]["optimizer"] == 8 * found["parameters"]["total"]

@@ -5,28 +5,24 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.commands.running import run_command
 
-from equipoise.cli import main
 from equipoise.plan.links import Cost, Links
 from equipoise.plan.placement_file import write_placements
 from equipoise.types import Placement
 
 ROOT = Path(__file__).parents[2]
-SMALL = ("--experts", 8, "--ranks", 4, "--layers", 2, "--qps", 5000, "--seconds", 0.1)
+SMALL = ("--num-experts", 8, "--ranks", 4, "--num-layers", 2, "--qps", 5000, "--seconds", 0.1)
 
 
 @pytest.fixture
 def run(capsys):
-    def command(*words):
-        with pytest.raises(SystemExit) as ended:
-            main(["simulate", *map(str, words)])
-        return ended.value.code, capsys.readouterr()
-
-    return command
+    return partial(run_command, capsys, "simulate")
 
 
 @pytest.fixture
@@ -119,7 +115,7 @@ def test_too_much_traffic_is_said(run):
 
 
 def test_ctrl_c_shows_what_there_is():
-    command = [sys.executable, "-m", "equipoise", "simulate", "--seconds", "1000", "--qps", "1000", "--layers", "1"]
+    command = [sys.executable, "-m", "equipoise", "simulate", "--seconds", "1000", "--qps", "1000", "--num-layers", "1"]
     command += ["--json", "--picture", "/dev/null"]
     code = """if True:
         import os, runpy, signal, sys, threading, time

@@ -14,10 +14,10 @@ from tests.convert.families import MODELS, saved
 
 from equipoise.convert import FAMILIES, export_checkpoint, import_checkpoint
 from equipoise.convert.essence import essence
-from equipoise.disk.checkpoint import load_checkpoint
+from equipoise.disk.checkpoint import CHECKPOINTS, load_checkpoint
 from equipoise.models.cache import ContiguousCache
 from equipoise.models.decoder import Decoder
-from equipoise.models.run_files import CHECKPOINTS, fill, read_config
+from equipoise.models.run_files import fill, read_config
 
 TOLERANCE = {"rtol": 2e-4, "atol": 2e-4}  # of logits of size 10: products in another order
 

@@ -24,7 +24,7 @@ from equipoise.dashboard.page_compare import worst_over_time
 from equipoise.dashboard.page_run import even_reading, last_repair
 from equipoise.dashboard.page_runs import spark_path
 from equipoise.dashboard.palette import DARK, LIGHT, THEMES, css, heat_value
-from equipoise.dashboard.records import Evenness, ExpertTimes, Frame, Series, Together, drop_share
+from equipoise.dashboard.records import Evenness, ExpertTimes, Frame, Series, Together
 from equipoise.dashboard.runs import check_paths, find_runs, run_ref
 from equipoise.dashboard.story import CROWD, MARKS, offsets, story_of
 from equipoise.dashboard.timeline import incident_address, summary
@@ -401,7 +401,7 @@ class TestCharts:
 class TestNumbers:
     def test_drops_are_shares_by_reason(self):
         lossy = record("a", 10, np.array([600, 400]), {"capacity": 50, "tokens": 8})
-        assert drop_share(lossy) == 0.05  # 50 of 1000 assignments; tokens are counted apart
+        assert lossy.drop_rate == 0.05  # 50 of 1000 assignments; tokens are counted apart
         curves = {curve.name: curve.points for curve in drop_curves([lossy, record("a", 20, np.array([5, 5]))])}
         assert curves == {
             "capacity lost": ((10, 0.05), (20, 0.0)),

@@ -15,7 +15,7 @@ import tyro
 from tests.dashboard.conftest import Served, serving
 from tests.dashboard.stores import write_run
 
-from equipoise.dashboard.command import dashboard
+from equipoise.commands.dashboard import dashboard
 from equipoise.dashboard.runs import run_ref
 from equipoise.dashboard.server import serve
 
@@ -190,7 +190,7 @@ class TestStarting:
         assert "pip install 'equipoise[dashboard]'" in done.stdout
 
     def test_importing_it_imports_no_nicegui(self):
-        code = "import sys, equipoise.dashboard.command, equipoise.dashboard.page_run; print('nicegui' in sys.modules)"
+        code = "import sys, equipoise.commands.dashboard, equipoise.dashboard.page_run; print('nicegui' in sys.modules)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
         assert done.stdout.strip() == "False"
 
@@ -215,7 +215,7 @@ class TestCommand:
             tyro.cli(dashboard, args=[str(folder), str(tmp_path / "gone")])
 
     def test_it_says_where_and_ends_at_ctrl_c(self, folder):
-        code = "import sys, tyro\nfrom equipoise.dashboard.command import dashboard\nsys.exit(tyro.cli(dashboard))"
+        code = "import sys, tyro\nfrom equipoise.commands.dashboard import dashboard\nsys.exit(tyro.cli(dashboard))"
         command = [sys.executable, "-c", code, str(folder), "--port", "0"]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
             said = re.fullmatch(

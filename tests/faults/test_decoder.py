@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tests.bits import bits
 
 from equipoise.faults import (
     BiasRunaway,
@@ -53,10 +54,6 @@ def routing(model):
     model.eval()(tokens())
     recorder.detach()
     return {stats.layer: stats for stats in recorder.flush(1)}
-
-
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def kind(fault):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from tests.bits import bits
 from torch import nn
 
 from equipoise.disk.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
@@ -43,10 +44,6 @@ def desk(tmp_path, model):
     desk = FaultDesk(tmp_path, model, lambda: model(X_TD), Recorder(model))
     yield desk
     desk.close()
-
-
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def same(model, before):

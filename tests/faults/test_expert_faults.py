@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.bits import bits
 from torch import nn
 
 from equipoise.faults import NaNExpert, SlowExpert, SlowRank, inject
@@ -31,10 +32,6 @@ def tokens_for(layer, experts):
     x_TD = torch.randn(T, D, generator=torch.Generator().manual_seed(1))
     x_TD[:, 0] = 1.0
     return x_TD
-
-
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def same(model, before):

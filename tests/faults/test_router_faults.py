@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.bits import bits
 from torch import nn
 
 from equipoise.faults import (
@@ -71,10 +72,6 @@ def rows_of(fault):
 
 def also_of(fault):
     return getattr(fault, "also", ())
-
-
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def logits(model):

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from tests.bits import bits
 from tests.monitor.transformers_models import E, Witness, batch, blocks, build, router_of
 
 from equipoise.faults import (
@@ -35,10 +36,6 @@ def model_of(family):
 @torch.no_grad()
 def logits(model):
     return model(batch()[0]).logits
-
-
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def hooks(model):

@@ -9,23 +9,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from tests.seen import forward_and_see
 from torch import Tensor
 
 from equipoise.layer import Capacity, MoE
 from equipoise.layer.admission import Capped
 from equipoise.ops import reference
 from equipoise.ops.activation import activate
-from equipoise.types import Routed
-
-
-def forward_and_see(layer: MoE, *args, **kwargs) -> tuple[Tensor, Routed]:
-    """(output, what observers saw) of one forward."""
-    seen: list[Routed] = []
-    handle = layer.tap.register_forward_hook(lambda module, args, routed: seen.append(routed))
-    try:
-        return layer(*args, **kwargs), seen[0]
-    finally:
-        handle.remove()
 
 
 @dataclass(frozen=True, eq=False)

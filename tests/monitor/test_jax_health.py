@@ -177,7 +177,7 @@ class TestTheOtherStatistics:
         [
             lambda ids: selections.router_saturation(ids[:20], ids[20:]),
             lambda ids: selections.routing_agreement(ids[:20], ids[20:]),
-            lambda ids: selections.co_activation(ids, E),
+            lambda ids: selections.co_selection(ids, E),
             lambda ids: selections.domain_specialisation(ids, ids[:, 0] // 4, E, 2),
             lambda ids: selections.vocabulary_specialisation(ids, ids[:, 0], E, min_count=2),
         ],

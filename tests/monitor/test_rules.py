@@ -11,7 +11,7 @@ import torch
 from equipoise.layer import MoE
 from equipoise.monitor.baseline import baselines_of, from_json, to_json
 from equipoise.monitor.profiles import rules_of
-from equipoise.monitor.rules import AbsoluteRule, CountRule, DropRule, LoadDriftRule, LogitRule, drop_rate
+from equipoise.monitor.rules import AbsoluteRule, CountRule, DropRule, LoadDriftRule, LogitRule
 from equipoise.monitor.stats import RoutingSums, routing_stats
 from equipoise.monitor.watch import Watch
 
@@ -35,7 +35,7 @@ class TestDrops:
     def test_levels(self):
         for dropped, severity in ((0, None), (50, None), (300, "info"), (2000, "warning"), (7000, "critical")):
             stats = record([50_000, 50_000], 100_000, dropped)
-            assert drop_rate(stats) == dropped / 100_000  # tokens that lost all are not counted twice
+            assert stats.drop_rate == dropped / 100_000  # tokens that lost all are not counted twice
             found = DropRule()([stats])
             assert [finding.severity for finding in found] == ([severity] if severity else [])
 

@@ -61,7 +61,7 @@ class TestTogether:
     def test_golden(self, as_array):
         # 0 is in all four, 1 in three of them, 2 in one
         expected = [[1, 3 / 4, 1 / 4, 0], [1, 1, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
-        np.testing.assert_allclose(np.asarray(selections.co_activation(as_array(LATE_TK), 4)), expected, rtol=1e-6)
+        np.testing.assert_allclose(np.asarray(selections.co_selection(as_array(LATE_TK), 4)), expected, rtol=1e-6)
 
     def test_brute_force(self, as_array):
         ids = random_ids(300, 12, 3)
@@ -70,7 +70,7 @@ class TestTogether:
             with_i = [row for row in ids if i in row]
             for j in range(12):
                 expected[i, j] = sum(j in row for row in with_i) / len(with_i)
-        found = np.asarray(selections.co_activation(as_array(ids), 12))
+        found = np.asarray(selections.co_selection(as_array(ids), 12))
         np.testing.assert_allclose(found, expected, rtol=1e-6)
         fair = (3 - 1) / (12 - 1)
         assert found[~np.eye(12, dtype=bool)].mean() == pytest.approx(fair, rel=0.05)
@@ -101,7 +101,7 @@ class TestTogether:
             assert np.isnan(np.asarray(selections.co_selection_lift(as_array(counts)))).all()
 
     def test_without_tokens_there_is_nothing(self, as_array):
-        assert not np.asarray(selections.co_activation(as_array(np.zeros((0, 2), dtype=np.int64)), 3)).any()
+        assert not np.asarray(selections.co_selection(as_array(np.zeros((0, 2), dtype=np.int64)), 3)).any()
 
 
 @as_array
@@ -145,9 +145,9 @@ class TestForWhom:
         (lambda: selections.routing_agreement(EARLY_TK, LATE_TK[:3]), r"other_Tk: expected 4 tokens, .* got 3"),
         (lambda: selections.routing_agreement(EARLY_TK[0], LATE_TK), r"one_TK: expected shape \(T, K\), got \(2,\)"),
         (lambda: selections.chance_agreement(4, 5), r"k: expected 1 to 4, the number of experts, got 5"),
-        (lambda: selections.co_activation(EARLY_TK, 3), r"ids_TK: expected values in \[0, 3\), got 0 to 3; take pad"),
-        (lambda: selections.co_activation(EARLY_TK - 1, 4), r"in \[0, 4\), got -1 to 2"),
-        (lambda: selections.co_activation(EARLY_TK[None], 4), r"ids_TK: expected shape \(T, K\), got \(1, 4, 2\)"),
+        (lambda: selections.co_selection(EARLY_TK, 3), r"ids_TK: expected values in \[0, 3\), got 0 to 3; take pad"),
+        (lambda: selections.co_selection(EARLY_TK - 1, 4), r"in \[0, 4\), got -1 to 2"),
+        (lambda: selections.co_selection(EARLY_TK[None], 4), r"ids_TK: expected shape \(T, K\), got \(1, 4, 2\)"),
         (
             lambda: selections.domain_specialisation(EARLY_TK, np.array([0, 1]), 4, 2),
             r"domains_T: expected one entry for each of 4 tokens, got \(2,\)",

@@ -14,7 +14,7 @@ from equipoise.plan.fit.folklore import claims
 from equipoise.plan.fit.known import KNOWN
 from equipoise.plan.fit.memory import GIB, memory
 from equipoise.plan.fit.plan import Facts, make_plan
-from equipoise.plan.fit.remedies import CHANGES, fitting, remedies
+from equipoise.plan.fit.remedies import CHANGES, remedies
 from equipoise.plan.fit.report import known_table, picture, tables
 from equipoise.plan.fit.setup import Mesh, Serving, Setup, Training
 from equipoise.plan.links import Cost
@@ -57,10 +57,10 @@ def test_every_change_is_of_use_somewhere():
     assert len(used) >= len(CHANGES) - 1  # micro-batches of another number share their start
 
 
-def test_the_first_that_fits_is_found():
-    fits = fitting(MIXTRAL, Setup(context=4096, mesh=Mesh(data=2)), 60 * GIB)
-    assert fits.what == "experts over 2 of the ranks there are"
-    assert fitting(MIXTRAL, Setup(), GIB // 100) is None
+def test_what_fits_is_marked():
+    found = remedies(MIXTRAL, Setup(context=4096, mesh=Mesh(data=2)), 60 * GIB)
+    assert next(each for each in found if each.fits or each.enough).what == "experts over 2 of the ranks there are"
+    assert not any(each.fits or each.enough for each in remedies(MIXTRAL, Setup(), GIB // 100))
 
 
 def test_nothing_is_proposed_for_what_fits():

@@ -19,7 +19,7 @@ from equipoise.types import Placement
 
 FREE = Cost(0.0, math.inf)
 SMALL = Scenario(
-    model=ModelShape(experts=8, top_k=2, layers=2, dim=16, hidden_dim=32, capacity=None),
+    model=ModelShape(num_experts=8, top_k=2, num_layers=2, dim=16, hidden_dim=32, capacity=None),
     machines=Machines(ranks=4, link=Cost(1e-5, 1e9), expert=Cost(1e-5, 1e9)),
     batching=Batching(window_s=1e-3),
     traffic=Demand(qps=5_000, seconds=0.2, skew=0.0),
@@ -61,7 +61,7 @@ def test_a_rank_alone_is_m_d_1():
     """The same through `simulate`: one rank and expert, no links, a query per step."""
     service = 1e-3
     scenario = Scenario(
-        model=ModelShape(experts=1, top_k=1, layers=1, capacity=None),
+        model=ModelShape(num_experts=1, top_k=1, num_layers=1, capacity=None),
         machines=Machines(ranks=1, expert=Cost(service, math.inf)),
         batching=Batching(window_s=0.0, max_batch=1),
         traffic=Demand(qps=500, seconds=40),
@@ -81,7 +81,7 @@ def test_without_load_latency_is_the_sum_of_its_parts():
     + 10 us; the rest 5 us; the scheduler 3 us.
     """
     scenario = Scenario(
-        model=ModelShape(experts=4, top_k=4, layers=1, dim=16, hidden_dim=8, capacity=None),
+        model=ModelShape(num_experts=4, top_k=4, num_layers=1, dim=16, hidden_dim=8, capacity=None),
         machines=Machines(
             ranks=4, link=Cost(10e-6, 1e6), expert=Cost(20e-6, 1e8), rest_s=5e-6, step_s=3e-6, counts_first=True
         ),
@@ -97,7 +97,7 @@ def test_without_load_latency_is_the_sum_of_its_parts():
 @pytest.mark.parametrize(("ranks", "top_k"), [(4, 2), (8, 8), (16, 2)])
 def test_bytes_on_links_are_the_arithmetic(ranks, top_k):
     """Even routing over many experts: R (1 - (1 - 1/R)^k) ranks per token, one of R of them at home."""
-    scenario = changed(SMALL, model={"experts": 64 * ranks, "top_k": top_k}, machines={"ranks": ranks})
+    scenario = changed(SMALL, model={"num_experts": 64 * ranks, "top_k": top_k}, machines={"ranks": ranks})
     result = simulate(scenario)
     expected = ranks * (1 - (1 - 1 / ranks) ** top_k) * (1 - 1 / ranks)
     assert result.copies_per_token == pytest.approx(expected, rel=0.02)
@@ -119,7 +119,7 @@ def test_two_tiers_send_one_copy_or_none():
 
 # ---------------------------------------------------------------------------------------------- a step, by hand
 
-MODEL = ModelShape(experts=4, top_k=2, layers=1, dim=1, hidden_dim=1, bytes_per_element=1, capacity=None)
+MODEL = ModelShape(num_experts=4, top_k=2, num_layers=1, dim=1, hidden_dim=1, bytes_per_element=1, capacity=None)
 MACHINES = Machines(ranks=2, link=Cost(0.0, 1.0), expert=Cost(10.0, 6.0))  # a row: 1 s on a link, 1 s in an expert
 HOLDERS = holders(Placement.even(4, 2))[None]
 
@@ -282,7 +282,7 @@ def test_more_skew_is_slower_and_spills_more():
 
 def test_drift_moves_the_hot_rank():
     """With a hot expert that stays, one link carries the most; when it wanders over all ranks, the load evens out."""
-    still = changed(SMALL, traffic={"skew": 3.0, "seconds": 0.4}, model={"layers": 1})
+    still = changed(SMALL, traffic={"skew": 3.0, "seconds": 0.4}, model={"num_layers": 1})
     wandering = changed(still, traffic={"drift_s": 0.05})  # once around the 8 experts
     spread = [max(r.busy_R) / (sum(r.busy_R) / 4) for r in (simulate(still), simulate(wandering))]
     assert spread[0] > 1.2 * spread[1]
@@ -363,8 +363,8 @@ def test_measured_links_hold_for_other_numbers_of_ranks():
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: ModelShape(layers=0), "layers: expected at least 1, got 0"),
-        (lambda: ModelShape(experts=2, top_k=3), "top_k: expected at most the 2 experts, got 3"),
+        (lambda: ModelShape(num_layers=0), "num_layers: expected at least 1, got 0"),
+        (lambda: ModelShape(num_experts=2, top_k=3), "top_k: expected at most the 2 experts, got 3"),
         (lambda: ModelShape(capacity=0.0), "capacity: expected a factor above 0, or None for no limit, got 0.0"),
         (lambda: Machines(ranks=0), "ranks: expected at least 1, got 0"),
         (lambda: Machines(rest_s=-1.0), "rest_s: expected at least 0 seconds, got -1.0"),

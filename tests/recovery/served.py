@@ -80,8 +80,7 @@ class Server:
             self.step += 1
             self.bench.serve(self.step if seed is None else seed)
             changed = self.watch.step(self.step)
-            resolved = [alert for alert in changed if alert.state == "resolved"]
-            self.recovery.after_flush(self.step, self.watch.alerts, self.watch.stats(), resolved)
+            self.recovery.after_flush(self.step, self.watch.alerts, self.watch.stats(), changed)
 
     def collapse(self, layer=LAYER, expert=5, intensity=40.0):
         with self.watch.recorder.paused():
@@ -89,10 +88,6 @@ class Server:
 
     def violation(self, layer=LAYER):
         return next(stats.max_violation for stats in self.watch.stats() if stats.layer == layer)
-
-
-def bits(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def same(a, b):

@@ -28,12 +28,7 @@ FINDING = Finding("not_finite", LAYER, None, "critical", 1.0, 0.0, "the model is
 PATIENCE = 20.0
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Served:

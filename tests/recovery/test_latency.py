@@ -39,13 +39,8 @@ CONFIG = BreakerConfig(
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine would be timed too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+# Threads that wait for each other on a busy machine would be timed too.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Clock:

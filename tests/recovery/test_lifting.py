@@ -3,21 +3,22 @@
 import json
 
 import pytest
-from tests.recovery.served import LAYER, OTHER, Server, bits, same
+from tests.bits import bits
+from tests.recovery.served import LAYER, OTHER, Server, same
 
 from equipoise.faults import DeadExpert, inject
 from equipoise.layer.mode import NORMAL, Mode
-from equipoise.recovery.limits import Limits
+from equipoise.recovery.patience import Patience
 from equipoise.recovery.policy import OneRung
 from equipoise.types import Finding
 
-LIMITS = Limits(patience=3, lift_after=4)
+PATIENCE = Patience(trial_flushes=3, lift_after=4)
 KEPT = [("round_robin", "applied"), ("round_robin", "kept")]
 
 
 def repaired(bench, tmp_path, **options):
     """A server whose router has collapsed and is held by round robin; the fault is still in it."""
-    server = Server(bench, tmp_path, **{"limits": LIMITS, "policy": OneRung("round_robin")} | options)
+    server = Server(bench, tmp_path, **{"patience": PATIENCE, "policy": OneRung("round_robin")} | options)
     server.run(2)
     fault = server.collapse()
     while server.notes.story != KEPT:
@@ -88,7 +89,7 @@ def test_by_the_alert_it_is_put_back_and_nothing_else_is_tried(bench, tmp_path):
 
 def test_repairs_of_other_layers_wait_for_its_end(bench, tmp_path):
     """A warning, that is; what is critical puts the repair back."""
-    server, fault = repaired(bench, tmp_path, limits=Limits(patience=12, lift_after=4, warning_flushes=1))
+    server, fault = repaired(bench, tmp_path, patience=Patience(trial_flushes=12, lift_after=4, warning_flushes=1))
     fault.remove()
     run_until(server, 3)
     with server.watch.recorder.paused():
@@ -105,7 +106,7 @@ def test_repairs_of_other_layers_wait_for_its_end(bench, tmp_path):
 
 
 def test_a_collapse_elsewhere_puts_it_back(bench, tmp_path):
-    server, fault = repaired(bench, tmp_path, limits=Limits(patience=6, lift_after=4))
+    server, fault = repaired(bench, tmp_path, patience=Patience(trial_flushes=6, lift_after=4))
     fault.remove()
     run_until(server, 3)
     server.collapse(OTHER)
@@ -121,7 +122,7 @@ def test_silence_is_not_health(bench, tmp_path):
     assert server.notes.story == KEPT
 
 
-@pytest.mark.parametrize("options", [{"limits": Limits(patience=3)}, {"act": False}], ids=["off", "no leave"])
+@pytest.mark.parametrize("options", [{"patience": Patience(trial_flushes=3)}, {"act": False}], ids=["off", "no leave"])
 def test_only_where_it_may(bench, tmp_path, options):
     server, fault = repaired(bench, tmp_path, **{k: v for k, v in options.items() if k != "act"})
     server.recovery.act = options.get("act", True)
@@ -159,7 +160,7 @@ def test_a_restart_in_the_middle(bench, tmp_path):
     state, watched = json.loads(json.dumps(server.recovery.state_dict())), server.watch.state_dict()
     server.watch.detach()
 
-    again = Server(bench, tmp_path / "again", limits=LIMITS, policy=OneRung("round_robin"), canary=None)
+    again = Server(bench, tmp_path / "again", patience=PATIENCE, policy=OneRung("round_robin"), canary=None)
     again.step = server.step
     again.watch.load_state_dict(watched)
     again.recovery.load_state_dict(state)
@@ -180,5 +181,5 @@ def test_state_without_it_and_damaged(bench, tmp_path):
 
 
 def test_bad_limits():
-    with pytest.raises(ValueError, match=r"Limits\.lift_after: expected at least 1 flush, or None for never, got 0"):
-        Limits(lift_after=0)
+    with pytest.raises(ValueError, match=r"Patience\.lift_after: expected at least 1 flush, or None for never, got 0"):
+        Patience(lift_after=0)

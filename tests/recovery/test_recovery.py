@@ -4,14 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.bits import bits
 from tests.recovery.conftest import new_model
-from tests.recovery.served import LAYER, OTHER, Server, bits, same
+from tests.recovery.served import LAYER, OTHER, Server, same
 
 from equipoise.faults import DeadExpert, inject
 from equipoise.layer.mode import NORMAL, Mode
 from equipoise.monitor.incidents import EXHAUSTED, LOOK_AT_INPUT, PAGE
 from equipoise.recovery.known_good import KnownGood
-from equipoise.recovery.limits import Limits
+from equipoise.recovery.patience import Patience
 from equipoise.recovery.policy import OneRung, RoundRobinThenReload
 from equipoise.recovery.remember import remember
 from equipoise.recovery.swap import swap
@@ -61,7 +62,7 @@ def test_what_is_proposed_is_not_done(bench, tmp_path):
 
 def test_what_is_proposed_is_said_once_while_its_alert_fires(bench, tmp_path):
     """Also where steps are many per flush, as in a server; and again when it fires anew."""
-    server = Server(bench, tmp_path, act=False, limits=Limits(relapse_steps=2))
+    server = Server(bench, tmp_path, act=False, patience=Patience(relapse_steps=2))
     fault = server.collapse()
     server.run(12)
     assert server.notes.story == [("quantile_bias", "proposed")]
@@ -168,7 +169,7 @@ def test_an_action_that_makes_things_worse_is_undone_by_itself(bench, tmp_path):
 
 def test_a_repair_that_does_not_help_is_undone_when_patience_ends(bench, tmp_path):
     """With frozen weights a boost of the loss changes nothing."""
-    server = Server(bench, tmp_path, policy=OneRung("boost"), limits=Limits(patience=3))
+    server = Server(bench, tmp_path, policy=OneRung("boost"), patience=Patience(trial_flushes=3))
     server.collapse()
     server.run(8)
     assert server.notes.story == [("boost", "applied"), ("boost", "undone"), (PAGE, "applied")]
@@ -188,7 +189,7 @@ def test_the_ladder_goes_on_where_a_rung_cannot_be_done_or_does_not_help(bench, 
 
 
 def test_the_page_is_resolved_with_the_incident(bench, tmp_path):
-    server = Server(bench, tmp_path, policy=OneRung("boost"), limits=Limits(patience=1))
+    server = Server(bench, tmp_path, policy=OneRung("boost"), patience=Patience(trial_flushes=1))
     fault = server.collapse()
     server.run(6)
     assert server.notes.alerts[-1] == (f"{LAYER}:{EXHAUSTED}", "firing")
@@ -213,7 +214,7 @@ def test_a_last_resort_that_holds_calls_a_human_all_the_same(bench, tmp_path):
 
 def test_one_kind_of_text_is_not_damage(bench, tmp_path):
     """Every token of the traffic is the same: its experts take all. Held-out text routes as before."""
-    server = Server(bench, tmp_path, limits=Limits(relapse_steps=2))
+    server = Server(bench, tmp_path, patience=Patience(relapse_steps=2))
     before = bits(bench.model)
     bench.serve = lambda seed: bench.model.eval()(torch.full((16, 48), 32)).detach()
     server.run(12)
@@ -227,7 +228,7 @@ def test_one_kind_of_text_is_not_damage(bench, tmp_path):
 
 def test_a_warning_is_repaired_only_when_it_lasts(bench, tmp_path):
     """A dead expert, found in two flushes in a row: the alert fires at step 2, and for five flushes nothing is done."""
-    server = Server(bench, tmp_path, limits=Limits(warning_flushes=5))
+    server = Server(bench, tmp_path, patience=Patience(warning_flushes=5))
     with server.watch.recorder.paused():
         inject(bench.model, DeadExpert(LAYER, 5, 40.0), lambda: bench.serve(0))
     server.run(5)
@@ -238,7 +239,7 @@ def test_a_warning_is_repaired_only_when_it_lasts(bench, tmp_path):
 
 
 def test_a_warning_ripens_however_many_steps_a_flush_has(bench, tmp_path):
-    server = Server(bench, tmp_path, limits=Limits(warning_flushes=5, relapse_steps=0))
+    server = Server(bench, tmp_path, patience=Patience(warning_flushes=5, relapse_steps=0))
     with server.watch.recorder.paused():
         inject(bench.model, DeadExpert(LAYER, 5, 40.0), lambda: bench.serve(0))
     server.run(6)
@@ -275,7 +276,7 @@ def test_two_layers_are_repaired_one_after_the_other(bench, tmp_path):
 
 def test_after_a_trial_there_is_a_rest(bench, tmp_path):
     """The second layer's repair begins three flushes after the first one's end, not at once."""
-    server = Server(bench, tmp_path, limits=Limits(cool_down=3))
+    server = Server(bench, tmp_path, patience=Patience(cool_down=3))
     server.collapse(LAYER)
     server.collapse(OTHER, expert=2)
     server.run(16)
@@ -300,7 +301,7 @@ def test_a_repair_that_did_not_last_is_followed_by_the_next_rung(bench, tmp_path
 
 
 def test_after_a_long_peace_it_begins_with_the_gentlest_again(bench, tmp_path):
-    server = Server(bench, tmp_path, limits=Limits(relapse_steps=10))
+    server = Server(bench, tmp_path, patience=Patience(relapse_steps=10))
     server.collapse(expert=5)
     server.run(30)
     server.collapse(expert=1)

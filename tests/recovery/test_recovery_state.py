@@ -11,14 +11,14 @@ from tests.recovery.served import LAYER, Server
 from equipoise.layer.mode import NORMAL, Mode
 from equipoise.monitor.incidents import PAGE
 from equipoise.recovery.gate import Gate
-from equipoise.recovery.limits import Limits
+from equipoise.recovery.patience import Patience
 from equipoise.recovery.policy import OneRung
 from equipoise.types import Alert, Finding
 
 
 def test_a_restart_in_the_middle_of_a_trial(bench, tmp_path):
     """The new process has the modes, judges the trial, and knows what was tried."""
-    server = Server(bench, tmp_path, policy=OneRung("boost"), limits=Limits(patience=4))
+    server = Server(bench, tmp_path, policy=OneRung("boost"), patience=Patience(trial_flushes=4))
     server.collapse()
     server.run(4)
     assert server.notes.story == [("boost", "applied")]
@@ -28,7 +28,7 @@ def test_a_restart_in_the_middle_of_a_trial(bench, tmp_path):
     server.watch.detach()
     bench.model.moe_layers[LAYER].set_mode(NORMAL)
 
-    again = Server(bench, tmp_path / "again", policy=OneRung("boost"), limits=Limits(patience=4))
+    again = Server(bench, tmp_path / "again", policy=OneRung("boost"), patience=Patience(trial_flushes=4))
     again.step = server.step
     again.watch.load_state_dict(watched)
     again.recovery.load_state_dict(state)

@@ -1,7 +1,8 @@
 """Outputs that are not finite: the repairs that are tried before the loop can go on."""
 
 import torch
-from tests.recovery.served import LAYER, Server, bits
+from tests.bits import bits
+from tests.recovery.served import LAYER, Server
 
 from equipoise.monitor.incidents import PAGE
 from equipoise.recovery.actions import Training

@@ -121,7 +121,7 @@ def test_what_can_not_be_is_said_before_anything_is_made(run):
         load_small(run, SmallConfig("int8", least - 1))
     with pytest.raises(ValueError, match=r"int4-128: .*take groups of (32|64)"):
         load_small(run, SmallConfig("int4-128", 2 * ONE))
-    with pytest.raises(ValueError, match=r"experts: expected one of full, int8, int4, .*, got 'int2'"):
+    with pytest.raises(ValueError, match=r"expert_precision: expected one of full, int8, int4, .*, got 'int2'"):
         SmallConfig("int2")
     assert not (run / "experts").exists()
 

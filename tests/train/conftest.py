@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from equipoise.layer import Capacity
 from equipoise.models.config import DecoderConfig, MoEConfig
@@ -26,12 +25,8 @@ DOMAINS = {
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _bits_of_one_thread(one_thread):
     """The bits of a sum depend on the number of threads: child processes and this one use one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

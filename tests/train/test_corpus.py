@@ -50,11 +50,11 @@ def test_notes_say_what_is_absent_and_how_to_get_it(small):
     absent = set(EMBEDDED_DOMAINS) - set(small.domains)
     assert {"encyclopedia", "speeches"} <= absent
     assert len(small.notes) == len(absent)
-    assert any("python -m equipoise.train.fetch_text speeches" in note for note in small.notes)
+    assert any("equipoise fetch-text speeches" in note for note in small.notes)
 
 
 def test_domain_asked_for_but_absent_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"'speeches' is absent.*fetch_text speeches"):
+    with pytest.raises(DataError, match=r"'speeches' is absent.*equipoise fetch-text speeches"):
         embedded(domains=["speeches"], text_folder=tmp_path)
 
 

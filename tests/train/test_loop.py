@@ -23,14 +23,11 @@ from equipoise.train.sources import DataError
 TOKENS = 8 * 32  # per step
 
 
-class Listener:
+class Listener(Silent):
     """A reporter that keeps what it is told."""
 
     def __init__(self):
         self.lines = []
-
-    def update(self):
-        pass
 
     def say(self, text):
         self.lines.append(text)

@@ -10,15 +10,30 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from equipoise.bench.progress import Progress, Quiet
+
+T = TypeVar("T")
+
+
+def in_sections(
+    known: Mapping[str, Callable[[Effort], Iterable[T]]], effort: Effort, only: Sequence[str]
+) -> Iterator[T]:
+    """What the sections of these names give, in that order; all for no names. Raises ValueError for another name."""
+    if unknown := set(only) - set(known):
+        raise ValueError(f"only: expected some of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    torch.manual_seed(0)
+    for name in only or known:
+        effort.progress.begin(name)
+        yield from known[name](effort)
 
 
 @dataclass(frozen=True)

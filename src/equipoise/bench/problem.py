@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as fn
 from torch import Tensor, nn
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 @dataclass(frozen=True)
 class Shape:

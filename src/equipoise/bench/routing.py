@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equipoise.bench.harness import Effort, Variant, ratio, spread, time_side_by_side
+from equipoise.bench.harness import Effort, Variant, in_sections, ratio, spread, time_side_by_side
 from equipoise.bench.problem import SHAPES, Shape
 from equipoise.bench.report import Cell, Table
 from equipoise.layer import Capacity, MoE
@@ -370,9 +370,4 @@ SECTIONS: dict[str, Callable[[Sizes, torch.dtype, Effort], Sequence[Table]]] = {
 
 def measure(sizes: Sizes, dtype: torch.dtype, effort: Effort, only: tuple[str, ...] = ()) -> Iterator[Table | str]:
     """The tables of each section. Raises ValueError for a section that is not there."""
-    if unknown := set(only) - set(SECTIONS):
-        raise ValueError(f"only: expected some of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
-    torch.manual_seed(0)
-    for name in only or SECTIONS:
-        effort.progress.begin(name)
-        yield from SECTIONS[name](sizes, dtype, effort)
+    yield from in_sections({name: partial(each, sizes, dtype) for name, each in SECTIONS.items()}, effort, only)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from equipoise.bench import startup
 from equipoise.bench.fit import power_law
-from equipoise.bench.harness import Effort, Seconds, Variant, ratio, spread, time_side_by_side
+from equipoise.bench.harness import Effort, Seconds, Variant, in_sections, ratio, spread, time_side_by_side
 from equipoise.bench.problem import Shape
 from equipoise.bench.report import Table
 from equipoise.bench.saved import MIB, lean_formula, saved_for_backward
@@ -160,12 +160,7 @@ SECTIONS: dict[str, Callable[[Sizes, torch.dtype, Effort], Iterator[Table]]] = {
 
 def measure(sizes: Sizes, dtype: torch.dtype, effort: Effort, only: tuple[str, ...] = ()) -> Iterator[Table | str]:
     """The tables of each section. Raises ValueError for a section that is not there."""
-    if unknown := set(only) - set(SECTIONS):
-        raise ValueError(f"only: expected some of {', '.join(SECTIONS)}, got {', '.join(sorted(unknown))}")
-    torch.manual_seed(0)
-    for name in only or SECTIONS:
-        effort.progress.begin(name)
-        yield from SECTIONS[name](sizes, dtype, effort)
+    yield from in_sections({name: partial(each, sizes, dtype) for name, each in SECTIONS.items()}, effort, only)
 
 
 def exponent(numbers: Sequence[int], seconds: Seconds) -> str:

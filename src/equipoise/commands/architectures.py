@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import tyro
+from equipoise.commands.shown import Json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-Json = Annotated[bool, tyro.conf.arg(name="json")]
 
 
 def architectures(

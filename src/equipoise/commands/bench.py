@@ -77,7 +77,8 @@ def layer(
     """
     from equipoise.bench.device import ceilings_of_the_gpu, clock_for
     from equipoise.bench.layer import measure
-    from equipoise.bench.problem import DTYPES, parse_shape, tiny
+    from equipoise.bench.problem import parse_shape, tiny
+    from equipoise.models.dtypes import DTYPES
 
     shapes = [parse_shape(text) for text in shape]
     if quick:
@@ -129,7 +130,8 @@ def decode(
     from equipoise.bench import decode as layers
     from equipoise.bench import generate
     from equipoise.bench.device import clock_for
-    from equipoise.bench.problem import DTYPES, parse_shape, tiny
+    from equipoise.bench.problem import parse_shape, tiny
+    from equipoise.models.dtypes import DTYPES
 
     shapes, kind = [parse_shape(text) for text in shape], DTYPES[on.dtype]
     _at_least_one(tokens)
@@ -229,8 +231,8 @@ def routing(
         quick: Tiny sizes, to see that it runs.
         to: Where the results go.
     """
-    from equipoise.bench.problem import DTYPES
     from equipoise.bench.routing import FULL, SMOKE, measure
+    from equipoise.models.dtypes import DTYPES
 
     settings = {"dtype": dtype, "rounds": rounds}
     sizes = SMOKE if quick else FULL
@@ -255,8 +257,8 @@ def scaling(
         quick: Tiny sizes, to see that it runs.
         to: Where the results go.
     """
-    from equipoise.bench.problem import DTYPES
     from equipoise.bench.scaling import FULL, QUICK, measure
+    from equipoise.models.dtypes import DTYPES
 
     settings = {"dtype": dtype, "rounds": rounds}
     sizes = QUICK if quick else FULL

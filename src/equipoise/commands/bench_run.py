@@ -18,21 +18,16 @@ class Output:
     """Where the results go, beside the terminal.
 
     Args:
-        json: A file for JSON; alone, JSON is printed instead of the tables.
+        json: Print the results as one JSON object, and nothing else.
+        out: Write the same here.
         markdown: A file for tables in Markdown.
-        picture: A PNG of the tables as bars and curves. Needs matplotlib.
+        picture: A PNG of the tables as bars and curves. Needs the extra `plot`.
     """
 
-    json: tuple[str, ...] | None = None
+    json: bool = False
+    out: Path | None = None
     markdown: Path | None = None
     picture: Path | None = None
-
-    @property
-    def json_to(self) -> str | None:
-        """A path, "-" for stdout, or None. Raises ValueError for more than one path."""
-        if self.json is not None and len(self.json) > 1:
-            raise ValueError(f"json: expected one path, or none to print it, got {' '.join(self.json)}")
-        return None if self.json is None else (*self.json, "-")[0]
 
 
 NOTHING = Output()
@@ -44,10 +39,9 @@ def run_bench(
     """Measure with a progress line on stderr, then show it all. After Ctrl-C, what there was by then: 130."""
     from equipoise.bench.plot import write_picture
     from equipoise.bench.progress import Line
-    from equipoise.bench.report import Report, Table, write
+    from equipoise.bench.report import Report, Table, as_json, write
     from equipoise.train.sources import require
 
-    json_to = to.json_to
     if to.picture is not None:
         require("matplotlib", "plot")  # before the minutes, not after
     line = Line()
@@ -66,7 +60,9 @@ def run_bench(
         print("equipoise: stopped before anything was measured", file=sys.stderr)
         return 130
     report = Report(settings | {"rounds": effort.rounds}, tuple(tables), tuple(dict.fromkeys(notes)))
-    write(report, json_to, to.markdown)
+    if to.out is not None:
+        to.out.write_text(as_json(report) + "\n", encoding="utf-8")
+    write(report, "-" if to.json else None, to.markdown)
     if to.picture is not None:
         write_picture(report, to.picture)
     return 130 if line.stopped else 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from equipoise.commands.shown import Json
 from equipoise.convert.upcycle import Upcycling
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from equipoise.convert.read import Progress
 
-Json = Annotated[bool, tyro.conf.arg(name="json")]
 FamilyName = Literal["llama", "mixtral", "olmoe", "qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss"]
 HELD_OUT = (8, 129)  # sequences and their tokens that a converted model keeps, for a server's canary
 COMPARED = 2  # of these, on which both models are compared

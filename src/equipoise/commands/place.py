@@ -12,30 +12,77 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 import tyro
 
+from equipoise.commands.shown import Json, wide_console
+
 if TYPE_CHECKING:
     from equipoise.plan import Cluster, Score, Traffic
     from equipoise.types import Placement
 
-Json = Annotated[bool, tyro.conf.arg(name="json")]
 MAX_LAYERS_SHOWN = 12
 
 
-def place(  # noqa: PLR0913 - one verb for a person at a prompt, each option one word
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Where experts may be."""
+
+    ranks: int
+    """Ranks that share the experts of each layer."""
+    nodes: int = 1
+    """Nodes that the ranks are on, equally many on each, in order."""
+    replicas: int | None = None
+    """Slots of a layer on all ranks together: each expert has one, hot ones have more. A multiple of ranks. Default: as
+    few as hold all experts."""
+    slots_per_rank: int | None = None
+    """The same, by rank: what a rank has memory for."""
+
+    def cluster(self, layers: Sequence[Traffic]) -> Cluster:
+        """For the layer with the most experts. Raises ValueError for slots that are given twice."""
+        from equipoise.plan import Cluster
+
+        if self.replicas is not None and self.slots_per_rank is not None:
+            raise ValueError("replicas, slots-per-rank: expected one of the two, got both; they say the same")
+        if self.slots_per_rank is not None:
+            return Cluster(self.ranks, max(self.ranks, 1) * self.slots_per_rank, self.nodes)
+        fewest = -(-max(layer.num_experts for layer in layers) // max(self.ranks, 1)) * self.ranks
+        return Cluster(self.ranks, fewest if self.replicas is None else self.replicas, self.nodes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How the traffic is read."""
+
+    num_experts: int | None = None
+    """Experts of each layer. Needed for recorded ids."""
+    ignore_ids: tuple[int, ...] = ()
+    """Ids in the file that mark slots without an expert."""
+    text: int = 0
+    """Batches of the run's validation text to route, instead of reading what the run recorded. Needs the checkpoint,
+    and the text on this machine."""
+    since: int = 0
+    """Leave out what the run recorded before this step; routers that still learn are another model."""
+    windows: int = 16
+    """Of how many windows of time the traffic is made up, half of them to score on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What a placement is to be like."""
+
+    slack: float = 1.02
+    """1.05 allows a fullest rank 5 % above what load alone reaches, for fewer ranks per token."""
+    move_price: float = 0.002
+    """With --from: ranks per token that a slot must save to be moved."""
+    earlier: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """An earlier placement.json: what it has stays where it can."""
+
+
+def place(
     traffic: Annotated[Path, tyro.conf.Positional],
     /,
     *,
-    ranks: int,
-    nodes: int = 1,
-    replicas: int | None = None,
-    slots_per_rank: int | None = None,
-    num_experts: int | None = None,
-    ignore_ids: tuple[int, ...] = (),
-    text: int = 0,
-    since: int = 0,
-    windows: int = 16,
-    slack: float = 1.02,
-    move_price: float = 0.002,
-    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
+    slots: Annotated[Slots, tyro.conf.OmitArgPrefixes],
+    reading: Annotated[Reading, tyro.conf.OmitArgPrefixes] = Reading(),
+    wish: Annotated[Wish, tyro.conf.OmitArgPrefixes] = Wish(),
     out: Path | None = None,
     json_: Json = False,
 ) -> int:
@@ -55,41 +102,30 @@ def place(  # noqa: PLR0913 - one verb for a person at a prompt, each option one
 
     Args:
         traffic: The run folder, or the file.
-        ranks: Ranks that share the experts of each layer.
-        nodes: Nodes that the ranks are on, equally many on each, in order.
-        replicas: Slots of a layer on all ranks together: each expert has one, hot ones have more. A multiple of ranks.
-            Default: as few as hold all experts.
-        slots_per_rank: The same, by rank: what a rank has memory for.
-        num_experts: Experts of each layer. Needed for recorded ids.
-        ignore_ids: Ids in the file that mark slots without an expert.
-        text: Batches of the run's validation text to route, instead of reading what the run recorded. Needs the
-            checkpoint, and the text on this machine.
-        since: Leave out what the run recorded before this step; routers that still learn are another model.
-        windows: Of how many windows of time the traffic is made up, half of them to score on.
-        slack: 1.05 allows a fullest rank 5 % above what load alone reaches, for fewer ranks per token.
-        move_price: With --from: ranks per token that a slot must save to be moved.
-        from_: An earlier placement.json: what it has stays where it can.
+        slots: Where experts may be.
+        reading: How the traffic is read.
+        wish: What a placement is to be like.
         out: Write the placement here, as JSON that a trainer or server applies.
         json_: Placement and scores as one JSON object, and nothing else.
     """
     from equipoise.plan import Aim, plan_layers, write_placements
     from equipoise.plan.placement_file import read_placements
 
-    halves = _halves(traffic, _Wanted(num_experts, ignore_ids, text, since, windows))
-    cluster = _cluster(halves.fit, ranks, nodes, replicas, slots_per_rank)
-    earlier = None if from_ is None else read_placements(from_)
+    halves = _halves(traffic, reading)
+    cluster = slots.cluster(halves.fit)
+    earlier = None if wish.earlier is None else read_placements(wish.earlier)
     started = time.perf_counter()
-    planned = plan_layers(halves.fit, cluster, earlier, Aim(slack, move_price))
+    planned = plan_layers(halves.fit, cluster, earlier, Aim(wish.slack, wish.move_price))
     seconds = time.perf_counter() - started
     scores = _scores(halves, cluster, planned, earlier)
     slot_bytes = _slot_bytes(traffic)
     if out is not None:
-        write_placements(out, planned, nodes)
+        write_placements(out, planned, cluster.num_nodes)
     if json_:
         print(json.dumps(_fields(halves, cluster, planned, scores) | {"seconds": seconds, "slot_bytes": slot_bytes}))
         return 0
     _print(scores, slot_bytes)
-    size = f"{ranks} ranks on {nodes} nodes, {cluster.slots_per_rank} slots each"
+    size = f"{cluster.num_ranks} ranks on {cluster.num_nodes} nodes, {cluster.slots_per_rank} slots each"
     print(f"\n{size}; planned in {seconds:.2f} s on {halves.planned_on}, scored on {halves.scored_on}")
     for note in halves.notes:
         print(note)
@@ -99,15 +135,6 @@ def place(  # noqa: PLR0913 - one verb for a person at a prompt, each option one
 
 
 # ---------------------------------------------------------------------------------------------------- the traffic
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    num_experts: int | None
-    ignore_ids: tuple[int, ...]
-    text: int
-    since: int
-    windows: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,16 +148,16 @@ class _Halves:
     notes: tuple[str, ...] = ()
 
 
-def _halves(path: Path, wanted: _Wanted) -> _Halves:
-    if wanted.windows < 2:
-        raise ValueError(f"windows: expected 2 or more, half to plan on and half to score on, got {wanted.windows}")
-    if wanted.text:
+def _halves(path: Path, reading: Reading) -> _Halves:
+    if reading.windows < 2:
+        raise ValueError(f"windows: expected 2 or more, half to plan on and half to score on, got {reading.windows}")
+    if reading.text:
         from equipoise.train.choices import choices_of_run
 
-        return _of_choices(*choices_of_run(path, wanted.text), wanted.windows)
+        return _of_choices(*choices_of_run(path, reading.text), reading.windows)
     if path.is_dir() or path.suffix == ".sqlite":
-        return _of_run(path, wanted)
-    return _of_choices(*_recorded(path, wanted), wanted.windows)
+        return _of_run(path, reading)
+    return _of_choices(*_recorded(path, reading), reading.windows)
 
 
 def _of_choices(ids: Mapping[str, np.ndarray], num_experts: Mapping[str, int], windows: int) -> _Halves:
@@ -150,7 +177,7 @@ def _of_choices(ids: Mapping[str, np.ndarray], num_experts: Mapping[str, int], w
     return _Halves(fit, held_out, told[0], f"the {told[1]} after them")
 
 
-def _recorded(path: Path, wanted: _Wanted) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+def _recorded(path: Path, reading: Reading) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     from equipoise.monitor.recorded_files import Counts, Layout, read
 
     found = read(path, Layout())
@@ -159,11 +186,11 @@ def _recorded(path: Path, wanted: _Wanted) -> tuple[dict[str, np.ndarray], dict[
             f"{path}: expected expert ids, got counts: they are one window, and nothing is left to score on; "
             "record ids (`indices` in .npz), or plan from a run folder"
         )
-    if wanted.num_experts is None:
+    if reading.num_experts is None:
         raise ValueError("num-experts: needed with recorded expert ids: experts that nobody chose are in no file")
     parts: dict[int, list[np.ndarray]] = {}
     for number, ids_TK, present_TK in found:
-        counted_TK = present_TK & ~np.isin(ids_TK, wanted.ignore_ids)
+        counted_TK = present_TK & ~np.isin(ids_TK, reading.ignore_ids)
         if ((ids_TK < 0) & counted_TK).any():
             raise ValueError(
                 f"{path}: layer {number}: expected expert ids of 0 and more, got {ids_TK[counted_TK].min()}; "
@@ -171,7 +198,7 @@ def _recorded(path: Path, wanted: _Wanted) -> tuple[dict[str, np.ndarray], dict[
             )
         parts.setdefault(number, []).append(np.where(counted_TK, ids_TK, -1))
     ids = {f"layers.{number}": np.concatenate(_same_width(parts[number])) for number in sorted(parts)}
-    return ids, dict.fromkeys(ids, wanted.num_experts)
+    return ids, dict.fromkeys(ids, reading.num_experts)
 
 
 def _same_width(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -179,18 +206,18 @@ def _same_width(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [np.pad(part, ((0, 0), (0, width - part.shape[1])), constant_values=-1) for part in parts]
 
 
-def _of_run(path: Path, wanted: _Wanted) -> _Halves:
+def _of_run(path: Path, reading: Reading) -> _Halves:
     from equipoise.monitor.store import RunStore
     from equipoise.plan import Traffic
 
     with RunStore.open_readonly(path) as store, store.snapshot():
-        steps = [step for step in store.flush_steps() if step >= wanted.since]
+        steps = [step for step in store.flush_steps() if step >= reading.since]
         if len(steps) < 2:
             raise ValueError(
-                f"{path}: expected routing of at least 2 flushes since step {wanted.since}, one to plan on and one to "
+                f"{path}: expected routing of at least 2 flushes since step {reading.since}, one to plan on and one to "
                 f"score on, got {len(steps)}; let the run go on, lower --since, or route text with --text"
             )
-        groups = [group.tolist() for group in np.array_split(steps, min(wanted.windows, len(steps)))]
+        groups = [group.tolist() for group in np.array_split(steps, min(reading.windows, len(steps)))]
         first = len(groups) // 2
         parts: list[list[Traffic]] = [[], []]
         for layer in store.layers():
@@ -224,19 +251,6 @@ def _pairs(store: Any, layer: str, first: int, last: int) -> tuple[np.ndarray | 
         num_tokens += found.num_tokens
         last = found.step - 1
     return (total, num_tokens) if num_tokens else (None, 0)
-
-
-def _cluster(
-    layers: Sequence[Traffic], ranks: int, nodes: int, replicas: int | None, slots_per_rank: int | None
-) -> Cluster:
-    from equipoise.plan import Cluster
-
-    if replicas is not None and slots_per_rank is not None:
-        raise ValueError("replicas, slots-per-rank: expected one of the two, got both; they say the same")
-    if slots_per_rank is not None:
-        return Cluster(ranks, max(ranks, 1) * slots_per_rank, nodes)
-    most = max(layer.num_experts for layer in layers)
-    return Cluster(ranks, -(-most // max(ranks, 1)) * ranks if replicas is None else replicas, nodes)
 
 
 def _slot_bytes(path: Path) -> int | None:
@@ -306,7 +320,6 @@ def _fields(halves: _Halves, cluster: Cluster, planned: Mapping[str, Placement],
 
 
 def _print(scores: _Scores, slot_bytes: int | None) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0))
@@ -323,7 +336,7 @@ def _print(scores: _Scores, slot_bytes: int | None) -> None:
     for who, each in scores.items():
         cells = [_mean(each, number) for number in NUMBERS]
         table.add_row("mean" if who == next(iter(scores)) else "", who, *_cells(cells, slot_bytes), style="bold")
-    Console(width=None if Console().is_terminal else 120).print(table)
+    wide_console().print(table)
     if num_layers > MAX_LAYERS_SHOWN:
         print(f"{num_layers - MAX_LAYERS_SHOWN} more layers are in the mean, and in --json")
 

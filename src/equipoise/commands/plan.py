@@ -10,18 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from equipoise.commands.shown import Json, wide_console
 from equipoise.plan.fit.setup import Kept, Mesh, Optimizer, Precision, Serving, Setup, Shard, Training
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from equipoise.plan.fit.architecture import Architecture
     from equipoise.plan.fit.communication import Machine
     from equipoise.plan.fit.plan import Plan
     from equipoise.plan.links import Links
 
-Json = Annotated[bool, tyro.conf.arg(name="json")]
-WIDE = 120  # columns of the tables where there is no terminal
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmM]?)")
 
 
@@ -68,7 +65,7 @@ class Work:
     """Plan an optimizer step instead of serving."""
     batch: int = 1
     """Sequences per rank: of a micro-batch in training, at the same time in serving."""
-    context: Annotated[str, tyro.conf.arg(aliases=["--seq-len"])] = "4k"
+    context: str = "4k"
     """Tokens of a sequence, such as 4096 or 32k (32,768)."""
     precision: Precision = "bf16"
     """Of the weights. Embedding, head, norms and routers stay in bf16 at the least."""
@@ -167,9 +164,9 @@ def plan(
 
     Quantised:   equipoise plan gpt-oss-120b --expert-precision mxfp4 --gpu-memory 80 --batch 16 --context 32k
 
-    Training:   equipoise plan path/to/config.json --train --batch 8 --seq-len 4096 --data 2 --expert 8 --gpu-memory 80
+    Training:   equipoise plan path/to/config.json --train --batch 8 --context 4096 --data 2 --expert 8 --gpu-memory 80
 
-    A run:   equipoise plan runs/demo/config.json --train --precision fp32 --batch 32 --seq-len 128
+    A run:   equipoise plan runs/demo/config.json --train --precision fp32 --batch 32 --context 128
 
     Sizes are in GiB (2**30 bytes): an 80 GB card has a little less than 80. The exit code is 1 where it does not fit.
 
@@ -234,7 +231,7 @@ def _list_known(json_: bool) -> int:
         return 0
     from equipoise.plan.fit.report import known_table
 
-    console = _console()
+    console = wide_console()
     console.print(known_table())
     console.print("\nequipoise plan NAME, or the path of a config.json; equipoise plan --help")
     return 0
@@ -253,7 +250,7 @@ def _print(made: Plan, path: Path | None) -> None:
     from equipoise.plan.fit.known import KNOWN
     from equipoise.plan.fit.report import tables
 
-    console = _console()
+    console = wide_console()
     for table in tables(made):
         console.print(table)
         console.print()
@@ -268,13 +265,6 @@ def _print(made: Plan, path: Path | None) -> None:
             )
     if path is not None:
         console.print(f"picture  {path}", highlight=False)
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=WIDE)
 
 
 def _links(path: Path) -> Links:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from equipoise.small import SmallConfig
 
 API_PATHS = ("/v1", "/tokenize", "/detokenize", "/health", "/openapi.json", "/equipoise/")
-DTYPES = Literal["auto", "float32", "bfloat16"]
-Experts = Literal["full", "int8", "int4", "int4-32", "int4-64", "int4-128"]
+Dtype = Literal["auto", "fp32", "bf16"]
+ExpertPrecision = Literal["full", "int8", "int4", "int4-32", "int4-64", "int4-128"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,9 @@ class ServeOptions:
     """API keys, one a line; clients must bring one. EQUIPOISE_API_KEYS works too."""
     token_file: Path | None = None
     """Token of the dashboard, needed where --host is reachable; without it there is no dashboard there."""
-    dtype: DTYPES = "auto"
+    dtype: Dtype = "auto"
     """Of the weights; auto is what the checkpoint has. Routers stay fp32."""
-    experts: Experts = "full"
+    expert_precision: ExpertPrecision = "full"
     """Weights of the experts: full as they were trained; int8, a quarter of float32 or half of bfloat16; int4, about
     half of int8, with a scale per 32, 64 (int4) or 128 weights. Smaller groups are larger in all, and more exact."""
     expert_memory: str | None = None
@@ -118,7 +118,7 @@ def serve(
     """
     from equipoise.serve.server import Server
 
-    if options.ray is not None and (options.experts != "full" or options.expert_memory is not None):
+    if options.ray is not None and (options.expert_precision != "full" or options.expert_memory is not None):
         raise ValueError("ray: replicas serve experts as they were trained; leave out --ray, or the options of experts")
     loaded, config = _prepare(run, options)
     if options.ray is not None:
@@ -138,6 +138,7 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
     import torch
 
     from equipoise.dashboard.access import is_loopback
+    from equipoise.models.dtypes import dtype_of
     from equipoise.serve.api.access import read_keys
     from equipoise.serve.api.served import Bounds
     from equipoise.serve.api.template import read_template
@@ -173,7 +174,7 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
     if options.max_seconds is not None and not options.max_seconds > 0:
         raise ValueError(f"max_seconds: expected more than 0, got {options.max_seconds:g}; leave it out for no end")
     torch.set_num_threads(compute_threads(options.threads, torch.get_num_threads()))
-    loaded = load_small(run, small, dtype=None if options.dtype == "auto" else getattr(torch, options.dtype)).loaded
+    loaded = load_small(run, small, dtype=dtype_of(options.dtype)).loaded
     config = ServerConfig(
         name=options.name or loaded.folder.resolve().name,
         folder=options.out or free_folder(loaded.folder / ("serving" if options.ray is None else "serving-ray")),
@@ -194,7 +195,7 @@ def _small(options: ServeOptions) -> SmallConfig:
     from equipoise.small import SmallConfig, bytes_of
 
     memory = None if options.expert_memory is None else bytes_of(options.expert_memory)
-    return SmallConfig(options.experts, memory, options.expert_cache, options.expert_prefetch)
+    return SmallConfig(options.expert_precision, memory, options.expert_cache, options.expert_prefetch)
 
 
 def compute_threads(asked: int | None, there: int) -> int:
@@ -276,12 +277,10 @@ class Front:
 
     def _dashboard(self, port: int) -> Any | None:
         """The pages; None, with the reason said, where they can't be shown."""
-        from equipoise.dashboard.access import Access, is_loopback
+        from equipoise.dashboard.access import Access, is_loopback, read_token
 
-        token = None
-        if self._options.token_file is not None:
-            lines = self._options.token_file.read_text(encoding="utf-8").splitlines()
-            token = lines[0].strip() if lines else ""
+        path = self._options.token_file
+        token = None if path is None else read_token(path)
         if token is None and not is_loopback(self._options.host):
             print("no dashboard: --host can be reached from other machines; add --token-file", file=sys.stderr)
             return None
@@ -316,18 +315,14 @@ class Public:
 
     async def __call__(self, scope: Any, receive: Callable[..., Any], send: Callable[..., Any]) -> None:
         """Hand it to whom it is for."""
+        from equipoise.serve.metrics import send_exposition
+
         path = scope.get("path", "")
         if scope["type"] == "http" and path == "/metrics":
-            await self._metrics(send)
+            await send_exposition(send, *await asyncio.to_thread(self._server.metrics_text))
         elif scope["type"] == "http" and (path.startswith(API_PATHS) or self._dashboard is None):
             await self._api(scope, receive, send)
         elif self._dashboard is not None:
             await self._dashboard(scope, receive, send)
         else:
             await self._api(scope, receive, send)
-
-    async def _metrics(self, send: Callable[..., Any]) -> None:
-        text, kind = await asyncio.to_thread(self._server.metrics_text)
-        headers = [(b"content-type", kind.encode()), (b"content-length", str(len(text)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": text})

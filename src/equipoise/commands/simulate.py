@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from equipoise.commands.shown import Json, wide_console
 from equipoise.plan.fleet.scenario import Batching, Demand, Design, Machines, ModelShape, Scenario
 from equipoise.plan.links import Cost, Links
 from equipoise.plan.placement_file import read_placements
@@ -16,9 +17,6 @@ from equipoise.plan.placement_file import read_placements
 if TYPE_CHECKING:
     from equipoise.plan.fleet.result import FleetResult
     from equipoise.plan.fleet.simulate import Trace
-
-Json = Annotated[bool, tyro.conf.arg(name="json")]
-WIDE = 120  # columns of the table where there is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +98,6 @@ def simulate(
         seed: Of arrivals, popularity and choices; a seed has one result.
         json_: Print the results as one JSON object, and nothing else.
     """
-    from rich.console import Console
-
     from equipoise.plan.fleet.report import designs_table, draw_designs
     from equipoise.train.sources import require
 
@@ -111,7 +107,7 @@ def simulate(
     trace = _trace(files.trace) if files.trace else None
     if trace is not None:
         layers, _, top_k = trace.ids_LTK.shape
-        model = replace(model, layers=layers, top_k=top_k)
+        model = replace(model, num_layers=layers, top_k=top_k)
     plain = Scenario(model=model, machines=hardware.machines(links), batching=batching, traffic=traffic)
     scenarios = [replace(plain, design=design) for design in _designs(plain, tiers, files)]
     results, signal = _run(scenarios, seed, trace, json_)
@@ -120,8 +116,7 @@ def simulate(
     if json_:
         print(json.dumps({"seed": seed, "designs": [result.fields() for result in results], "signal": signal}))
     else:
-        terminal = Console()
-        console = terminal if terminal.is_terminal else Console(width=WIDE)
+        console = wide_console()
         console.print(designs_table(results))
         for note in _notes(plain, links, results, signal):
             console.print(note, highlight=False)
@@ -136,7 +131,7 @@ def _designs(plain: Scenario, tiers: Tiers, files: Files) -> list[Design]:
         return [Design(), Design(name="placed", placements=tuple(read_placements(files.placement).values()))]
     if files.trace:  # what another router would have chosen was not recorded
         return [Design()]
-    ranks, experts = plain.machines.ranks, plain.model.experts
+    ranks, experts = plain.machines.ranks, plain.model.num_experts
     possible = [g for g in range(1, ranks + 1) if ranks % g == experts % g == 0 and plain.model.top_k <= experts // g]
     groups = tiers.groups or max(possible)
     if groups == 1:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from equipoise.commands.shown import Json, wide_console
+
 if TYPE_CHECKING:
     from equipoise.monitor.specialisation import LayerRoles, Roles
     from equipoise.train.specialise import Advance
 
-Json = Annotated[bool, tyro.conf.arg(name="json")]
 SHOWN_TOKENS = 5  # in the table
 
 
@@ -85,11 +86,9 @@ def draw(roles: Roles, folder: Path) -> list[Path]:
 
 def print_roles(roles: Roles) -> None:
     """A table of the layers, one of the experts of the layer that tells most, and what is missing."""
-    from rich.console import Console
     from rich.markup import escape
 
-    terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=120)
+    console = wide_console()
     console.print(
         f"step {roles.step}: {roles.num_tokens:,} tokens in {roles.num_documents:,} documents, {escape(roles.text)}"
     )

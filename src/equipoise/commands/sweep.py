@@ -9,12 +9,10 @@ from typing import Annotated
 
 import tyro
 
+from equipoise.commands.shown import Json, wide_console
 from equipoise.commands.train import RecipeName
 from equipoise.train.config import Overrides
 from equipoise.train.grid import Grid
-
-Json = Annotated[bool, tyro.conf.arg(name="json")]
-WIDE = 120  # columns of the tables where there is no terminal
 
 
 def sweep(
@@ -22,7 +20,7 @@ def sweep(
     grid: Annotated[Grid, tyro.conf.OmitArgPrefixes] = Grid(),  # noqa: B008 - frozen
     recipe: RecipeName = "tiny",
     steps: int | None = None,
-    corpus: str | None = None,
+    data: str | None = None,
     out: Path = Path("runs/sweep"),
     json_: Json = False,
 ) -> int:
@@ -40,7 +38,7 @@ def sweep(
         grid: What to go through.
         recipe: The run of each cell; `equipoise train --help` has all.
         steps: Optimizer steps of each run. Default: the recipe's.
-        corpus: embedded, wikitext-2, or the path of a .txt, .jsonl or .parquet file or of a folder of them.
+        data: embedded, wikitext-2, or the path of a .txt, .jsonl or .parquet file or of a folder of them.
         out: Folder of the sweep; each run has its own in OUT/cells, which `equipoise watch` can show.
         json_: Print what is in sweep.json, and nothing else.
     """
@@ -52,9 +50,8 @@ def sweep(
     from equipoise.train.sweep_report import sweep_tables, write_report
 
     require("matplotlib", "plot")  # before the runs, not after
-    terminal = Console()
-    console = terminal if terminal.is_terminal else Console(width=WIDE)
-    base = Overrides(steps=steps, corpus=corpus).apply(named(recipe))
+    console = wide_console()
+    base = Overrides(steps=steps, corpus=data).apply(named(recipe))
     result = run_sweep(base, grid, out, Console(quiet=True) if json_ else console)
     if result.signal is not None:
         done = f"{len(result.cells)} of {len(grid.cells)} runs are done"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import tyro
 
+from equipoise.commands.shown import Json
 from equipoise.parallel import ParallelConfig
 from equipoise.train.alerts import NOWHERE, Alerts
 from equipoise.train.config import Overrides
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from equipoise.train.report import ConsoleReporter, Silent
     from equipoise.train.run import RunResult
 
-Json = Annotated[bool, tyro.conf.arg(name="json")]
 RecipeName = Literal[
     "demo",
     "tiny",

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from equipoise.commands.shown import Json
+
 if TYPE_CHECKING:
     from equipoise.monitor.evidence import Evidence
     from equipoise.monitor.triage import Triage
     from equipoise.types import RoutingStats
-
-Json = Annotated[bool, tyro.conf.arg(name="json")]
 
 
 def watch(run: Annotated[Path, tyro.conf.Positional], /, *, once: bool = False, json_: Json = False) -> int:
@@ -173,6 +172,7 @@ def _snapshot(run: Path) -> dict[str, object]:
 
     from equipoise.monitor.incidents import incidents, repairs
     from equipoise.monitor.store import RunStore
+    from equipoise.monitor.store_records import nulls
 
     with RunStore.open_readonly(run) as store, store.snapshot():
         alerts, actions = store.alerts(), store.actions()
@@ -184,22 +184,13 @@ def _snapshot(run: Path) -> dict[str, object]:
             "repairs": [asdict(action) for action in repairs(actions)],
             "incidents": [asdict(incident) for incident in incidents(alerts, actions)],
         }
-    return {key: _finite(value) for key, value in found.items()}
+    return {key: nulls(value) for key, value in found.items()}
 
 
 def _plain(stats: RoutingStats) -> dict[str, Any]:
     """The fields of the record, as JSON has them."""
     from dataclasses import asdict
 
-    return {key: _finite(value) for key, value in (asdict(stats) | {"counts_E": stats.counts_E.tolist()}).items()}
+    from equipoise.monitor.store_records import nulls
 
-
-def _finite(value: Any) -> Any:
-    """The value as JSON has it: numbers that are not known, or beyond all bounds, are null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+    return {key: nulls(value) for key, value in (asdict(stats) | {"counts_E": stats.counts_E.tolist()}).items()}

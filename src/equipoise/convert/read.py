@@ -24,11 +24,11 @@ from equipoise.convert.gguf import open_gguf
 from equipoise.convert.layouts import Layout
 from equipoise.convert.parts import Part
 from equipoise.convert.source import Source, open_folder
-from equipoise.disk.checkpoint import draft, group_file, publish
+from equipoise.disk.checkpoint import CHECKPOINTS, draft, group_file, publish
 from equipoise.disk.rows import lay_out, writing
 from equipoise.models.config import DecoderConfig
 from equipoise.models.decoder import Decoder
-from equipoise.models.run_files import CHECKPOINTS, CONFIG
+from equipoise.models.run_files import CONFIG
 
 Shapes = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 Progress = Callable[[int, int], None]  # bytes done, bytes in all

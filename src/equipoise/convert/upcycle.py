@@ -17,12 +17,12 @@ from torch import Tensor
 
 from equipoise.convert.fields import ConversionError
 from equipoise.convert.read import Progress, new_folder, state_shapes, write_config
-from equipoise.disk.checkpoint import draft, group_file, latest_checkpoint, publish
+from equipoise.disk.checkpoint import CHECKPOINTS, draft, group_file, latest_checkpoint, publish
 from equipoise.disk.rows import lay_out, read_rows, shapes, writing
 from equipoise.models.block import Block
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.models.decoder import Decoder
-from equipoise.models.run_files import CHECKPOINTS, read_config
+from equipoise.models.run_files import read_config
 from equipoise.models.tokenizer import TokenizerError
 from equipoise.models.tokenizers import load_tokenizer
 from equipoise.ops.activation import is_gated

@@ -20,15 +20,15 @@ from equipoise.convert.families import family_for
 from equipoise.convert.fields import ConversionError
 from equipoise.convert.parts import Part
 from equipoise.convert.read import Progress, new_folder, state_shapes
-from equipoise.disk.checkpoint import CheckpointError, group_file, latest_checkpoint, verify
+from equipoise.disk.checkpoint import CHECKPOINTS, CheckpointError, group_file, latest_checkpoint, verify
 from equipoise.disk.rows import shapes
-from equipoise.models.run_files import CHECKPOINTS, read_config
+from equipoise.models.dtypes import DTYPES
+from equipoise.models.run_files import read_config
 from equipoise.models.tokenizer import TokenizerError
 from equipoise.models.tokenizers import load_tokenizer, publish_tokenizer
 
 SHARD = 5_000_000_000  # bytes
 _STATE = (".balancer.", ".coefs.")  # of training, in the names of tensors
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def export_checkpoint(
     ours = shapes(path)
     _check(path, ours, {name: shape for name, (_, shape) in state_shapes(config).items()})
     left = _left_over(path, parts, ours)
-    wanted = None if dtype is None else _DTYPES[dtype]
+    wanted = None if dtype is None else DTYPES[dtype]
     with new_folder(out) as temporary:
         shards = list(_shards(path, parts, wanted, shard_bytes))
         num_bytes = _write(temporary, path, shards, wanted, progress)

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -127,6 +128,11 @@ def _foreign(headers: Mapping[str, str], access: Access) -> str:
     if origin is not None and urlsplit(origin).netloc != host:
         return "403: the request comes from a page elsewhere"
     return ""
+
+
+def read_token(path: Path) -> str:
+    """The first line of a file; empty for an empty one, which no token may be. Raises OSError."""
+    return path.read_text(encoding="utf-8").partition("\n")[0].strip()
 
 
 def _same(given: str, expected: str) -> bool:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from equipoise.dashboard import charts
-from equipoise.dashboard.records import Frame, Series, drop_share, evenness_of
+from equipoise.dashboard.records import Frame, Series, evenness_of
 from equipoise.dashboard.run_data import RunData
 from equipoise.dashboard.widgets import (
     Chart,
@@ -63,7 +63,7 @@ class LayerTable:
             set_text(row.cells["effective experts"], f"{stats.effective_experts:.1f} of {stats.num_experts}")
             set_text(row.cells["MaxVio"], f"{stats.max_violation:.2f}")
             set_text(row.cells["dead"], str(len(stats.dead_experts)))
-            set_text(row.cells["dropped"], percent(drop_share(stats)))
+            set_text(row.cells["dropped"], percent(stats.drop_rate))
             set_prop(row.bar, "style", f"width: {even:.1%}")
             set_class(row.bar, "low", even < 0.5)
             set_class(row.row, "chosen", stats.layer == chosen)
@@ -155,7 +155,7 @@ class LayerPanel:
             f"std {last.logit_std:.3g}, log-sum-exp {last.logit_logsumexp:.3g}" if last else "",
             marks,
         )
-        reading = percent(drop_share(last)) + " dropped" if last else ""
+        reading = percent(last.drop_rate) + " dropped" if last else ""
         self._curves(self.drops, drop_curves(history), reading, marks, low=0.0, form="share")
 
     def _curves(
@@ -192,4 +192,4 @@ def drop_curves(history: Sequence[RoutingStats]) -> list[Series]:
 
 
 def _whole(stats: RoutingStats, reason: str) -> int:
-    return max(1, stats.num_tokens if reason == "tokens" else int(stats.counts_E.sum()))
+    return max(1, stats.num_tokens if reason == "tokens" else stats.num_assignments)

@@ -16,7 +16,7 @@ from equipoise.dashboard.co_selection_panel import CoSelectionComparison
 from equipoise.dashboard.hub import RETRY_SECONDS
 from equipoise.dashboard.page_run import REST, map_height
 from equipoise.dashboard.palette import DEAD_NOTE, Palette
-from equipoise.dashboard.records import Evenness, Frame, Head, Series, drop_share
+from equipoise.dashboard.records import Evenness, Frame, Head, Series
 from equipoise.dashboard.runs import RunRef
 from equipoise.dashboard.slider import Slider
 from equipoise.dashboard.widgets import Chart, View, chooser, el, fill_chooser, heat_legend, link, number, page, percent
@@ -211,7 +211,7 @@ class Comparison:
             "MaxVio": (lambda stats: stats.max_violation, "number"),
             "Token entropy": (lambda stats: stats.token_entropy, "number"),
             "Std of the logits": (lambda stats: stats.logit_std, "number"),
-            "Dropped": (drop_share, "share"),
+            "Dropped": (lambda stats: stats.drop_rate, "share"),
         }
         for title, (pick, form) in picks.items():
             curves = [

@@ -12,7 +12,7 @@ from equipoise.dashboard import charts, reader
 from equipoise.dashboard.health import lasted, subject
 from equipoise.dashboard.page_run import map_height
 from equipoise.dashboard.palette import DEAD_NOTE
-from equipoise.dashboard.records import Frame, drop_share
+from equipoise.dashboard.records import Frame
 from equipoise.dashboard.runs import RunRef
 from equipoise.dashboard.story import story_of
 from equipoise.dashboard.timeline import incident_address
@@ -203,7 +203,7 @@ def _numbers(data: IncidentData) -> None:
                 _row("load entropy", [_text(s, "load_entropy") for s in columns.values()])
                 _row("token entropy", [_text(s, "token_entropy") for s in columns.values()])
                 _row("std of the logits", [_text(s, "logit_std") for s in columns.values()])
-                _row("dropped", [percent(drop_share(s)) if s else "-" for s in columns.values()])
+                _row("dropped", [percent(s.drop_rate) if s else "-" for s in columns.values()])
 
 
 def _row(name: str, texts: list[str]) -> None:

@@ -106,9 +106,3 @@ class Together:
 def evenness_of(stats: RoutingStats) -> float:
     """Effective experts relative to E, in (0, 1]: 1 is even, 1/E is one expert for all."""
     return stats.effective_experts / max(stats.num_experts, 1)
-
-
-def drop_share(stats: RoutingStats) -> float:
-    """Assignments lost, as a share of all, in [0, 1]; what was moved or spilled is not lost."""
-    lost = sum(count for reason, count in stats.dropped.items() if reason != "tokens")
-    return lost / max(int(stats.counts_E.sum()), 1)

@@ -30,6 +30,7 @@ from equipoise.disk.files import fsync, sha256_of
 
 JSON: TypeAlias = Any  # None, bool, int, float, str, and lists and str-keyed dicts of them; checked when it is saved
 
+CHECKPOINTS = "checkpoints"  # the folder of a run that they are in
 FORMAT = 1
 _MANIFEST = "manifest.json"
 _STATE = "state.json"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from equipoise.disk.atomic import atomic_write
-from equipoise.disk.checkpoint import list_checkpoints, newest_folder
+from equipoise.disk.checkpoint import CHECKPOINTS, list_checkpoints, newest_folder
 from equipoise.disk.files import sha256_of
 from equipoise.faults.injection import Change, Injection, check_seed
 
@@ -59,7 +59,7 @@ def checkpoint_of(run: Path, name: str = "") -> Path:
 
     Raises ValueError for one that is not there, and for a name that leads elsewhere.
     """
-    root = run / "checkpoints"
+    root = run / CHECKPOINTS
     folder = root / name if name else newest_folder(root)
     if folder is None:
         raise ValueError(f"{run}: expected a run with checkpoints, found none in {root}; wait until it has saved one")
@@ -122,7 +122,7 @@ def put_all_back(run: Path) -> list[str]:
 
     Raises ValueError as `put_back`, after it has put back all that it can.
     """
-    root = run / "checkpoints"
+    root = run / CHECKPOINTS
     names = sorted(path.name.removeprefix(_BACKUP) for path in root.glob(f"{_BACKUP}*") if path.is_dir())
     errors = []
     for name in names:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from equipoise.layer import MoE
-from equipoise.layer.choice import Choice
+from equipoise.layer.choice import Choice, routed_layers
 from equipoise.monitor.adapters.padding import Arguments
 from equipoise.monitor.adapters.transformers_moe import INDEX_NAMES, ROUTER_NAMES, WEIGHT_NAMES, experts_layers
 
@@ -71,8 +71,7 @@ def targets(model: nn.Module) -> dict[str, Target]:
     """What routes by name, in the model's order: equipoise's layers, then those of transformers."""
     found = {
         name: Target(name, module.num_experts, module, module.router, _experts_of(module))
-        for name, module in model.named_modules()
-        if isinstance(module, MoE | Choice)
+        for name, module in routed_layers(model).items()
     }
     for name, layer in experts_layers(model).items():
         block = model.get_submodule(name)

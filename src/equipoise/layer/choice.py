@@ -5,24 +5,23 @@ The experts themselves are whoever's it is; this knows only the decision. See `m
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from equipoise.layer.balance import adaptive_of, attach_losses, check_fit, coefs_of, sort_balance
 from equipoise.layer.dispatch import WholePlan
 from equipoise.layer.feed_forward import FeedForward
 from equipoise.layer.mode import InForce, Mode, in_force
-from equipoise.layer.moe import MoE, Tap, check_fit, sort_balance
+from equipoise.layer.moe import MoE
+from equipoise.layer.tap import Tap
 from equipoise.layer.tokens import TokenView
-from equipoise.ops.attach_loss import attach_loss
 from equipoise.routing.adaptive import Adaptive
 from equipoise.routing.balancers import Balancer, BalancerConfig
-from equipoise.routing.coefficients import AdaptiveCoef, AdaptiveCoefConfig
 from equipoise.routing.losses import BalanceLoss, LossInputs
 from equipoise.routing.router import RouterConfig
-from equipoise.routing.schedules import value_at
 from equipoise.routing.top_k import TopKRouter
 from equipoise.types import BatchScope, Routed, RoutingDecision
 
@@ -48,8 +47,7 @@ class Choice(nn.Module):
         self.num_experts, self.k, self.num_choosers = num_experts, router.k, num_choosers
         self.router = router.build(dim, num_experts)
         self.balancer: Balancer | None = balancer.build(num_experts, router.k) if balancer else None
-        adaptive = [loss for loss in self.losses if isinstance(loss.coef, AdaptiveCoefConfig)]
-        self.coefs = nn.ModuleDict({loss.name: loss.coef.build(num_experts, router.k) for loss in adaptive})  # type: ignore[union-attr]
+        self.coefs = coefs_of(self.losses, num_experts, router.k)
         self.tap = Tap()
         self._force = InForce()
         self._adaptive = self.adaptive
@@ -62,7 +60,7 @@ class Choice(nn.Module):
     @property
     def adaptive(self) -> tuple[Adaptive, ...]:
         """All state that adapts once per optimizer step."""
-        return tuple(module for module in self.modules() if isinstance(module, Adaptive))
+        return adaptive_of(self)
 
     def init_weights(self, std: float) -> None:
         """Draw the router; reset what adapts."""
@@ -121,24 +119,14 @@ class Choice(nn.Module):
         if self.training:
             for state in self._adaptive:
                 state.observe(decision, {})
-        values: dict[str, Tensor] = {}
+        losses: Mapping[str, Tensor] = {}
         if self.training and torch.is_grad_enabled() and self.losses:
             scope = scope or BatchScope()
             inputs = LossInputs(decision, view.sequence_ids_T, view.num_sequences, self.k, self.router.weight)
-            values = {loss.name: loss(inputs) for loss in self.losses}
             scale = scope.share * self.mode.boost
-            terms = [scale * self._coef(loss, scope.step) * values[loss.name] for loss in self.losses]
-            y_TD = attach_loss(y_TD, torch.stack(terms).sum())
-        losses = {name: value.detach() for name, value in values.items()}
+            y_TD, losses = attach_losses(y_TD, self.losses, self.coefs, inputs, scope.step, scale)
         self.tap(Routed(decision, WholePlan(counts_e, {}), losses))
         return y_TD
-
-    def _coef(self, loss: BalanceLoss, step: int) -> float | Tensor:
-        if isinstance(loss.coef, AdaptiveCoefConfig):
-            state = self.coefs[loss.name]
-            assert isinstance(state, AdaptiveCoef)
-            return state.value
-        return value_at(loss.coef, step)
 
 
 def check_choice(
@@ -164,3 +152,8 @@ def check_choice(
 
 
 RoutedLayer: TypeAlias = MoE | Choice  # what monitor and repairs know
+
+
+def routed_layers(model: nn.Module) -> dict[str, RoutedLayer]:
+    """All that routes in any model, by name, in its order: MoE layers, and what chooses attention experts."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE | Choice)}

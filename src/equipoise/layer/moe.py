@@ -6,7 +6,6 @@ balancing losses reach the gradient at the layer's output; balancers are updated
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,22 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.layer.admission import Admission, Capped, Dropless
+from equipoise.layer.balance import adaptive_of, attach_losses, check_fit, check_zero_experts, coefs_of, sort_balance
 from equipoise.layer.capacity import Capacity
 from equipoise.layer.dispatch import Dispatched, Dispatcher, LocalDispatcher, UnderWay, whole_plan
 from equipoise.layer.experts import BackendName, Experts, sort_for
 from equipoise.layer.feed_forward import FeedForward
 from equipoise.layer.mode import Bypass, InForce, Mode, in_force
 from equipoise.layer.overflow import Fitted
+from equipoise.layer.tap import Tap
 from equipoise.layer.tokens import TokenView, tokens_of
 from equipoise.layer.zero_experts import ZeroComputation, ZeroExperts
-from equipoise.ops.attach_loss import attach_loss
 from equipoise.ops.ragged import RaggedPlan
 from equipoise.routing.adaptive import Adaptive
 from equipoise.routing.balancers import Balancer, BalancerConfig
-from equipoise.routing.coefficients import AdaptiveCoef, AdaptiveCoefConfig, DropRateCoef
-from equipoise.routing.losses import BalanceLoss, ImportanceLoss, LoadLoss, LossInputs
+from equipoise.routing.losses import BalanceLoss, LossInputs
 from equipoise.routing.router import RouterConfig
-from equipoise.routing.schedules import value_at
 from equipoise.routing.similarity import SimilarityLoss, check_similarity
 from equipoise.routing.top_k import TopK, TopKRouter
 from equipoise.types import BatchScope, DispatchPlan, Routed, RoutingDecision
@@ -41,14 +39,6 @@ class Adapting(Protocol):
 
     @property
     def adaptive(self) -> tuple[Adaptive, ...]: ...  # noqa: D102 - described by the class
-
-
-class Tap(nn.Module):
-    """Does nothing. A forward hook on it sees each `Routed` of its layer; without hooks it costs nothing."""
-
-    def forward(self, routed: Routed) -> Routed:
-        """The same object."""
-        return routed
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,13 +107,7 @@ class MoE(nn.Module):
         if any(isinstance(loss, SimilarityLoss) for loss in self.losses):
             check_similarity(self.router.weight)
         self.balancer: Balancer | None = balancer.build(num_choices, router.k) if balancer else None
-        self.coefs = nn.ModuleDict(
-            {
-                loss.name: loss.coef.build(num_choices, router.k)
-                for loss in self.losses
-                if isinstance(loss.coef, AdaptiveCoefConfig)
-            }
-        )
+        self.coefs = coefs_of(self.losses, num_choices, router.k)
         uneven = zero_experts is not None and zero_experts.weight != 1
         shares = zero_experts.fair_shares(num_experts) if zero_experts is not None and uneven else None
         self.admission: Admission = Capped(capacity, shares) if capacity else Dropless()
@@ -145,7 +129,7 @@ class MoE(nn.Module):
     @property
     def adaptive(self) -> tuple[Adaptive, ...]:
         """All state that adapts once per optimizer step: the balancer's, the router's own, coefficients."""
-        return tuple(module for module in self.modules() if isinstance(module, Adaptive))
+        return adaptive_of(self)
 
     def init_weights(self, std: float, output_std: float) -> None:
         """Draw all weights: std inside, output_std for what writes into the residual stream. Resets what adapts."""
@@ -280,6 +264,8 @@ class MoE(nn.Module):
         self, y_TD: Tensor, decision: RoutingDecision, view: TokenView, scope: BatchScope, boost: float
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """(output with the losses attached, losses for observers)."""
+        if not self.losses:
+            return y_TD, {}
         inputs = LossInputs(
             decision,
             view.sequence_ids_T,
@@ -289,97 +275,12 @@ class MoE(nn.Module):
             scope.counts,
             self.expert_weights,
         )
-        values = {loss.name: loss(inputs) for loss in self.losses}
-        if values:
-            scale = scope.share * boost
-            terms = [scale * self._coef(loss, scope.step) * values[loss.name] for loss in self.losses]
-            y_TD = attach_loss(y_TD, torch.stack(terms).sum())
-        return y_TD, {name: value.detach() for name, value in values.items()}
-
-    def _coef(self, loss: BalanceLoss, step: int) -> float | Tensor:
-        if isinstance(loss.coef, AdaptiveCoefConfig):
-            state = self.coefs[loss.name]
-            assert isinstance(state, AdaptiveCoef)
-            return state.value
-        return value_at(loss.coef, step)
+        return attach_losses(y_TD, self.losses, self.coefs, inputs, scope.step, scope.share * boost)
 
 
-def sort_balance(
-    balance: tuple[BalanceLoss | BalancerConfig, ...],
-) -> tuple[tuple[BalanceLoss, ...], BalancerConfig | None]:
-    """(losses, balancer). Refuses two balancers, and two losses of one name, of which logs would show one."""
-    balancers = [item for item in balance if isinstance(item, BalancerConfig)]
-    losses = tuple(item for item in balance if not isinstance(item, BalancerConfig))
-    if len(balancers) > 1:
-        raise ValueError(f"balance: expected at most one balancer, got {balancers}; their biases would fight")
-    for loss in losses:
-        if isinstance(loss.coef, int | float) and not loss.coef >= 0:
-            raise ValueError(f"{type(loss).__name__}.coef: expected 0 or more, got {loss.coef}; it would unbalance")
-    names = [loss.name for loss in losses]
-    if len(set(names)) < len(names):
-        raise ValueError(f"balance: expected each loss once, got {names}; add up their coefficients")
-    if balancers and any(isinstance(loss, ImportanceLoss | LoadLoss) for loss in losses):
-        warnings.warn(
-            f"balance: {', '.join(names)} with {type(balancers[0]).__name__}: the loss balances weights or logits, the "
-            "balancer the assignments that its bias leads to, and the two pull apart; use SwitchLoss, or one of them",
-            UserWarning,
-            stacklevel=4,
-        )
-    return losses, (balancers[0] if balancers else None)
-
-
-def check_fit(
-    router: RouterConfig,
-    losses: tuple[BalanceLoss, ...],
-    balancer: BalancerConfig | None,
-    capacity: Capacity | None,
-    shared_experts: int,
-) -> None:
-    """Raise ValueError for parts that can't work together."""
-    name, traits = type(router).__name__, router.traits
-    if balancer and not traits.takes_bias:
-        raise ValueError(
-            f"balance: {type(balancer).__name__} moves a selection bias, which {name} does not use: remove the balancer"
-        )
-    if balancer and balancer.needs_free_choice and not traits.free_choice:
-        raise ValueError(
-            f"balance: {type(balancer).__name__} sets the bias that would balance a free choice among all experts, and "
-            f"{name} chooses within groups: use BiasBalance"
-        )
-    if not traits.fixed_k and any(isinstance(loss, LoadLoss) for loss in losses):
-        raise ValueError(f"LoadLoss: needs a fixed number of experts per token, which {name} has not; use SwitchLoss")
-    if traits.needs_loss and traits.needs_loss not in [loss.name for loss in losses]:
-        raise ValueError(
-            f'balance: {name} needs the loss "{traits.needs_loss}", or every expert stays active for every token; add '
-            f"{traits.needs_loss.title()}Loss()"
-        )
-    if not capacity and any(isinstance(loss.coef, DropRateCoef) for loss in losses):
-        raise ValueError(
-            "DropRateCoef: a coefficient that follows the drop rate needs a capacity, or nothing is dropped"
-        )
-    if capacity and capacity.overflow == "next_choice" and not traits.ranks:
-        raise ValueError(
-            f'Capacity.overflow: "next_choice" needs a router in which tokens rank all experts, got {name}; use "drop" '
-            'or "shared", or a router such as TopK'
-        )
-    if capacity and capacity.overflow == "shared" and not shared_experts:
-        raise ValueError('Capacity.overflow: "shared" needs a shared expert to spill to; set shared_experts=1 or more')
-
-
-def check_zero_experts(
-    zero: ZeroExperts, losses: tuple[BalanceLoss, ...], balancer: BalancerConfig | None, capacity: Capacity | None
-) -> None:
-    """Raise ValueError for parts that even loads out where zero-computation experts are to have more than others."""
-    if zero.weight == 1:
-        return
-    even = [type(loss).__name__ for loss in losses if isinstance(loss, ImportanceLoss | LoadLoss)]
-    even += [type(balancer).__name__] if balancer else []
-    even += ["Capacity(overflow='next_choice')"] if capacity and capacity.overflow == "next_choice" else []
-    if even:
-        raise ValueError(
-            f"zero_experts.weight: expected 1 with {', '.join(even)}, which knows one load for all experts, got "
-            f"{zero.weight}. Balance with SwitchLoss, which weighs them, or set weight=1."
-        )
+def moe_layers(model: nn.Module) -> dict[str, MoE]:
+    """The MoE layers of any model, by name, in its order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
 
 
 @torch.no_grad()

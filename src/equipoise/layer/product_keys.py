@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that torch's own documentation uses
 
-from equipoise.layer.moe import Tap
+from equipoise.layer.tap import Tap
 from equipoise.layer.tokens import tokens_of
 from equipoise.ops.activation import activate
 from equipoise.ops.count import count_assignments

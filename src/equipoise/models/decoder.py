@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - the name that torch's own d
 from torch.utils.checkpoint import checkpoint
 
 from equipoise.layer import MoE
-from equipoise.layer.choice import Choice
+from equipoise.layer.choice import Choice, routed_layers
 from equipoise.models.attend import attention_mask, token_positions
 from equipoise.models.block import BatchView, Block, norm_of
 from equipoise.models.cache import KVCache
@@ -27,7 +27,7 @@ from equipoise.models.rope import rotary_tables
 from equipoise.models.shortcut import units
 from equipoise.types import BatchScope
 
-IGNORE_INDEX = -100
+IGNORE = -100  # a target that is none, as in torch's own cross-entropy
 
 
 class Decoder(nn.Module):
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
     @property
     def routed_layers(self) -> dict[str, MoE | Choice]:
         """All that routes, by name: the MoE layers, and what chooses attention experts ("layers.3.self_attn.heads")."""
-        return {name: module for name, module in self.named_modules() if isinstance(module, MoE | Choice)}
+        return routed_layers(self)
 
     def forward(
         self,
@@ -164,11 +164,11 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, *, max_chunk_elements: in
             for chunk in zip(logits_chunks, target_chunks, strict=True)
         )
         total = torch.stack(list(sums)).sum()
-    return total, (targets != IGNORE_INDEX).sum()
+    return total, (targets != IGNORE).sum()
 
 
 def _chunk_cross_entropy(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    return F.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORE_INDEX, reduction="sum")
+    return F.cross_entropy(logits_TV.float(), targets_T, ignore_index=IGNORE, reduction="sum")
 
 
 def _check_inputs(config: DecoderConfig, tokens_BS: Tensor, padding_BK: Tensor | None, cache: KVCache | None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from equipoise.models.cache import ContiguousCache
 from equipoise.models.decoder import Decoder
+from equipoise.models.in_eval import in_eval
 
 
 @torch.inference_mode()
@@ -34,9 +35,7 @@ def generate(  # noqa: PLR0913 - one verb for a person at a prompt: each option 
     Raises ValueError for options out of range, an empty prompt and a sequence longer than max_seq_len.
     """
     _check(model, tokens_BS, max_new_tokens, temperature, top_k, top_p)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval(model):
         rng = None if seed is None else torch.Generator(tokens_BS.device).manual_seed(seed)
         cache = _make_cache(model, tokens_BS, max_new_tokens) if use_cache else None
         finished_B1 = torch.zeros_like(tokens_BS[:, :1], dtype=torch.bool)
@@ -50,8 +49,6 @@ def generate(  # noqa: PLR0913 - one verb for a person at a prompt: each option 
             tokens_BS = torch.cat((tokens_BS, fresh_BS), dim=1)
             if eos_id is not None and bool(finished_B1.all()):
                 break
-    finally:
-        model.train(was_training)
     return tokens_BS
 
 

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from equipoise.disk.atomic import atomic_write
-from equipoise.disk.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
+from equipoise.disk.checkpoint import CHECKPOINTS, CheckpointError, latest_checkpoint, load_checkpoint
 from equipoise.models.config import DecoderConfig
 from equipoise.models.decoder import Decoder
 from equipoise.models.tokenizers import AnyTokenizer, load_tokenizer
 
-CONFIG, HELD_OUT, CHECKPOINTS = "config.json", "held_out.safetensors", "checkpoints"
+CONFIG, HELD_OUT = "config.json", "held_out.safetensors"
 MODEL = "model"  # the group of tensors in a checkpoint
 _TOKENS = "tokens"
 
@@ -65,7 +65,7 @@ def locate(path: str | Path) -> tuple[Path, DecoderConfig, Path]:
     Raises ValueError for a folder that is no run, or has no whole checkpoint.
     """
     path = Path(path)
-    folder = path.parent.parent if path.parent.name == CHECKPOINTS else path
+    folder = folder_of(path)
     config = read_config(folder)
     checkpoint = path if folder != path else latest_checkpoint(folder / CHECKPOINTS)
     if checkpoint is None:
@@ -74,6 +74,11 @@ def locate(path: str | Path) -> tuple[Path, DecoderConfig, Path]:
             "write one, or restore one from a copy"
         )
     return folder, config, checkpoint
+
+
+def folder_of(path: Path) -> Path:
+    """The run folder, of itself or of a checkpoint in it."""
+    return path.parent.parent if path.parent.name == CHECKPOINTS else path
 
 
 def loaded(model: Decoder, folder: Path, checkpoint: Path) -> Loaded:

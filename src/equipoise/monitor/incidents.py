@@ -204,6 +204,11 @@ def other_numbers(detail: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in others)
 
 
+def all_numbers(detail: Mapping[str, float]) -> str:
+    """The effects and the others in a line; "" where there are none."""
+    return ", ".join(filter(None, (effect_text(detail), other_numbers(detail))))
+
+
 def state_text(action: Action) -> str:
     """Its state, and how long the trial took: "kept after 20 steps", "undone at once", "proposed"."""
     steps = action.detail.get("steps")
@@ -220,7 +225,7 @@ def target(action: Action) -> str:
 def told(action: Action) -> str:
     """A repair in a line: what, where, when, how it went, what it did, and why."""
     text = f"{action.kind} on {target(action)} at step {action.step}, {state_text(action)}"
-    numbers = ", ".join(filter(None, (effect_text(action.detail), other_numbers(action.detail))))
+    numbers = all_numbers(action.detail)
     return text + (f", {numbers}" if numbers else "") + (f" ({action.note})" if action.note else "")
 
 

@@ -22,12 +22,6 @@ Levels = tuple[tuple[float, Severity], ...]
 DROP_LEVELS: Levels = ((0.05, "critical"), (0.01, "warning"), (0.001, "info"))
 
 
-def drop_rate(stats: RoutingStats) -> float:
-    """Share of the assignments that were lost, in [0, 1]; what was moved or spilled is not lost."""
-    lost = sum(count for reason, count in stats.dropped.items() if reason != "tokens")
-    return lost / max(stats.num_assignments, 1)
-
-
 @dataclass(frozen=True)
 class DropRule:
     """Assignments are dropped: more than the levels, surely.
@@ -53,7 +47,7 @@ class DropRule:
         return [finding for stats in window if (finding := self._judge(stats, nats)) is not None]
 
     def _judge(self, stats: RoutingStats, nats: float) -> Finding | None:
-        rate, total = drop_rate(stats), max(stats.num_assignments, 1)
+        rate, total = stats.drop_rate, max(stats.num_assignments, 1)
         for limit, severity in self.levels:
             if rate > limit and rate * total >= self.min_dropped and share_nats(rate, limit, total) >= nats:
                 return Finding(

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from equipoise.monitor.store_records import nulls
+
 FILE_NAME = "specialisation.json"
 FORMAT = "equipoise specialisation 1"
 MAX_BYTES = 64 * 2**20  # of a file that is read
@@ -174,7 +176,7 @@ class Roles:
 
     def to_json(self) -> bytes:
         """As it is written; numbers that are not known are null."""
-        return json.dumps(_finite({"format": FORMAT, **asdict(self)}), separators=(",", ":")).encode()
+        return json.dumps(nulls({"format": FORMAT, **asdict(self)}), separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Roles:
@@ -272,14 +274,3 @@ def _number(value: Any) -> float:
 
 def _told(error: Exception) -> str:
     return f"{error!r}" if isinstance(error, KeyError) else str(error)
-
-
-def _finite(value: Any) -> Any:
-    """The value as JSON has it."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value

@@ -1,4 +1,4 @@
-"""Statistics of who chose whom, token by token: saturation, agreement, co-activation, specialisation.
+"""Statistics of who chose whom, token by token: saturation, agreement, co-selection, specialisation.
 
 Definitions are those of OLMoE (arXiv 2409.02060, section 5), pure functions for NumPy, torch and JAX arrays. They look
 at the values to refuse ids that are no experts, so they are for recorded selections and do not trace under `jax.jit`.
@@ -54,7 +54,7 @@ def chance_agreement(num_experts: int, k: int) -> float:
 # ------------------------------------------------------------------------------------------- together, and for whom
 
 
-def co_activation(ids_TK: Array, num_experts: int) -> Array:
+def co_selection(ids_TK: Array, num_experts: int) -> Array:
     """How often expert j is chosen given that i is: N_ij / N_i, float (E, E), in [0, 1], not symmetric.
 
     ids_TK: int (T, K), distinct within a row. The diagonal is 1 for experts that were chosen; rows of others are 0.

@@ -36,6 +36,17 @@ def plain(value: Any) -> Any:
     return value
 
 
+def nulls(value: Any) -> Any:
+    """What JSON can hold of it for other programs: numbers that are not known, or beyond all bounds, are null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: nulls(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [nulls(item) for item in value]
+    return value
+
+
 def to_real(value: float) -> float | None:
     """SQLite keeps no NaN; NULL stands for it."""
     return None if math.isnan(value) else float(value)

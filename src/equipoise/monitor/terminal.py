@@ -20,7 +20,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from equipoise.monitor.incidents import effect_text, other_numbers, repairs, state_text, target
+from equipoise.monitor.incidents import all_numbers, repairs, state_text, target
 from equipoise.monitor.store import RunStore
 from equipoise.types import Action, Alert, RoutingStats
 
@@ -214,13 +214,11 @@ def _load_row(stats: RoutingStats, group: int, cell: int) -> Text:
 
 def _statistics(stats: RoutingStats) -> list[Text]:
     even = stats.effective_experts / stats.num_experts
-    lost = sum(count for reason, count in stats.dropped.items() if reason != "tokens")
-    total = int(stats.counts_E.sum())
     return [
         Text(f"{stats.effective_experts:.1f}/{stats.num_experts}", "red" if even < 0.5 else ""),
         Text(f"{stats.max_violation:.2f}"),
         Text(str(len(stats.dead_experts)), "yellow" if stats.dead_experts else "dim"),
-        Text(f"{lost / total:.1%}" if lost and total else "0", "yellow" if lost else "dim"),
+        Text(f"{stats.drop_rate:.1%}" if stats.drop_rate else "0", "yellow" if stats.drop_rate else "dim"),
         Text(f"{stats.load_entropy:.3f}"),
     ]
 
@@ -250,7 +248,7 @@ def _repair_text(action: Action) -> Text:
     word, _, length = state_text(action).partition(" ")
     what = (f"{action.kind} on {target(action)}", "bold")
     why = f" because of {action.reason}" if action.reason else ""
-    numbers = ", ".join(filter(None, (effect_text(action.detail), other_numbers(action.detail))))
+    numbers = all_numbers(action.detail)
     step = (f"step {action.step}{length and f', {length}'}: ", "dim")
     note = (f" ({action.note})" if action.note else "", "dim")
     return Text.assemble((f"{word} ", STATE_STYLES[action.state]), step, what, why, numbers and f", {numbers}", note)

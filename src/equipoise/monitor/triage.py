@@ -16,14 +16,14 @@ from equipoise.monitor.check import Check, Desk
 from equipoise.monitor.detectors import CollapseDetector, expected_per_expert
 from equipoise.monitor.evidence import Evidence
 from equipoise.monitor.incidents import EXHAUSTED, LOOK_AT_INPUT, Incident, told
-from equipoise.monitor.rules import drop_rate, load_moved
+from equipoise.monitor.rules import LoadDriftRule, LogitRule, load_moved
 from equipoise.monitor.triage_serving import FAULTS, WEIGHTS, changed_in_service, serving_checks
 from equipoise.types import Action, RoutingStats
 
-DETECT = CollapseDetector()
+DETECT, WILD_LOGITS, MOVED_PSI = CollapseDetector(), LogitRule().max_logsumexp, LoadDriftRule().limit
 LOGITS, OTHERS = "Did this router's logits change?", "Did the other layers' loads move at the same time?"
 REPAIRED = "Has anything been done about it?"
-STALE_S, MOVED_PSI, JUMP = 300.0, 0.25, 1.5
+STALE_S, JUMP = 300.0, 1.5
 MAX_TOLD = 6  # repairs, the newest
 
 
@@ -278,7 +278,7 @@ def _dead(evidence: Evidence) -> Check:
 
 def _dropped(evidence: Evidence) -> Check:
     question = "Are assignments dropped?"
-    rates = {layer: drop_rate(h[-1]) for layer, h in evidence.routing.items() if h}
+    rates = {layer: h[-1].drop_rate for layer, h in evidence.routing.items() if h}
     worst = max(rates, key=lambda layer: rates[layer], default=None)
     if worst is None or rates[worst] <= 0.01:
         return Check(question, "ok", f"At most {max(rates.values(), default=0.0):.2%}.")
@@ -296,7 +296,7 @@ def _logits(evidence: Evidence) -> Check:
     question = "Are the router's logits sane?"
     last = [history[-1] for history in evidence.routing.values() if history]
     wild = [s for s in last if not math.isfinite(s.logit_logsumexp) and not math.isnan(s.logit_logsumexp)]
-    wild += [s for s in last if math.isfinite(s.logit_logsumexp) and s.logit_logsumexp > 100]
+    wild += [s for s in last if math.isfinite(s.logit_logsumexp) and s.logit_logsumexp > WILD_LOGITS]
     if wild:
         text = ", ".join(f"{s.layer} {s.logit_logsumexp:.3g}" for s in wild)
         return Check(question, "trouble", f"Log-sum-exp: {text}.", layer=wild[0].layer, remedy="Add ZLoss(1e-3).")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from equipoise.layer import Experts, MoE
+from equipoise.layer import Experts, MoE, moe_layers
 from equipoise.layer.dispatch import Dispatcher
 from equipoise.parallel.dispatchers import AllGatherDispatcher, AllToAllDispatcher, HierarchicalDispatcher, Link
 from equipoise.parallel.exchange import Meter
@@ -66,7 +66,7 @@ def apply_expert_parallel(
     `equipoise.parallel.checkpoint`). placements: by layer name; None spreads consecutive experts evenly.
     Raises ValueError for a model without MoE layers, and for placements of other layers, experts or ranks.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+    layers = moe_layers(model)
     if not layers:
         raise ValueError(f"model: expected at least one MoE layer to spread, found none in {type(model).__name__}")
     for name, layer in layers.items():

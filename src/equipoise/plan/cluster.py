@@ -42,7 +42,3 @@ class Cluster:
     def ranks_per_node(self) -> int:
         """R/N."""
         return self.num_ranks // self.num_nodes
-
-    def node_of(self, rank: int) -> int:
-        """Ranks 0..R/N-1 are on node 0."""
-        return rank // self.ranks_per_node

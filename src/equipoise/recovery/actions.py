@@ -66,6 +66,10 @@ class Patient:
             raise ValueError(f"action: expected an equipoise layer ({known}), got {name!r}")
         return self.layers[name]
 
+    def set_mode(self, name: str, mode: Mode) -> None:
+        """A layer, with its stand-in, into a mode. Raises ValueError, and changes nothing, where it can't take it."""
+        self.layer(name).set_mode(mode, self.dense.get(name))
+
 
 @dataclass(frozen=True, eq=False)
 class Change:
@@ -136,13 +140,13 @@ def apply_quantile_bias(patient: Patient, finding: Finding) -> Change:
         balancer.bias_E.copy_(bias_E)
         if isinstance(balancer, QuantileBalancer):
             balancer.activate()
-    _set(patient, finding.layer, replace(mode, bias=None))
+    patient.set_mode(finding.layer, replace(mode, bias=None))
 
     def undo() -> None:
         with torch.no_grad():
             for name, buffer in balancer.named_buffers():
                 buffer.copy_(before[name])
-        _set(patient, finding.layer, mode)
+        patient.set_mode(finding.layer, mode)
 
     return Change(undo, detail)
 
@@ -150,15 +154,11 @@ def apply_quantile_bias(patient: Patient, finding: Finding) -> Change:
 # ------------------------------------------------------------------------------------------------------------- modes
 
 
-def _set(patient: Patient, name: str, mode: Mode) -> None:
-    patient.layer(name).set_mode(mode, patient.dense.get(name))
-
-
 def _mode(patient: Patient, name: str, mode: Mode) -> Change:
     """Put the mode in force. Raises ValueError, and changes nothing, where the layer can't take it."""
     before = patient.layer(name).mode
-    _set(patient, name, mode)
-    return Change(partial(_set, patient, name, before))
+    patient.set_mode(name, mode)
+    return Change(partial(patient.set_mode, name, before))
 
 
 def apply_next_choice(patient: Patient, finding: Finding) -> Change:

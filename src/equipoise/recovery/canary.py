@@ -12,7 +12,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from equipoise.layer import MoE
+from equipoise.layer import moe_layers
 from equipoise.monitor.baseline import Baseline
 from equipoise.monitor.detectors import CollapseDetector
 from equipoise.monitor.recorder import Recorder
@@ -53,7 +53,7 @@ class Canary:
 
     def __init__(self, model: nn.Module, run: Callable[[], float]) -> None:
         self._model, self.run = model, run
-        self._layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+        self._layers = moe_layers(model)
 
     def measure(self, step: int) -> Health:
         """Run, under a recorder of its own. Other observers see it too, unless they are paused."""

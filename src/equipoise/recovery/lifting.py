@@ -16,13 +16,13 @@ from equipoise.monitor.detectors import MIN_EXPECTED
 from equipoise.recovery.actions import Patient
 from equipoise.recovery.canary import Health
 from equipoise.recovery.gate import Gate
-from equipoise.recovery.limits import Limits
+from equipoise.recovery.patience import Patience
 from equipoise.types import Action, ActionState, Alert, RoutingStats
 
 LIFT = "lift"  # the kind of its records; an operator's have it too
 REASON = "health"
 MOST_WAIT = 64  # times the first
-TOLERANCE = 0.05  # nats per token of held-out text, where the limits have none
+TOLERANCE = 0.05  # nats per token of held-out text, where the patience has none
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Lifting:
 
     def __init__(
         self,
-        limits: Limits,
+        patience: Patience,
         gate: Gate,
         measure: Callable[[int], Health] | None,
         baselines: Callable[[], Mapping[str, Baseline]],
     ) -> None:
-        self._limits, self._gate, self._measure, self._baselines = limits, gate, measure, baselines
+        self._patience, self._gate, self._measure, self._baselines = patience, gate, measure, baselines
         self._healthy: dict[str, int] = {}  # flushes in a row with tokens and without trouble, of layers under repair
         self._waits: dict[str, int] = {}  # flushes that the next attempt waits for, where one has failed
         self._trial: Lifted | None = None
@@ -60,10 +60,10 @@ class Lifting:
     ) -> list[Action]:
         """Judge the trial, or begin one if it is time. What was done. stats: of this flush. may_begin: nothing else is
         on trial."""
-        after = self._limits.lift_after
+        after = self._patience.lift_after
         if after is None and self._trial is None:
             return []
-        num = {each.layer: int(each.counts_E.sum()) for each in stats if each.num_tokens}  # silence is not health
+        num = {each.layer: each.num_assignments for each in stats if each.num_tokens}  # silence is not health
         if self._trial is not None:
             return self._judge(step, patient, firing, num)
         repaired = [name for name, layer in patient.layers.items() if layer.mode != NORMAL]
@@ -82,8 +82,8 @@ class Lifting:
         if patient.layers[name].mode != NORMAL:
             return [self._end("failed", step, "the layer was changed otherwise meanwhile")]
         _set(self._gate, patient, name, mode)
-        wait = self._waits.get(name, self._limits.lift_after or 1)
-        self._waits[name] = min(2 * wait, MOST_WAIT * (self._limits.lift_after or 1))
+        wait = self._waits.get(name, self._patience.lift_after or 1)
+        self._waits[name] = min(2 * wait, MOST_WAIT * (self._patience.lift_after or 1))
         return [self._end("undone", step, f"{why}; the repair is in force again")]
 
     def _begin(self, step: int, patient: Patient, name: str) -> list[Action]:
@@ -100,7 +100,7 @@ class Lifting:
 
     def _worse(self, name: str, before: Health, after: Health) -> str:
         """Why the layer does not do without it, by held-out text; empty where it does."""
-        tolerance = TOLERANCE if self._limits.tolerance is None else self._limits.tolerance
+        tolerance = TOLERANCE if self._patience.tolerance is None else self._patience.tolerance
         if not after.loss <= before.loss + tolerance:
             return f"held-out loss rose from {before.loss:.3f} to {after.loss:.3f} nats"
         found = [each.rule for each in after.findings(self._baselines()) if each.layer == name]
@@ -119,7 +119,7 @@ class Lifting:
             return [self._end("failed", step, "the layer was changed otherwise meanwhile")]
         # twice what an opinion takes: the rules look back as far as that, and what they see must be from after it
         enough = 2 * MIN_EXPECTED * patient.layers[name].num_experts
-        if trial.flushes < self._limits.patience or trial.assignments < enough:
+        if trial.flushes < self._patience.trial_flushes or trial.assignments < enough:
             return []
         self._waits.pop(name, None)
         return [self._end("kept", step, "no alert came back: the repair is lifted")]
@@ -155,5 +155,5 @@ def _trouble(name: str, firing: Sequence[Alert]) -> bool:
 
 def _set(gate: Gate, patient: Patient, name: str, mode: Mode) -> None:
     with gate.changing():
-        patient.layers[name].set_mode(mode, patient.dense.get(name))
+        patient.set_mode(name, mode)
         patient.on_change()

@@ -16,6 +16,7 @@ from equipoise.layer.choice import RoutedLayer
 from equipoise.ops.count import inside_backward
 from equipoise.types import Routed
 
+NUM_TOKENS = 4096  # of each layer
 _MANY = 64  # pieces: beyond that they are joined, as when single tokens are decoded
 
 
@@ -25,7 +26,7 @@ class RecentScores:
     Attached to the layers' taps until `detach`; forwards that are run again for their gradients are left out.
     """
 
-    def __init__(self, layers: Mapping[str, RoutedLayer], num_tokens: int = 4096) -> None:
+    def __init__(self, layers: Mapping[str, RoutedLayer], num_tokens: int = NUM_TOKENS) -> None:
         if num_tokens < 1:
             raise ValueError(f"num_tokens: expected at least 1, got {num_tokens}")
         self._limit, self._paused = num_tokens, False

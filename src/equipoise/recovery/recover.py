@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import nn
 
+from equipoise.disk.checkpoint import CHECKPOINTS
 from equipoise.layer import FeedForward
-from equipoise.layer.choice import RoutedLayer
+from equipoise.layer.choice import routed_layers
 from equipoise.monitor.watch import Watch
 from equipoise.recovery.actions import Patient, Training
 from equipoise.recovery.canary import Canary
@@ -33,8 +34,7 @@ class Keeper:
         changed = self.watch.step(step)
         if not self.watch.is_due(step):
             return []
-        resolved = [alert for alert in changed if alert.state == "resolved"]
-        done = self.recovery.after_flush(step, self.watch.alerts, self.watch.stats(), resolved)
+        done = self.recovery.after_flush(step, self.watch.alerts, self.watch.stats(), changed)
         return [*changed, *done]
 
     def remember(self, step: int, checkpoint: str | None = None) -> Record:
@@ -74,10 +74,7 @@ def recover(
     themselves.
     For layers of other libraries than equipoise, router_rollback and full_rollback are what can be done.
     """
-    layers: Mapping[str, RoutedLayer] = {
-        name: module for name, module in model.named_modules() if isinstance(module, RoutedLayer)
-    }
-    dense: dict[str, FeedForward] = {}
+    layers, dense = routed_layers(model), dict[str, FeedForward]()
     canary = Canary(model, held_out_loss)
     patient = Patient(
         model,
@@ -85,7 +82,7 @@ def recover(
         recent=RecentScores(layers),
         known_good=None if run_folder is None else KnownGood(run_folder),
         dense=dense,
-        reload=None if run_folder is None else reload_weights(model, run_folder / "checkpoints"),
+        reload=None if run_folder is None else reload_weights(model, run_folder / CHECKPOINTS),
         training=training,
     )
     recovery = Recovery(patient, policy=policy, act=act, canary=canary, sinks=sinks, quiet=watch.recorder.paused)

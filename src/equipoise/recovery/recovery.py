@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from equipoise.layer.mode import Mode
+from equipoise.monitor.alerts import alert_key
 from equipoise.monitor.baseline import Baseline
 from equipoise.monitor.incidents import EXHAUSTED, LOOK_AT_INPUT, PAGE, Incident
 from equipoise.recovery.actions import Patient
@@ -21,7 +22,7 @@ from equipoise.recovery.case import Case, Trial, loss_of
 from equipoise.recovery.catalogue import REPAIRS
 from equipoise.recovery.gate import Gate
 from equipoise.recovery.lifting import Lifting
-from equipoise.recovery.limits import Limits
+from equipoise.recovery.patience import Patience
 from equipoise.recovery.policy import Ladder, Policy, Situation
 from equipoise.types import Action, ActionState, Alert, Finding, RoutingStats, Sink
 
@@ -49,20 +50,20 @@ class Recovery:
         policy: Policy | None = None,
         act: bool = False,
         canary: Canary | None = None,
-        limits: Limits = Limits(),  # noqa: B008 - frozen
+        patience: Patience = Patience(),  # noqa: B008 - frozen
         sinks: Sequence[Sink] = (),
         gate: Gate | None = None,
         quiet: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self.patient, self.policy, self.act = patient, policy or Ladder(), act
-        self._canary, self._limits, self._sinks, self._quiet = canary, limits, tuple(sinks), quiet
+        self._canary, self._patience, self._sinks, self._quiet = canary, patience, tuple(sinks), quiet
         self._gate = gate or Gate()
         self._cases: dict[str, Case] = {}
         self._trial: Trial | None = None
         self._rest = 0  # flushes to go until the next repair may begin
         self._said: list[Action] = []
         measure = None if canary is None else self._measure
-        self._lifting = Lifting(limits, self._gate, measure, self._baselines)
+        self._lifting = Lifting(patience, self._gate, measure, self._baselines)
 
     @property
     def on_trial(self) -> Action | None:
@@ -76,13 +77,14 @@ class Recovery:
         step: int,
         firing: Sequence[Alert],
         stats: Sequence[RoutingStats],
-        resolved: Sequence[Alert] = (),
+        changed: Sequence[Alert] = (),
         *,
         act: bool | None = None,
     ) -> list[Action]:
         """Judge the repair on trial, and begin the next one if an alert calls for it. What was done, in order.
 
-        firing: the alerts that are firing after this flush. stats: its records. resolved: alerts that it resolved.
+        firing: the alerts that are firing after this flush. stats: its records. changed: alerts that it fired or
+        resolved, of which the resolved ones close their cases.
         act: for this flush, in place of the recovery's own.
         """
         self._said = []
@@ -91,8 +93,9 @@ class Recovery:
         self._rest = max(0, self._rest - 1)
         if self._trial is not None:
             self._judge(step, by_key, stats)
-        for alert in resolved:
-            self._close(step, alert)
+        for alert in changed:
+            if alert.state == "resolved":
+                self._close(step, alert)
         may_lift = act and self._trial is None and not self._rest
         self._lifted(self._lifting.after_flush(step, self.patient, firing, stats, may_lift))
         for alert in sorted(firing, key=lambda each: (_URGENT[each.finding.severity], each.since_step)):
@@ -112,7 +115,7 @@ class Recovery:
         if self._trial is not None:
             self._end("undone", step, "the model broke while it was on trial")
         self._lifted(self._lifting.put_back(step, self.patient, "the model broke meanwhile"))
-        alert = Alert(f"{finding.layer}:{finding.rule}", "firing", step, step, finding)
+        alert = Alert(alert_key(finding), "firing", step, step, finding)
         self._ripe(step, alert)
         self._emit(alert)
         while self._begin(step, alert, (), act=True):
@@ -131,9 +134,9 @@ class Recovery:
     def _ripe(self, step: int, alert: Alert) -> bool:
         """Whether it is time to act on the alert. Called once per flush in which it fires."""
         case = self._cases.setdefault(alert.key, Case(step, alert.finding))
-        case.reopen(step, alert.finding, self._limits.relapse_steps)
+        case.reopen(step, alert.finding, self._patience.relapse_steps)
         case.waited += 1
-        return alert.finding.severity == "critical" or case.waited >= self._limits.warning_flushes
+        return alert.finding.severity == "critical" or case.waited >= self._patience.warning_flushes
 
     def _begin(self, step: int, alert: Alert, stats: Sequence[RoutingStats], act: bool) -> bool:
         """Begin the next repair for the alert, if there is one. Whether anything was done or said."""
@@ -190,7 +193,7 @@ class Recovery:
             self._cases[key].closed = not worse
         elif REPAIRS[kind].judged_by != "alert" and self._canary is not None and trial.flushes >= CONTAINED_FLUSHES:
             self._judge_effect(step, stats)
-        elif trial.flushes >= self._limits.patience:
+        elif trial.flushes >= self._patience.trial_flushes:
             self._end("undone", step, f"the alert still fires {trial.flushes} flushes later", stats)
 
     def _judge_effect(self, step: int, stats: Sequence[RoutingStats]) -> None:
@@ -224,7 +227,7 @@ class Recovery:
         assert trial is not None
         self._trial = None
         if trial.flushes:  # what was undone at once has had no effect to wait for
-            self._rest = self._limits.cool_down
+            self._rest = self._patience.cool_down
         if state == "undone":
             note += self._undo(trial)
         detail = {"steps": float(step - trial.action.step)} | _effect("after", trial.action.layer, after)
@@ -238,14 +241,14 @@ class Recovery:
 
     def _undo(self, trial: Trial) -> str:
         """Put back what was before; what could not be, as the end of a sentence."""
-        layer = self.patient.layers.get(trial.action.layer)
+        name = trial.action.layer
         with self._gate.changing():
             self.patient.on_change()
             if trial.change is not None:
                 trial.change.undo()
                 return ""
-            if trial.mode_before is not None and layer is not None:
-                layer.set_mode(trial.mode_before, self.patient.dense.get(trial.action.layer))
+            if trial.mode_before is not None and name in self.patient.layers:
+                self.patient.set_mode(name, trial.mode_before)
         return "; the process was restarted meanwhile: what it changed in weights stays"
 
     # ------------------------------------------------------------------------------------------------- judgement
@@ -267,7 +270,7 @@ class Recovery:
         if not after.finite:
             return "outputs on held-out text are no longer finite"
         own = REPAIRS[trial.action.kind].tolerance
-        tolerance = own if self._limits.tolerance is None else self._limits.tolerance
+        tolerance = own if self._patience.tolerance is None else self._patience.tolerance
         if after.loss > before + tolerance:
             return f"held-out loss rose from {before:.3f} to {after.loss:.3f} nats, more than {tolerance:g}"
         return ""
@@ -335,7 +338,7 @@ class Recovery:
         for action in done:
             self._tell(action)
             if action.state == "undone":
-                self._rest = self._limits.cool_down + self._limits.patience
+                self._rest = self._patience.cool_down + self._patience.trial_flushes
 
     def _say(self, action: Action) -> None:
         """Remember it, and tell the sinks and the caller."""
@@ -381,8 +384,8 @@ class Recovery:
                 self._lifting.load_json(state["lifting"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"recovery state: expected what state_dict() returned, got {error!r}") from error
-        for name, layer in self.patient.layers.items():
-            layer.set_mode(modes.get(name, Mode()), self.patient.dense.get(name))
+        for name in self.patient.layers:
+            self.patient.set_mode(name, modes.get(name, Mode()))
         self._cases, self._trial, self._rest = cases, trial, rest
 
 

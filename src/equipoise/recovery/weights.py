@@ -37,7 +37,7 @@ def _modes_of(record: Record, patient: Patient, names: Collection[str]) -> Calla
 
     try:
         for name in names:
-            patient.layers[name].set_mode(Mode.from_json(record.modes.get(name, {})), patient.dense.get(name))
+            patient.set_mode(name, Mode.from_json(record.modes.get(name, {})))
     except ValueError:
         undo()
         raise
@@ -157,12 +157,15 @@ def apply_reseed(patient: Patient, finding: Finding) -> Change:
     return Change(done.undo, {"num_experts": float(len(dead)), "source": float(hot)}, f"experts {dead} from {hot}")
 
 
+def finite_experts(layer: MoE) -> Tensor:
+    """bool (E,), on the host: the experts all of whose weights are numbers, of those that have weights."""
+    tensors = [tensor.detach() for tensor in layer.experts.parameters()]
+    return torch.stack([torch.isfinite(tensor).flatten(1).all(1) for tensor in tensors]).all(0).cpu()
+
+
 def _hot_and_dead(patient: Patient, layer: MoE, finding: Finding) -> tuple[int, list[int]]:
     num_experts = layer.experts.num_experts  # those that have weights
-    finite_E = torch.ones(num_experts, dtype=torch.bool)
-    for tensor in layer.experts.parameters():
-        finite_E &= torch.isfinite(tensor.detach()).flatten(1).all(1).cpu()
-    dead = (~finite_E).nonzero()[:, 0].tolist()
+    dead = (~finite_experts(layer)).nonzero()[:, 0].tolist()
     stats = patient.health.stats.get(finding.layer) if patient.health else None
     if stats is not None:
         dead = sorted({*dead, *(expert for expert in stats.dead_experts if expert < num_experts)})

@@ -13,22 +13,25 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
+from equipoise.disk.checkpoint import CHECKPOINTS
 from equipoise.layer.mode import NORMAL
-from equipoise.models.run_files import CHECKPOINTS, Loaded
+from equipoise.models.run_files import Loaded
 from equipoise.monitor.profiles import Profile
 from equipoise.monitor.watch import Watch
 from equipoise.recovery.actions import Patient
 from equipoise.recovery.breaker import BreakerConfig, Granularity
 from equipoise.recovery.gate import Gate
 from equipoise.recovery.latency import LatencyGuard
-from equipoise.recovery.limits import Limits
+from equipoise.recovery.patience import Patience
 from equipoise.recovery.policy import PolicyName, policy_of
 from equipoise.recovery.recent import RecentScores
 from equipoise.recovery.recovery import Recovery
 from equipoise.recovery.weights import reload_weights
 from equipoise.serve.equipment import Equipment
+from equipoise.serve.posted import fulfil
 from equipoise.types import Action, Alert, Finding, RoutingStats, Sink
 
 T = TypeVar("T")
@@ -113,7 +116,7 @@ class Care:
             policy=policy_of(config.policy),
             act=config.recover,
             canary=equipment.canary,
-            limits=Limits(lift_after=math.ceil(config.lift_after_s / config.flush_s) or None),
+            patience=Patience(lift_after=math.ceil(config.lift_after_s / config.flush_s) or None),
             sinks=self.sinks,
             gate=engine.gate,
             quiet=self.watch.recorder.paused,
@@ -148,18 +151,10 @@ class Care:
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Have this thread do it, between two looks. Raises RuntimeError when it is stopping."""
         future: Future[T] = Future()
-
-        def do() -> None:
-            if future.set_running_or_notify_cancel():
-                try:
-                    future.set_result(function())
-                except BaseException as error:  # it belongs to whoever asked
-                    future.set_exception(error)
-
         with self._condition:
             if self._stopping:
                 raise RuntimeError("the server is stopping: nothing is changed any more")
-            self._inbox.append(do)
+            self._inbox.append(partial(fulfil, future, function))
             self._condition.notify_all()
         return future
 
@@ -188,8 +183,7 @@ class Care:
         """Flush, judge, and repair if an alert calls for it. What was done. In the care thread, or without one."""
         step = self.engine.num_steps()
         changed, moved = self._flush(step)
-        resolved = [alert for alert in changed if alert.state == "resolved"]
-        done = self.recovery.after_flush(step, self.watch.alerts, self.watch.stats(), resolved)
+        done = self.recovery.after_flush(step, self.watch.alerts, self.watch.stats(), changed)
         self.after_look(step)
         self._last_look = time.monotonic()
         return [*moved, *done]
@@ -205,8 +199,7 @@ class Care:
         firing = [each for each in self.watch.alerts if each.key == alert.key] or [
             replace(alert, step=step, since_step=step)
         ]
-        resolved = [each for each in changed if each.state == "resolved"]
-        return self.recovery.after_flush(step, firing, self.watch.stats(), resolved, act=True)
+        return self.recovery.after_flush(step, firing, self.watch.stats(), changed, act=True)
 
     def _flush(self, step: int) -> tuple[list[Alert], list[Action]]:
         """(alerts that changed, transitions of the breaker)."""

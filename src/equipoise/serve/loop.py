@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from equipoise.serve.engine import Backend, OverloadedError
+from equipoise.serve.posted import fulfil
 from equipoise.serve.request import FinishReason, Output, Request, RequestError
 
 T = TypeVar("T")
@@ -216,7 +217,7 @@ class EngineLoop:
                 return False
             inbox, self._inbox = self._inbox, []
         for future, function in inbox:
-            _call(future, function)
+            fulfil(future, function)
         if steps := self.engine.has_work:
             with self._running():
                 if self._stale:
@@ -252,15 +253,6 @@ class EngineLoop:
             if future.set_running_or_notify_cancel():
                 future.set_exception(StoppedError(error))
         self._hand_over([Output(id, finish=reason, error=error) for id in ids])
-
-
-def _call(future: Future[Any], function: Callable[[], Any]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        future.set_result(function())
-    except BaseException as error:  # it belongs to whoever asked
-        future.set_exception(error)
 
 
 def _deliver(loop: asyncio.AbstractEventLoop, pieces: list[tuple[asyncio.Queue[Output], Output]]) -> None:

@@ -57,7 +57,7 @@ class ServingMetrics:
         self._last_step = self._gauge("last_step_timestamp_seconds", "When the engine's last step ended, unix time.")
         self._distinct = self._gauge("distinct_experts", "Experts that the last step's tokens went to.", "layer")
         self._gauge("open_requests", "Requests that have not ended.").set_function(lambda: float(num_open()))
-        self._care = self._gauge("breaker_open", "1 where a breaker is not closed.", "group")
+        self._breaker = self._gauge("breaker_open", "1 where a breaker is not closed.", "group")
         self._p50 = self._gauge("experts_p50_seconds", "Median of a group's expert computation.", "group")
         self._p99 = self._gauge("experts_p99_seconds", "99th percentile of a group's expert computation.", "group")
         self._version = self._gauge("weights_version", "Counts changes of the weights in service.")
@@ -99,7 +99,7 @@ class ServingMetrics:
     def guarded(self, states: Mapping[str, str], times: Mapping[str, tuple[float, float]], version: int) -> None:
         """What the breaker says, p50 and p99 in seconds of what it times, and which weights are in service."""
         for group, state in states.items():
-            self._care.labels(group).set(state != "closed")
+            self._breaker.labels(group).set(state != "closed")
         for group, (half, most) in times.items():
             self._p50.labels(group).set(half)
             self._p99.labels(group).set(most)
@@ -148,6 +148,13 @@ class ServingMetrics:
 
     def _histogram(self, name: str, told: str) -> Any:
         return self._prometheus.Histogram(f"equipoise_serve_{name}", told, registry=self.registry, buckets=_TIMES)
+
+
+async def send_exposition(send: Callable[..., Any], text: bytes, kind: str) -> None:
+    """Answer a request with metrics, by the ASGI function `send`. kind: their content type."""
+    headers = [(b"content-type", kind.encode()), (b"content-length", str(len(text)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": text})
 
 
 def experts_ms(times: Mapping[str, tuple[float, float]]) -> dict[str, float]:

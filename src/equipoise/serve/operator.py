@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from equipoise.disk.checkpoint import CHECKPOINTS
 from equipoise.faults.catalogue import Fault, from_json, sentence
 from equipoise.faults.injection import Injection, ModelFault, inject
 from equipoise.layer.mode import NORMAL
-from equipoise.models.run_files import CHECKPOINTS, Loaded
+from equipoise.models.run_files import Loaded
+from equipoise.monitor.alerts import alert_key
 from equipoise.recovery.canary import Canary
 from equipoise.recovery.catalogue import REPAIRS
 from equipoise.serve.care import Care
@@ -80,14 +82,14 @@ class Operator:
         lifted = [name for name, each in care.layers.items() if each.mode != NORMAL and layer in (None, name)]
         with care.engine.gate.changing():
             for name in lifted:
-                care.layers[name].set_mode(NORMAL)
+                care.recovery.patient.set_mode(name, NORMAL)
             care.engine.forget_cache()
         return [self._tell("lift", name, "kept", "the repair in force was lifted by an operator") for name in lifted]
 
     def repair(self, layer: str, rule: str, message: str) -> list[Action]:
         """Someone else's alert calls for a repair."""
         finding = Finding(rule, layer, None, "critical", 1.0, 0.0, message, "Look at whoever sent it.")
-        return self._care.look_for(Alert(f"{layer}:{rule}", "firing", 0, 0, finding))
+        return self._care.look_for(Alert(alert_key(finding), "firing", 0, 0, finding))
 
     def set_act(self, act: bool) -> bool:
         """Whether repairs are made, or only proposed."""

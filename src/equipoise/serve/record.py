@@ -11,6 +11,7 @@ from pathlib import Path
 
 from equipoise.disk.atomic import atomic_write
 from equipoise.models.config import DecoderConfig
+from equipoise.models.run_files import CONFIG
 from equipoise.monitor.store import RunStore
 from equipoise.types import Action, Alert, RoutingStats
 
@@ -25,7 +26,7 @@ class ServerRecord:
         self._store: RunStore | None = None
         self._steps: list[int] = []
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / "config.json") as file:
+        with atomic_write(folder / CONFIG) as file:
             record = {"name": name, "kind": "server", "model": json.loads(config.to_json())}
             file.write(json.dumps(record, indent=2).encode())
 

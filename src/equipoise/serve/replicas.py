@@ -17,7 +17,7 @@ from typing import Any
 from equipoise.disk.atomic import atomic_write
 from equipoise.serve.api.conversation import Receive, Scope, Send
 from equipoise.serve.api.health import dead
-from equipoise.serve.metrics import client
+from equipoise.serve.metrics import client, send_exposition
 from equipoise.serve.server import Server, ServerConfig
 
 METRICS, STALE_S = "metrics.prom", 30.0
@@ -41,18 +41,17 @@ class Door:
 
 
 class Replica:
-    """A whole server. run: folder or checkpoint. dtype: of torch, "auto" for the checkpoint's own.
+    """A whole server. run: folder or checkpoint. dtype: see `dtype_of`.
 
     config.folder: of all replicas' records; each has a folder in it, named by its id.
     """
 
     def __init__(self, run: Path, dtype: str, config: ServerConfig) -> None:
-        import torch
-
+        from equipoise.models.dtypes import dtype_of
         from equipoise.models.run_files import load
 
         self.all, self.id = config.folder, import_module("ray.serve").get_replica_context().replica_id.unique_id
-        loaded = load(run, dtype=None if dtype == "auto" else getattr(torch, dtype))
+        loaded = load(run, dtype=dtype_of(dtype))
         self.server = Server(loaded, replace(config, folder=self.all / self.id), os.environ)
         self.public = self.server.public_app()
         self.server.start()
@@ -75,10 +74,7 @@ class Replica:
 
     async def send_metrics(self, send: Send) -> None:
         """Of all replicas that are healthy, each with its id as a label."""
-        text, kind = await asyncio.to_thread(lambda: merged(_written(self.all)))
-        headers = [(b"content-type", kind.encode()), (b"content-length", str(len(text)).encode())]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": text})
+        await send_exposition(send, *await asyncio.to_thread(lambda: merged(_written(self.all))))
 
     def __del__(self) -> None:
         """Called by Ray when no request is open any more, or none may be."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from equipoise.layer import MoE
+from equipoise.monitor.by_token import by_token
 from equipoise.types import Decision, Routed
 
 
@@ -85,14 +86,7 @@ def as_bits(experts_LTK: np.ndarray, num_experts: int) -> list[int]:
 def _experts(decision: Decision) -> np.ndarray:
     """int16 (T, K) of one layer."""
     ids_N = decision.expert_ids_N.to("cpu", torch.int16).numpy()
-    tokens_N = decision.token_ids_N.cpu().numpy()
-    order_N = np.argsort(tokens_N, kind="stable")
-    tokens_N, ids_N = tokens_N[order_N], ids_N[order_N]
-    counts_T = np.bincount(tokens_N, minlength=decision.num_tokens)
-    places_N = np.arange(len(tokens_N)) - np.repeat(np.cumsum(counts_T) - counts_T, counts_T)
-    ids_TK = np.full((decision.num_tokens, int(counts_T.max(initial=0))), -1, dtype=np.int16)
-    ids_TK[tokens_N, places_N] = ids_N
-    return ids_TK
+    return by_token(decision.token_ids_N.cpu().numpy(), ids_N, decision.num_tokens)
 
 
 def _widened(experts: np.ndarray, width: int) -> np.ndarray:

@@ -30,20 +30,20 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
 class SmallConfig:
     """What of a model is made small.
 
-    experts: "full", "int8", "int4", "int4-32", "int4-64" or "int4-128"; int4 is int4-64. memory: bytes of experts that
-    are in memory at most, None for all of them; the others stay in a file. policy: who makes room, see `ExpertCache`.
-    prefetch: read ahead what the next layer will probably want. folder: of files that have to be made; None is
-    `experts` in the run folder.
+    precision: of the experts, "full", "int8", "int4", "int4-32", "int4-64" or "int4-128"; int4 is int4-64. memory:
+    bytes of experts that are in memory at most, None for all of them; the others stay in a file. policy: who makes
+    room, see `ExpertCache`. prefetch: read ahead what the next layer will probably want. folder: of files that have to
+    be made; None is `experts` in the run folder.
     """
 
-    experts: str = "full"
+    precision: str = "full"
     memory: int | None = None
     policy: Policy = "lru"
     prefetch: bool = True
     folder: Path | None = None
 
     def __post_init__(self) -> None:
-        format_of(self.experts, torch.float32)
+        format_of(self.precision, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ def load_small(path: str | Path, config: SmallConfig, *, dtype: torch.dtype | No
 
     For example: load_small("runs/demo", SmallConfig("int4-64", memory=bytes_of("2M")))
     """
-    if config.experts == "full" and config.memory is None:
+    if config.precision == "full" and config.memory is None:
         return Small(load(path, dtype=dtype), None)
     folder, model_config, checkpoint = locate(path)
     verify(checkpoint)
@@ -85,7 +85,7 @@ def load_small(path: str | Path, config: SmallConfig, *, dtype: torch.dtype | No
         layer.register_module("experts", nn.Identity())  # no memory for what comes from elsewhere
     others = _others(checkpoint, sizes)
     kept = others["embed_tokens.weight"].dtype
-    format = format_of(config.experts, dtype or kept)
+    format = format_of(config.precision, dtype or kept)
     least = max(each.expert_bytes(format) for each in sizes.values())
     if config.memory is not None:
         check_memory(config.memory, least)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from equipoise.layer import MoE
+from equipoise.layer import MoE, moe_layers
 from equipoise.ops.packed import Full, Int4, Int8, WeightFormat
 from equipoise.small.experts import Resident, StoredExperts, experts_of, packing, sizes_of
 
@@ -23,12 +23,12 @@ def format_of(name: str, dtype: torch.dtype) -> WeightFormat:
         return Int8()
     if name in NAMES:
         return Int4(int(name.partition("-")[2] or _GROUP))
-    raise ValueError(f"experts: expected one of {', '.join(NAMES)}, got {name!r}")
+    raise ValueError(f"expert_precision: expected one of {', '.join(NAMES)}, got {name!r}")
 
 
 def layers_of(model: nn.Module) -> dict[str, MoE]:
     """The MoE layers by name. Raises ValueError for a model without any."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+    found = moe_layers(model)
     if not found:
         raise ValueError(f"experts: {type(model).__name__} has no MoE layer, so there is nothing to make smaller")
     return found

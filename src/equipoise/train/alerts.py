@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from equipoise.monitor.sinks.alertmanager import Alertmanager
 from equipoise.monitor.sinks.background import Background
@@ -24,6 +24,9 @@ from equipoise.monitor.sinks.slack import Slack
 from equipoise.monitor.sinks.tensorboard import TensorBoard
 from equipoise.monitor.sinks.webhook import Webhook
 from equipoise.types import Sink
+
+if TYPE_CHECKING:
+    from equipoise.train.report import Reporter
 
 DEAD_LETTERS = "dead_letters.jsonl"
 SLACK_BURST = 3  # Slack takes about one message per second
@@ -111,14 +114,8 @@ class Alerts:
 NOWHERE = Alerts()
 
 
-class Says(Protocol):
-    """Shows a line to a person."""
-
-    def say(self, text: str) -> None: ...  # noqa: D102 - described by the class
-
-
 @contextmanager
-def delivering(alerts: Alerts, out: Path, reporter: Says) -> Iterator[Sequence[Sink]]:
+def delivering(alerts: Alerts, out: Path, reporter: Reporter) -> Iterator[Sequence[Sink]]:
     """The sinks, each behind its queue. At the end all have `CLOSE_S` seconds; what is not delivered is said.
 
     Raises what `Alerts.sinks` does.

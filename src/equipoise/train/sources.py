@@ -152,9 +152,7 @@ def extra(folder: Path, domain: str) -> list[Text] | None:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         return [Text(row["source"], row["text"]) for row in rows]
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} is damaged ({error!r}). Delete it; python -m equipoise.train.fetch_text makes it anew."
-        ) from error
+        raise DataError(f"{path} is damaged ({error!r}). Delete it; `equipoise fetch-text` makes it anew.") from error
 
 
 def wikitext2(endpoint: str = "https://huggingface.co", timeout_s: float = 5.0) -> list[Text]:

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from equipoise.models.decoder import Decoder
+from equipoise.models.in_eval import in_eval
 from equipoise.monitor.specialisation_counts import mutual_information
 from equipoise.train.data import TokenStream, eval_batches, eval_windows
 from equipoise.train.sources import DataError
@@ -150,17 +151,14 @@ def route_text(
     seen: dict[str, list[np.ndarray]] = {name: [] for name in layers}
     handles = [layer.tap.register_forward_hook(_note(seen[name])) for name, layer in layers.items()]
     first_tokens, num_tokens = [], 0
-    was_training = model.training
-    model.eval()
     try:
-        for batch in eval_batches(stream, batch_size, seq_len, max_batches):
-            with autocast(bf16, device):
+        with in_eval(model), autocast(bf16, device):
+            for batch in eval_batches(stream, batch_size, seq_len, max_batches):
                 model(batch.tokens_BS.to(device))
-            first_tokens.append(num_tokens)
-            num_tokens += batch.tokens_BS.numel()
-            advance(batch.tokens_BS.numel())
+                first_tokens.append(num_tokens)
+                num_tokens += batch.tokens_BS.numel()
+                advance(batch.tokens_BS.numel())
     finally:
-        model.train(was_training)
         for handle in handles:
             handle.remove()
     assignments = {

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from equipoise.disk.checkpoint import JSON, group_file
 from equipoise.disk.rows import read_rows, shapes
 from equipoise.parallel import ExpertParallel
 from equipoise.parallel.checkpoint import Share, own_rows, shares_of
-from equipoise.train.snapshot import unpack_optimizer
+from equipoise.train.snapshot import parameters_of, unpack_optimizer
 
 GROUP = "optimizer"
 
@@ -22,7 +22,7 @@ def optimizer_shares(
     parallel: ExpertParallel, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> dict[str, Share]:
     """This rank's part of each tensor of `pack_optimizer`: moments have the rows of their parameter."""
-    parameters, layer_of = _parameters(optimizer), _layers(parallel)
+    parameters, layer_of = parameters_of(optimizer), _layers(parallel)
     layers = {}
     for name, tensor in tensors.items():
         parameter = parameters[_index(name)]
@@ -35,7 +35,7 @@ def logical_shapes(parallel: ExpertParallel, optimizer: torch.optim.Optimizer) -
     """Of the parameters, as one process would have them."""
     layer_of = _layers(parallel)
     logical = []
-    for parameter in _parameters(optimizer):
+    for parameter in parameters_of(optimizer):
         shape = list(parameter.shape)
         if layer := layer_of.get(id(parameter)):
             shape[0] = parallel.placements[layer].num_experts
@@ -47,7 +47,7 @@ def restore_optimizer(
     path: Path, parallel: ExpertParallel, optimizer: torch.optim.Optimizer, described: Mapping[str, JSON]
 ) -> None:
     """From a verified checkpoint, this rank's part. Raises ValueError when it is of another model."""
-    parameters, layer_of = _parameters(optimizer), _layers(parallel)
+    parameters, layer_of = parameters_of(optimizer), _layers(parallel)
     expected = logical_shapes(parallel, optimizer)
     if described["shapes"] != expected:
         raise ValueError(
@@ -70,10 +70,6 @@ def restore_optimizer(
             tensors[name] = read_rows(file, name, None)
     local_shapes = [list(parameter.shape) for parameter in parameters]
     unpack_optimizer(optimizer, tensors, dict(described) | {"shapes": local_shapes})
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def _layers(parallel: ExpertParallel) -> dict[int, str]:

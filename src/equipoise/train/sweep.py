@@ -20,6 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from equipoise.disk.atomic import atomic_write
+from equipoise.disk.checkpoint import CHECKPOINTS
+from equipoise.models.run_files import CONFIG
 from equipoise.monitor.store import RunStore
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import TokenData
@@ -127,7 +129,7 @@ def run_cell(
     """
     if stop(0):
         return None
-    trainer = Trainer(config, data, out, Silent(), resume=(out / "config.json").exists())
+    trainer = Trainer(config, data, out, Silent(), resume=(out / CONFIG).exists())
     status = "failed"
     try:
         if not trainer.run(stop=lambda: stop(trainer.step_number)):
@@ -141,7 +143,7 @@ def run_cell(
         trainer.close(status)
     with atomic_write(out / RESULT) as file:
         file.write(json.dumps(asdict(result), indent=2).encode())
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
     return result
 
 
@@ -194,7 +196,7 @@ def _open(config: TrainConfig) -> tuple[int, TokenData]:
 
 
 def _refuse_another_configuration(out: Path, wanted: TrainConfig) -> None:
-    if not (out / "config.json").exists():
+    if not (out / CONFIG).exists():
         return
     there = load_config(out)
     wanted = wanted.with_vocab(there.model.vocab_size)  # the tokenizer's, known once the text is open

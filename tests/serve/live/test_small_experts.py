@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from equipoise.commands.serve import ServeOptions, serve
-from equipoise.disk.checkpoint import load_checkpoint
+from equipoise.disk.checkpoint import CHECKPOINTS, load_checkpoint
 from equipoise.faults import NaNExpert, SlowExpert
 from equipoise.faults.catalogue import to_json
-from equipoise.models.run_files import CHECKPOINTS, load
+from equipoise.models.run_files import load
 from equipoise.recovery.weights import reload_weights
 from equipoise.serve.care import CareConfig
 from equipoise.serve.request import Request, Sampling
@@ -155,7 +155,7 @@ def test_stopping_closes_the_file(run, tmp_path):
 
 def test_options_that_do_not_go_together(run):
     with pytest.raises(ValueError, match="ray: replicas serve experts as they were trained"):
-        serve(run, options=ServeOptions(ray=1, experts="int8"))
+        serve(run, options=ServeOptions(ray=1, expert_precision="int8"))
     with pytest.raises(ValueError, match="expected a number of bytes such as 64M"):
         serve(run, options=ServeOptions(expert_memory="lots"))
     with pytest.raises(ValueError, match=r"expected room for at least one expert, [\d,]+ bytes, got 100"):

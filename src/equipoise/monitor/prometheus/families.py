@@ -144,7 +144,7 @@ def layer_families(snapshot: Snapshot, baselines: Mapping[str, Baseline]) -> lis
         _layer_gauge("experts", "Experts of the layer, E.", totals, lambda each: len(each.counts_E)),
         _layer_gauge("window_tokens", "Tokens of the newest flush.", totals, lambda each: each.last.num_tokens),
         _layer_gauge(
-            "window_assignments", "Assignments of the newest flush.", totals, lambda each: int(each.last.counts_E.sum())
+            "window_assignments", "Assignments of the newest flush.", totals, lambda each: each.last.num_assignments
         ),
         *(_layer_gauge(name, f"{text}, newest flush.", spoken, value) for name, text, value in LAYER_GAUGES),
         _gauge("layer_balance_loss", "Balancing loss before its coefficient, newest flush.", "run layer loss", losses),

@@ -6,10 +6,12 @@ loads are exact over the window, from counters; at "layer" they are those of the
 
 from __future__ import annotations
 
+from equipoise.monitor.detectors import CollapseDetector
 from equipoise.monitor.prometheus.timing import Timing, duration
+from equipoise.monitor.stats import DEAD_LOAD
 
 BY = "job, run, layer"
-DEAD_LOAD = 0.1  # as monitor/stats.py has it
+RULE = CollapseDetector()  # whose thresholds these are
 
 Rule = dict[str, object]
 
@@ -104,7 +106,7 @@ def _fair_share(window: str) -> str:
 def _collapse() -> dict[str, str]:
     """The share of tokens above which an expert's is called collapse: `CollapseDetector.token_share_limit`."""
     fair = "run_layer:equipoise_fair_token_share:ratio"
-    halfway, hot = f"({fair} + 0.5 * (1 - {fair}))", f"(1.5 * {fair})"
+    halfway, hot = f"({fair} + {RULE.hot_excess:g} * (1 - {fair}))", f"({RULE.hot_load:g} * {fair})"
     floor = (
         f"{fair} * sqrt(2 * ln(run_layer:equipoise_layer_experts:max) "
         f"/ run_layer:equipoise_judged_assignments:per_expert) * sqrt(clamp_min(1 - {fair}, 0))"

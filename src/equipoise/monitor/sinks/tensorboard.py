@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from equipoise.monitor.incidents import effect_text, other_numbers, state_text
+from equipoise.monitor.incidents import all_numbers, state_text
 from equipoise.monitor.sinks.layer_numbers import layer_numbers
 from equipoise.monitor.sinks.on_trial import OnTrial
 from equipoise.monitor.sinks.plain import name_line, one_line
@@ -59,7 +59,7 @@ class TensorBoard:
     def action(self, action: Action) -> None:
         """Write one change of a repair as text: its state, what it did, and why."""
         action = self._on_trial.take(action)
-        numbers = ", ".join(filter(None, (effect_text(action.detail), other_numbers(action.detail))))
+        numbers = all_numbers(action.detail)
         text = f"**{state_text(action)}**: {escape(action.kind)} because of {escape(action.reason)}"
         text += (f": {escape(numbers)}" if numbers else "") + (f"\n\n{escape(action.note)}" if action.note else "")
         self._writer.add_text(f"actions/{tag(action.kind)}/{tag(action.layer)}", text, action.step)

@@ -68,11 +68,6 @@ def remedies(model: Architecture, setup: Setup, limit: int) -> list[Remedy]:
     return found
 
 
-def fitting(model: Architecture, setup: Setup, limit: int) -> Remedy | None:
-    """The first change, in order of cost, that fits alone, or the first with which all so far do."""
-    return next((each for each in remedies(model, setup, limit) if each.fits or each.enough), None)
-
-
 def _words(setup: Setup) -> dict[str, Any]:
     micro = setup.work.micro_batches if isinstance(setup.work, Training) else 1
     step = setup.work.step_tokens if isinstance(setup.work, Serving) else 0

@@ -139,7 +139,7 @@ def summarise(scenario: Scenario, cells: Sequence[Cell], tally: Tally, end: floa
         tokens_per_step=tally.tokens / max(tally.steps, 1),
         assignments=tally.assignments,
         moved=tally.moved,
-        copies_per_token=tally.copies / max(tally.tokens * model.layers, 1),
+        copies_per_token=tally.copies / max(tally.tokens * model.num_layers, 1),
         link_bytes_R=tuple(tally.sent_R.tolist()),
         link_load_R=tuple((tally.sent_R / (seconds * scenario.machines.link.rate)).tolist()),
         busy_R=tuple((tally.busy_R / seconds).tolist()),

@@ -23,11 +23,11 @@ EXPERT = Cost(4e-6, 400e12)  # weights are read in 4 us, then 400 TFLOP/s
 class ModelShape:
     """The MoE layers of the model, and what becomes of tokens that find their expert full."""
 
-    experts: int = 64
+    num_experts: int = 64
     """E, in each layer."""
     top_k: int = 2
     """K, experts per token."""
-    layers: int = 16
+    num_layers: int = 16
     """MoE layers."""
     dim: int = 2048
     """Of a token."""
@@ -42,9 +42,9 @@ class ModelShape:
     nowhere."""
 
     def __post_init__(self) -> None:
-        _at_least_1(self, "experts", "top_k", "layers", "dim", "hidden_dim", "bytes_per_element")
-        if self.top_k > self.experts:
-            raise ValueError(f"top_k: expected at most the {self.experts} experts, got {self.top_k}")
+        _at_least_1(self, "num_experts", "top_k", "num_layers", "dim", "hidden_dim", "bytes_per_element")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k: expected at most the {self.num_experts} experts, got {self.top_k}")
         if self.capacity is not None and not self.capacity > 0:
             raise ValueError(f"capacity: expected a factor above 0, or None for no limit, got {self.capacity}")
 
@@ -191,7 +191,7 @@ class Scenario:
     design: Design = field(default_factory=Design)
 
     def __post_init__(self) -> None:
-        groups, ranks, experts = self.design.groups, self.machines.ranks, self.model.experts
+        groups, ranks, experts = self.design.groups, self.machines.ranks, self.model.num_experts
         if groups < 1 or ranks % groups or experts % groups:
             raise ValueError(f"groups: expected a divisor of {ranks} ranks and of {experts} experts, got {groups}")
         if self.model.top_k > experts // groups:
@@ -202,9 +202,9 @@ class Scenario:
         placements = self.design.placements
         if placements and groups > 1:
             raise ValueError(f"placements: expected flat routing, got {groups} groups, which hold consecutive experts")
-        if len(placements) not in (0, 1, self.model.layers):
+        if len(placements) not in (0, 1, self.model.num_layers):
             raise ValueError(
-                f"placements: expected one, or one for each of {self.model.layers} layers, got {len(placements)}"
+                f"placements: expected one, or one for each of {self.model.num_layers} layers, got {len(placements)}"
             )
         for each in placements:
             if (each.num_ranks, each.num_experts) != (ranks, experts):
@@ -216,7 +216,7 @@ class Scenario:
     @property
     def experts_per_group(self) -> int:
         """Experts that a group holds."""
-        return self.model.experts // self.design.groups
+        return self.model.num_experts // self.design.groups
 
 
 def _at_least_1(config: Any, *names: str) -> None:

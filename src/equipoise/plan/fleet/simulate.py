@@ -36,12 +36,12 @@ class Trace:
         model, (layers, _, top_k) = scenario.model, self.ids_LTK.shape
         if scenario.design.groups > 1:
             raise ValueError(f"trace: expected flat routing, as was recorded, got {scenario.design.groups} groups")
-        if (layers, top_k) != (model.layers, model.top_k):
+        if (layers, top_k) != (model.num_layers, model.top_k):
             raise ValueError(
-                f"trace: expected {model.layers} layers of top-{model.top_k}, got {layers} layers of top-{top_k}"
+                f"trace: expected {model.num_layers} layers of top-{model.top_k}, got {layers} layers of top-{top_k}"
             )
-        if not self.ids_LTK.size or self.ids_LTK.min() < 0 or self.ids_LTK.max() >= model.experts:
-            raise ValueError(f"trace: expected one or more tokens with experts in 0..{model.experts - 1}")
+        if not self.ids_LTK.size or self.ids_LTK.min() < 0 or self.ids_LTK.max() >= model.num_experts:
+            raise ValueError(f"trace: expected one or more tokens with experts in 0..{model.num_experts - 1}")
         if model.capacity is not None and model.overflow == "next_choice":
             raise ValueError("trace: expected overflow shared or drop: what tokens would choose next was not recorded")
 
@@ -90,7 +90,7 @@ def arrivals(scenario: Scenario, seed: int) -> tuple[Array, Array]:
 def wanted(scenario: Scenario, seed: int) -> Array:
     """float64 (L, E): how popular each expert is at the beginning, shares per layer."""
     model, rng = scenario.model, np.random.default_rng([seed, 1])
-    return popularity(rng, model.layers, model.experts, scenario.traffic.skew)
+    return popularity(rng, model.num_layers, model.num_experts, scenario.traffic.skew)
 
 
 @dataclass(eq=False)
@@ -114,9 +114,9 @@ class _World:
         if design.first == "learned":  # one router for all layers of a query
             self.shares_G = self.popularity_LE[0].reshape(design.groups, -1).sum(axis=1)
         num_cells = design.groups if design.scope == "query" else 1
-        experts, ranks = model.experts // num_cells, scenario.machines.ranks // num_cells
+        experts, ranks = model.num_experts // num_cells, scenario.machines.ranks // num_cells
         tables = [holders(each) for each in design.placements or (Placement.even(experts, ranks),)]
-        self.holders = [np.broadcast_to(np.stack(tables), (model.layers, experts, ranks))] * num_cells
+        self.holders = [np.broadcast_to(np.stack(tables), (model.num_layers, experts, ranks))] * num_cells
 
     def ranks_of(self, number: int) -> slice:
         """The ranks of a cell."""
@@ -154,14 +154,14 @@ class _World:
         """What so many tokens of a cell want, by the cell's own numbers of experts, and how many these are."""
         scenario, model = self.scenario, self.scenario.model
         if self.trace is not None:
-            return self.trace.ids_LTK[:, self.rng.integers(self.trace.ids_LTK.shape[1], size=tokens)], model.experts
+            return self.trace.ids_LTK[:, self.rng.integers(self.trace.ids_LTK.shape[1], size=tokens)], model.num_experts
         drift_s, popularity_LE = scenario.traffic.drift_s, self.popularity_LE
         if drift_s is not None:
             popularity_LE = np.roll(popularity_LE, int(now / drift_s), axis=1)
         size, groups = scenario.experts_per_group, scenario.design.groups
         further = model.capacity is not None and model.overflow == "next_choice"
         num_choices = size if further else model.top_k
-        by_group_LGe = popularity_LE.reshape(model.layers, groups, size)
+        by_group_LGe = popularity_LE.reshape(model.num_layers, groups, size)
         if scenario.design.scope == "query":
             return draw(self.rng, by_group_LGe[:, [number]], tokens, num_choices), size
         if groups == 1:
@@ -169,7 +169,7 @@ class _World:
         group_LT = self._groups(by_group_LGe, tokens)
         own_LTe = np.take_along_axis(by_group_LGe, group_LT[:, :, None], axis=1)
         choices_LTC = draw(self.rng, own_LTe, tokens, num_choices) + group_LT[:, :, None] * size
-        return choices_LTC, model.experts
+        return choices_LTC, model.num_experts
 
     def _groups(self, by_group_LGe: Array, tokens: int) -> Array:
         """int64 (L, T): the group of each token. A hash of the token is the same in all layers."""

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from equipoise.disk.atomic import atomic_write
 from equipoise.models.decoder import Decoder, cross_entropy_sum
-from equipoise.models.run_files import CHECKPOINTS, Loaded, load
+from equipoise.models.in_eval import in_eval
+from equipoise.models.run_files import Loaded, folder_of, load
 from equipoise.models.tokenizers import AnyTokenizer, has_tokenizer, load_tokenizer
 from equipoise.monitor.baseline import Baseline, baselines_of, from_json, to_json
 from equipoise.monitor.domain_shift import Shift, load_distance, shift_of
@@ -31,15 +32,9 @@ from equipoise.types import Routed
 FILE = "base_routing.safetensors"
 
 
-def folder_of(config: FinetuneConfig) -> Path:
-    """The run folder of the base, also where a checkpoint in it is named."""
-    path = Path(config.base)
-    return path.parent.parent if path.parent.name == CHECKPOINTS else path
-
-
 def tokenizer_of(config: FinetuneConfig, out: Path | None) -> AnyTokenizer:
     """The base's, from the run's own folder once that holds a copy."""
-    return load_tokenizer(out if out is not None and has_tokenizer(out) else folder_of(config))
+    return load_tokenizer(out if out is not None and has_tokenizer(out) else folder_of(Path(config.base)))
 
 
 def adopt(model: Decoder, config: FinetuneConfig) -> Loaded:
@@ -146,15 +141,11 @@ def route(model: Decoder, tokens_BS: Tensor, batch_size: int, bf16: bool) -> tup
     tokens_BS: (B, S + 1). In eval; the model's mode is put back.
     """
     device = next(model.parameters()).device
-    was_training, nats = model.training, 0.0
-    model.eval()
-    try:
-        with _choices(model) as seen, autocast(bf16, device):
-            for rows_BS in torch.split(tokens_BS.to(device), batch_size):
-                total, _ = cross_entropy_sum(model(rows_BS[:, :-1]), rows_BS[:, 1:])
-                nats += float(total)
-    finally:
-        model.train(was_training)
+    nats = 0.0
+    with in_eval(model), _choices(model) as seen, autocast(bf16, device):
+        for rows_BS in torch.split(tokens_BS.to(device), batch_size):
+            total, _ = cross_entropy_sum(model(rows_BS[:, :-1]), rows_BS[:, 1:])
+            nats += float(total)
     choices = {layer: np.sort(each.all()) for layer, each in seen.items()}
     return choices, nats / max(tokens_BS[:, 1:].numel(), 1)
 

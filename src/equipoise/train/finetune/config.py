@@ -51,7 +51,7 @@ class FinetuneConfig:
     lr_rest: float = 1.0
     """That of embeddings, norms and dense layers."""
     task_score: Score = "gate"
-    """For task-experts: by average gate weight, or by the share of tokens that choose an expert."""
+    """For task-experts: by average combine weight, or by the share of tokens that choose an expert."""
     task_share: float | None = None
     """For task-experts: take the fewest experts of each layer with this share of the score; 0.1 or 0.2."""
     task_tokens: int = 16_384

@@ -6,13 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from equipoise.models.config import DecoderConfig
-from equipoise.models.run_files import CONFIG, read_config
+from equipoise.models.run_files import CONFIG, folder_of, read_config
 from equipoise.routing.balancers import BalancerConfig
 from equipoise.routing.coefficients import AdaptiveCoefConfig
 from equipoise.routing.losses import BalanceLoss, ZLoss
 from equipoise.routing.schedules import value_at
 from equipoise.train.config import DataConfig, OptimConfig, Overrides, TrainConfig
-from equipoise.train.finetune.base import folder_of
 from equipoise.train.finetune.config import FinetuneConfig
 
 RATE, OF_THE_BASE = 1e-4, 0.1
@@ -33,7 +32,7 @@ def finetune(tune: FinetuneConfig, change: Overrides) -> TrainConfig:
     if change.tokenizer is not None:
         raise ValueError("tokenizer: is the base's, whose ids the model knows; leave it out")
     tune = replace(tune, base=str(Path(tune.base).expanduser().absolute()))
-    folder = folder_of(tune)
+    folder = folder_of(Path(tune.base))
     model, like = tuned_model(read_config(folder), tune), _train_config(folder)
     length = min(128, model.max_seq_len) if like is None else like.data.seq_len
     config = TrainConfig(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from equipoise.disk.checkpoint import load_checkpoint
 from equipoise.models.decoder import Decoder
+from equipoise.models.in_eval import in_eval
 from equipoise.monitor.baseline import Baseline
 from equipoise.monitor.domain_shift import Shift, ShiftRule
 from equipoise.monitor.recorder import Recorder
@@ -179,12 +180,7 @@ def _choose(config: TrainConfig, model: Decoder, stream: TokenStream) -> tuple[T
     rows, length = config.batch_size, config.data.seq_len
     num_batches = -(-config.finetune.task_tokens // (rows * length))
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        with used_experts(model) as uses, autocast(config.bf16, device):
-            for batch in eval_batches(stream, rows, length, num_batches):
-                model(batch.tokens_BS.to(device))
-    finally:
-        model.train(was_training)
+    with in_eval(model), used_experts(model) as uses, autocast(config.bf16, device):
+        for batch in eval_batches(stream, rows, length, num_batches):
+            model(batch.tokens_BS.to(device))
     return choose(uses, config.finetune)

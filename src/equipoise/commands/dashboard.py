@@ -1,4 +1,4 @@
-"""The command `equipoise dashboard`: its arguments, and what it prints. What it serves is in server.py."""
+"""`equipoise dashboard`: runs in the browser. What it serves is in dashboard/server.py."""
 
 from __future__ import annotations
 
@@ -25,12 +25,10 @@ def dashboard(
         port: 0 takes any that is free.
         token_file: A file whose first line is the token that browsers must bring, at least 8 characters.
     """
+    from equipoise.dashboard.access import read_token
     from equipoise.dashboard.server import serve
 
-    token = None
-    if token_file is not None:
-        lines = token_file.read_text(encoding="utf-8").splitlines()
-        token = lines[0].strip() if lines else ""
+    token = None if token_file is None else read_token(token_file)
     with contextlib.suppress(KeyboardInterrupt):  # the usual way to end it
         serve(list(runs), host, port, token, ready=announce)
     return 0
