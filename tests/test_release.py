@@ -133,7 +133,7 @@ def test_the_sdist_installs_too(built, install, tmp_path):
     run(bin / "python", "-W", "ignore", "-c", WORKS[""], cwd=tmp_path)
 
 
-# Uses what a program with types would: the layer, its parts, the watch, a run's folder. `reveal` would be Any without py.typed.
+# What a program with strict types does with the layer and the watch. Without py.typed all of it is Any, and mypy says so.
 CONSUMER = """
 import equipoise as eq
 import torch
