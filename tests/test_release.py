@@ -133,7 +133,7 @@ def test_the_sdist_installs_too(built, install, tmp_path):
     run(bin / "python", "-W", "ignore", "-c", WORKS[""], cwd=tmp_path)
 
 
-# What a program with strict types does with the layer and the watch. Without py.typed all of it is Any, and mypy says so.
+# What a program with strict types does with the layer and the watch. Without py.typed all of it is Any: mypy tells.
 CONSUMER = """
 import equipoise as eq
 import torch
