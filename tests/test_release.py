@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+
+import equipoise
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -46,6 +50,24 @@ LEFT_OUT = {"dev", "all"}  # what the project itself is tested with, and the sum
 
 def test_each_extra_is_tried():
     assert set(WORKS) - {""} | LEFT_OUT == set(PROJECT["optional-dependencies"])
+
+
+def test_all_say_the_same_version_and_day():
+    """Keep a Changelog: newest first, `## [version] - date`, under it kinds of changes; versions as semver has them."""
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    headings = [line for line in changelog.splitlines() if line.startswith("## ") and line != "## [Unreleased]"]
+    released = [re.fullmatch(r"## \[(\d+)\.(\d+)\.(\d+)\] - (\d{4}-\d\d-\d\d)", line) for line in headings]
+    assert all(released), headings
+    versions = [tuple(map(int, each.group(1, 2, 3))) for each in released]
+    assert versions == sorted(set(versions), reverse=True)
+    kinds = {line.removeprefix("### ") for line in changelog.splitlines() if line.startswith("### ")}
+    assert kinds <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    newest = ".".join(map(str, versions[0]))
+    assert newest == PROJECT["version"] == equipoise.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert str(citation["version"]) == newest
+    assert str(citation["date-released"]) == released[0].group(4)
+    assert citation["license"] == PROJECT["license"]
 
 
 # A PYTHONPATH that leads to this checkout would hide what is missing from the wheel.

@@ -150,7 +150,9 @@ def _print_triage(found: Triage) -> None:
     console.print(f"\n{escape(found.conclusion)}")
     for check in found.checks:  # whole, on a line of its own, so that it can be copied
         if check.verdict in ("trouble", "unknown") and check.command:
-            console.print(f"\n{escape(check.remedy or check.question)}", style="italic")
+            console.print()
+            if not check.remedy or check.remedy not in found.conclusion:  # it has just been read there
+                console.print(escape(check.remedy or check.question), style="italic")
             console.print(check.command, style="bold", soft_wrap=True, markup=False, highlight=False)
 
 
