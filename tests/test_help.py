@@ -108,3 +108,13 @@ def test_zsh_completes_commands(tmp_path):
         ["zsh", "-fc", TYPES_IN_ZSH], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
     )
     assert {words.split()[1] for words, _ in benches()} <= set(done.stdout.split())
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="needs fish")
+def test_fish_completes_commands(tmp_path):
+    (tmp_path / "completion.fish").write_text(printed("fish"))
+    typed = "source completion.fish; complete -C 'equipoise bench '"
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", typed], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert {words.split()[1] for words, _ in benches()} <= set(done.stdout.split())
