@@ -124,6 +124,8 @@ def test_coefficients_refuse(build, message):
 
 def test_a_drop_rate_needs_drops():
     """A layer without capacity refuses it when it is made; so does its state, for who uses it without our layer."""
+    with pytest.raises(ValueError, match=r"DropRateCoef: .* needs a capacity, or nothing is dropped"):
+        MoE(D, 8, E, balance=(SwitchLoss(DropRateCoef()),))
     decision = TopK(k=2).build(D, E)(torch.randn(3, D))
     with pytest.raises(ValueError, match=r"DropRateCoef: the layer drops nothing; give it a capacity, or a constant"):
         DropRateCoef().build(E, 2).observe(decision)
