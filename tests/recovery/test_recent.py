@@ -42,3 +42,8 @@ def test_the_last_tokens_are_kept_and_nothing_before_them(per_forward):
         recent.scores("another")
     with pytest.raises(ValueError, match="no traffic has been seen yet"):
         recent.scores("moe")
+
+
+def test_no_tokens_are_none_to_keep():
+    with pytest.raises(ValueError, match=r"num_tokens: expected at least 1, got 0"):
+        RecentScores({"moe": MoE(D, 8, E)}, 0)
