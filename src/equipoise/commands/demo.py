@@ -24,7 +24,7 @@ def demo(
 ) -> int:
     """Train a small MoE on real text, break one router on purpose, see it caught and repaired.
 
-    Takes about five minutes on two cores. The exit code is 0 only if the monitor named the right layer and expert and
+    Takes about four minutes on two cores. The exit code is 0 only if the monitor named the right layer and expert and
     the repair brought the load back.
 
     For example: equipoise demo --quick
