@@ -227,8 +227,10 @@ class TestParts:
         assert short_names(["x.y", "x.y"]) == ["x", "x"]
 
 
+# What a shell starts in its background ignores Ctrl-C, and so does all that it starts: pytest there, and this.
 WATCHER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from rich.console import Console
 from equipoise.monitor.terminal import watch_run
 watch_run(sys.argv[1], follow=True, interval=0.01, console=Console(force_terminal=True, width=100))
@@ -262,14 +264,14 @@ class TestWatch:
         with RunStore(tmp_path) as store:
             store.scalars(101, {"loss": 0.1234})
             store.set_meta(status="finished")
-        rest, errors = watcher.communicate()
+        rest, errors = watcher.communicate(timeout=60)
         assert "0.1234" in rest
         assert rest.endswith("ended cleanly\n")
         assert (watcher.returncode, errors) == (0, "")
 
     def test_ctrl_c_ends_it_cleanly(self, watcher):
         watcher.send_signal(signal.SIGINT)
-        rest, errors = watcher.communicate()
+        rest, errors = watcher.communicate(timeout=60)
         assert "No longer watching; the run itself goes on." in rest
         assert rest.endswith("ended cleanly\n")
         assert (watcher.returncode, errors) == (0, "")
