@@ -227,10 +227,8 @@ class TestParts:
         assert short_names(["x.y", "x.y"]) == ["x", "x"]
 
 
-# What a shell starts in its background ignores Ctrl-C, and so does all that it starts: pytest there, and this.
 WATCHER = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import sys
 from rich.console import Console
 from equipoise.monitor.terminal import watch_run
 watch_run(sys.argv[1], follow=True, interval=0.01, console=Console(force_terminal=True, width=100))
