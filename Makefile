@@ -12,7 +12,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 .PHONY: help setup demo test test-slow test-triton check format bench docs clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP) ## make the environment in .venv (the other targets do this when it is needed)
 
@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	fi
 	@echo "setup: installing torch (the largest part; some minutes on a slow line)"
 	@$(PIP) torch
-	@echo "setup: installing equipoise and its tools"
+	@echo "setup: installing equipoise and its tools (the rest; a few minutes)"
 	@$(PIP) -e '.[dev]'
 	@touch $@
 	@echo "setup: done"

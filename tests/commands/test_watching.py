@@ -92,6 +92,8 @@ def test_triage_says_what_is_wrong_and_exits_with_1(run, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "b has collapsed since step 60." in out
     assert "Did the other layers' loads move" in out
+    assert out.count("Rebalance this router") == 2  # beside its check, and in the conclusion; not a third time
+    assert out.endswith(f"equipoise watch {run}".replace("\n", " "))
 
 
 def test_triage_as_json_with_a_report(run, tmp_path, capsys):

@@ -239,6 +239,7 @@ class TestWords:
     def test_other_numbers(self):
         detail = BEFORE | {"experts": 3.0, "rate": 0.123456, "steps": 10.0}
         assert other_numbers(detail) == "experts 3, rate 0.1235"
+        assert other_numbers({"max_violation_expected": 0.02}) == "MaxVio expected 0.02"  # in the words of the rest
 
     @pytest.mark.parametrize(
         ("state", "steps", "text"),

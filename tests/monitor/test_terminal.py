@@ -262,14 +262,14 @@ class TestWatch:
         with RunStore(tmp_path) as store:
             store.scalars(101, {"loss": 0.1234})
             store.set_meta(status="finished")
-        rest, errors = watcher.communicate()
+        rest, errors = watcher.communicate(timeout=60)
         assert "0.1234" in rest
         assert rest.endswith("ended cleanly\n")
         assert (watcher.returncode, errors) == (0, "")
 
     def test_ctrl_c_ends_it_cleanly(self, watcher):
         watcher.send_signal(signal.SIGINT)
-        rest, errors = watcher.communicate()
+        rest, errors = watcher.communicate(timeout=60)
         assert "No longer watching; the run itself goes on." in rest
         assert rest.endswith("ended cleanly\n")
         assert (watcher.returncode, errors) == (0, "")

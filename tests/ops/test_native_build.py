@@ -127,6 +127,13 @@ def test_a_missing_instruction_set_is_a_reason(source):
     assert failed.reason == "this CPU has no avx9 and no avx10_x"
 
 
+def test_a_compiler_that_takes_too_long_is_a_reason(source, built, monkeypatch):
+    monkeypatch.setattr(native, "SECONDS", 0.001)  # no compiler starts in a thousandth
+    failed = native.build(source, (), source.parent)
+    assert failed.library is None
+    assert "took more than 0.001 s for small.cpp" in failed.reason
+
+
 def test_no_compiler_is_a_reason(source, monkeypatch):
     monkeypatch.setattr(native, "COMPILERS", ("no-such-compiler",))
     failed = native.build(source, (), source.parent)

@@ -8,11 +8,14 @@ from hypothesis import strategies as st
 
 from equipoise.layer import MoE, reduce_and_update
 from equipoise.layer.mode import NORMAL, Mode
+from equipoise.monitor.baseline import baselines_of
 from equipoise.recovery.actions import Patient, Training, balancing_bias
 from equipoise.recovery.canary import Canary
 from equipoise.recovery.catalogue import REPAIRS
 from equipoise.recovery.dense_path import build_dense_paths
+from equipoise.recovery.known_good import KnownGood
 from equipoise.recovery.recent import RecentScores
+from equipoise.recovery.router_state import router_state
 from equipoise.routing import BiasBalance, QuantileBalance, RoundRobin, SwitchLoss, TopK
 from equipoise.types import Finding
 
@@ -117,6 +120,60 @@ def test_layers_of_other_libraries_are_refused_by_name(kind):
     )
     with pytest.raises(ValueError, match=expected):
         REPAIRS[kind].apply(patient, finding)
+
+
+# ------------------------------------------------------------------------------------------------- temperature
+
+
+def remembered(ward, folder):
+    """A registry with the layer as it is now."""
+    registry, health = KnownGood(folder), ward.patient.health
+    tensors, baselines = router_state(ward.model), baselines_of(health.stats.values())
+    registry.put(step=0, tensors=tensors, baselines=baselines, loss=health.loss)
+    return registry
+
+
+def decided(layer):
+    seen = []
+    handle = layer.tap.register_forward_hook(lambda m, a, routed: seen.append(routed.decision))
+    with torch.no_grad():
+        layer(inputs())
+    handle.remove()
+    return seen[0].expert_ids_N, seen[0].weights_N
+
+
+def test_a_temperature_gives_back_the_weights_of_logits_that_grew(tmp_path):
+    """Logits four times as wide, divided by four: a power of two, so the bits are the same."""
+    layer = build(saturation=0.0).eval()
+    known_good, (ids, weights) = remembered(Ward(layer), tmp_path), decided(layer)
+    with torch.no_grad():
+        layer.router.weight *= 4
+    grown = decided(layer)
+    assert torch.equal(grown[0], ids)
+    assert not torch.allclose(grown[1], weights, atol=0.05)
+    change = (ward := Ward(layer, known_good=known_good)).apply("temperature", "logits", None)
+    assert change.detail == {"temperature": pytest.approx(4.0, rel=1e-5)}
+    assert layer.mode.temperature == change.detail["temperature"]
+    again = decided(layer)
+    assert torch.equal(again[0], ids)  # nobody is chosen anew
+    torch.testing.assert_close(again[1], weights)
+    change.undo()
+    assert ward.layer.mode == NORMAL
+    assert torch.equal(decided(layer)[1], grown[1])
+
+
+def test_a_temperature_needs_something_to_compare_with(tmp_path):
+    layer = build(saturation=0.0).eval()
+    healthy = Ward(layer)
+    for lacking in ({}, {"known_good": KnownGood(tmp_path / "empty")}):
+        with pytest.raises(ValueError, match=r"temperature: needs a canary and a known-good record to compare"):
+            Ward(layer, **lacking).apply("temperature", "logits", None)
+    known_good = remembered(healthy, tmp_path)
+    with torch.no_grad():
+        layer.router.weight.zero_()  # logits without any spread
+    with pytest.raises(ValueError, match=r"temperature: the logits of a have no finite spread to compare"):
+        Ward(layer, known_good=known_good).apply("temperature", "logits", None)
+    assert layer.mode == NORMAL
 
 
 # ------------------------------------------------------------------------------------------------- quantile bias

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 
 from equipoise.monitor.incidents import LOOK_AT_INPUT, PAGE, Incident
 from equipoise.recovery.catalogue import REPAIRS
+from equipoise.recovery.limits import Limits
 from equipoise.recovery.policy import (
     SERVING_RUNGS,
     TRAINING_RUNGS,
     Ladder,
+    OneRung,
     RoundRobinThenReload,
     Situation,
     policy_of,
@@ -97,6 +99,25 @@ def test_every_climb_ends_with_one_page_and_no_rung_twice(rule, training, budget
     assert not set(answers) & set(kept)
     assert len(answers) <= budget + 1
     assert answers[-1:] == ([PAGE] if answers else [])
+
+
+@pytest.mark.parametrize("policy", [RoundRobinThenReload(), OneRung("boost")])
+def test_other_rules_are_not_for_them(policy):
+    elsewhere = replace(SITUATION, incident=replace(INCIDENT, finding=replace(FINDING, rule="latency")))
+    assert policy(elsewhere) is None
+    assert policy(SITUATION) is not None
+
+
+def test_one_rung_is_tried_once_and_then_a_human_is_asked():
+    assert climbed(OneRung("boost"), SITUATION) == ["boost", PAGE]
+    assert not OneRung("boost").interim
+
+
+@pytest.mark.parametrize("wrong", [{"patience": 0}, {"warning_flushes": 0}, {"relapse_steps": -1}, {"cool_down": -1}])
+def test_limits_refuse(wrong):
+    [(name, value)] = wrong.items()
+    with pytest.raises(ValueError, match=rf"Limits: expected patience, warning_flushes >= 1 .*{name}={value}"):
+        Limits(**wrong)
 
 
 def test_names():

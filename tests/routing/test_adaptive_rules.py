@@ -107,6 +107,30 @@ class TestDropRateCoef:
         torch.testing.assert_close(grads[2], 2 * grads[1])
 
 
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: DropRateCoef(slope=0.0), r"DropRateCoef\.slope: expected more than 0, got 0\.0"),
+        (lambda: DropRateCoef(maximum=float("nan")), r"DropRateCoef\.maximum: expected more than 0, got nan"),
+        (lambda: DropRateCoef(beta=1.0), r"DropRateCoef\.beta: expected a value in \[0, 1\), got 1\.0"),
+        (lambda: SparsityCoef(initial=0.0), r"SparsityCoef\.initial: expected more than 0, got 0\.0"),
+        (lambda: SparsityCoef(factor=1.0), r"SparsityCoef\.factor: expected more than 1, got 1\.0"),
+    ],
+)
+def test_coefficients_refuse(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_a_drop_rate_needs_drops():
+    """A layer without capacity refuses it when it is made; so does its state, for who uses it without our layer."""
+    with pytest.raises(ValueError, match=r"DropRateCoef: .* needs a capacity, or nothing is dropped"):
+        MoE(D, 8, E, balance=(SwitchLoss(DropRateCoef()),))
+    decision = TopK(k=2).build(D, E)(torch.randn(3, D))
+    with pytest.raises(ValueError, match=r"DropRateCoef: the layer drops nothing; give it a capacity, or a constant"):
+        DropRateCoef().build(E, 2).observe(decision)
+
+
 class TestSparsityCoef:
     def test_by_hand(self):
         state = SparsityCoef(initial=1e-3, factor=1.5).build(E, 2)

@@ -306,6 +306,7 @@ class TestCompiled:
             r"Hash\.weights: \"learned\" with k=1 is the constant 1.*no gradient.*\"equal\"",
         ),
         (lambda: Hash(vocab_size=0), r"Hash\.vocab_size: expected at least 1, got 0"),
+        (lambda: Hash(scale=0.0), r"Hash\.scale: expected more than 0, got 0\.0"),
         (lambda: Hash(table="greedy"), r"Hash\.table: expected random or balanced, got 'greedy'"),
         (lambda: Hash(weights="free"), r"Hash\.weights: expected equal or learned, got 'free'"),
         (lambda: TwoTier(num_groups=0), r"TwoTier: expected num_groups and vocab_size of at least 1, got 0, 65536"),

@@ -1,5 +1,7 @@
 """The token-choice router: selection, weights, what it refuses."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -217,6 +219,13 @@ class TestSwitch:
         ({"temperature": 0.0}, r"TopK\.temperature: expected more than 0, got 0\.0"),
         ({"eval_temperature": -1.0}, r"TopK\.eval_temperature: expected more than 0, got -1\.0"),
         ({"jitter": 1.0}, r"TopK\.jitter: expected a value in \[0, 1\), got 1\.0"),
+        ({"scale": 0.0}, r"TopK\.scale: expected more than 0, got 0\.0"),
+        ({"init_std": -0.1}, r"TopK\.init_std: expected more than 0, got -0\.1"),
+        (
+            {"order": "post", "renormalize": "detached"},
+            r"or \"detached\" with order=\"pre\", got 'detached' with order='post'",
+        ),
+        ({"renormalize": "half"}, r"TopK\.renormalize: expected None, True, False, .*got 'half'"),
     ],
     ids=repr,
 )
@@ -239,6 +248,24 @@ def test_refuses(kwargs, message):
 def test_refuses_for_this_number_of_experts(config, message):
     with pytest.raises(ValueError, match=message):
         config.build(8, 8)
+
+
+def test_a_learned_bias_is_on_the_logits_and_is_trained():
+    """Unlike a balancer's bias, it moves the weights too. Three experts, k=2, no input: softmax of the bias alone."""
+    router = TopK(k=2, linear_bias=True).build(4, 3)
+    router.init_weights(0.02)
+    assert not router.linear_bias.any()
+    with torch.no_grad():
+        router.linear_bias.copy_(torch.tensor([1.0, 3.0, 2.0]))
+    decision = router(torch.zeros(1, 4))
+    assert decision.logits_TE.tolist() == [[1.0, 3.0, 2.0]]
+    assert decision.expert_ids_N.tolist() == [1, 2]
+    # renormalised over the two: e^3 / (e^3 + e^2) = 1 / (1 + e^-1)
+    assert decision.weights_N[0].item() == pytest.approx(1 / (1 + math.exp(-1)))
+    decision.weights_N[0].backward()
+    # d sigmoid(b1 - b2): p (1 - p) for expert 1, the opposite for expert 2, none for who was not chosen
+    slope = math.exp(-1) / (1 + math.exp(-1)) ** 2
+    assert router.linear_bias.grad.tolist() == pytest.approx([0.0, slope, -slope])
 
 
 def test_warns_of_another_temperature_at_inference():

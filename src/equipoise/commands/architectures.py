@@ -33,6 +33,8 @@ def architectures(
 
     Ctrl-C loses nothing: trainings that are done are kept in --out, and the same command goes on.
 
+    For example: equipoise bench architectures --only "equal FLOPs" --out runs/architectures
+
     Args:
         only: Architectures, by parts of their names; the baseline, MoE top-2, is always there. Default: all.
         seeds: Trainings of each.

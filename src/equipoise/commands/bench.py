@@ -66,6 +66,8 @@ def layer(
     How to read it: "time / dense" of 1.10 takes a tenth longer than the dense block; "time / equipoise" of 1.50 is half
     again as slow as what backend="auto" picks.
 
+    For example: equipoise bench layer --shape fine --json layer.json
+
     Args:
         shape: coarse, fine, olmoe, qwen3, mixtral or decode, or D,F,E,K as in 512,256,64,8; several in turn.
         tokens: In the batch, T; several in turn.
@@ -116,6 +118,8 @@ def decode(
     How to read it: "of the memory's" is bytes of the experts that were touched, over the time, as a share of the read
     bandwidth: 1.00 can't be beaten, unless the weights fit the cache. "speed / ..." of 2 is twice as fast.
     llama.cpp is compared by `python -m benchmarks.serving`, as a server.
+
+    For example: equipoise bench decode --picture decode.png
 
     Args:
         shape: coarse, fine, olmoe or decode, or D,F,E,K. Several are measured in turn.
@@ -168,6 +172,8 @@ def train(
     How to read it: "speed / transformers" of 2 is twice as many tokens per second as the fastest row of transformers
     with a balancing loss.
 
+    For example: equipoise bench train --markdown train.md
+
     Args:
         dtype: fp32, as the recipe has it; bf16 is autocast.
         steps: In a chunk.
@@ -193,6 +199,8 @@ def monitor(*, every: int = 10, rounds: int = 4, only: Only = (), quick: bool = 
     About three minutes.
 
     How to read it: a share of 0.5 % means that 200 watched steps take as long as 201 unwatched ones.
+
+    For example: equipoise bench monitor --every 10
 
     Args:
         every: Steps per window, with one flush and one judgement each.
@@ -224,6 +232,8 @@ def routing(
     How to read it: "share of the layer" of 5 % means that the products take the rest; columns with a slash are ratios
     within a round, and above 1 is slower.
 
+    For example: equipoise bench routing --only routers
+
     Args:
         dtype: Of weights and tokens.
         rounds: More give narrower intervals.
@@ -249,6 +259,8 @@ def scaling(
     process, and what it loads). About three minutes. --picture draws the curves.
 
     How to read it: "grows as T^1.02 [0.98, 1.06]" is the fitted exponent with its 95 % interval; 1 is linear, 0 flat.
+
+    For example: equipoise bench scaling --only tokens experts --picture scaling.png
 
     Args:
         dtype: Of weights and tokens.
@@ -301,5 +313,8 @@ def bench(
         tyro.conf.arg(name=""),
     ],
 ) -> int:
-    """Measurements on this machine, side by side with what others use, and experiments of many runs."""
+    """Measurements on this machine, side by side with what others use, and experiments of many runs.
+
+    For example: equipoise bench layer --quick
+    """
     return run  # what the subcommand returned

@@ -40,6 +40,8 @@ def claims(
     nothing: the same command goes on. Started twice with the same --out, OMP_NUM_THREADS=1 each, two processes share
     the work: --list says how long it takes.
 
+    For example: equipoise bench claims --list
+
     Args:
         names: Claims by name, or how names begin; all without.
         list_: List claims with their sources and costs, and run nothing.

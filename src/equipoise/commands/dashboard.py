@@ -19,6 +19,8 @@ def dashboard(
 ) -> int:
     """Show runs in the browser: load of every expert, alerts, repairs, comparisons, while they train and after.
 
+    For example: equipoise dashboard runs
+
     Args:
         runs: Run folders, or folders of run folders. New runs in them appear by themselves.
         host: Address to listen on. One that other machines can reach needs a token.

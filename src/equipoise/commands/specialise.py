@@ -33,6 +33,8 @@ def specialise(
     Puts held-out text through every kept checkpoint, counts who goes where, beside what chance explains, and writes
     specialisation.json into the run folder, which the dashboard shows, and pictures. Ctrl-C leaves nothing half done.
 
+    For example: equipoise specialise runs/demo --data my.jsonl
+
     Args:
         run: The run folder, or a checkpoint in it.
         tokens: About so many tokens of text, spread evenly over it.

@@ -34,6 +34,8 @@ def sweep(
     Ctrl-C loses nothing: the same command goes on where it stopped. More coefficients, rates or seeds can be added
     later to the same --out, and only what is missing is run. The default is 36 runs of seconds each.
 
+    For example: equipoise bench sweep --coefs 0 0.01 0.1 --seeds 0 1 --out runs/sweep
+
     Args:
         grid: What to go through.
         recipe: The run of each cell; `equipoise train --help` has all.

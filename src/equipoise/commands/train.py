@@ -61,6 +61,8 @@ def train(
     on from the model of another run folder, on text of your own:
     `equipoise train finetune --from runs/demo --data my.jsonl --freeze-router 100`.
 
+    For example: equipoise train tiny --recover --out runs/tiny
+
     Args:
         recipe: One of these. Not needed with --resume.
         change: What to change in the recipe.

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 def watch(run: Annotated[Path, tyro.conf.Positional], /, *, once: bool = False, json_: Json = False) -> int:
     """Show a running or finished run: loss, load of every expert, alerts, repairs.
 
+    For example: equipoise watch runs/demo --once
+
     Args:
         run: The run folder.
         once: Print once and return, also while the run goes on.
@@ -39,6 +41,8 @@ def triage(run: Annotated[str, tyro.conf.Positional], /, *, report: Path | None 
     Walks a decision tree with the run's own numbers, running or finished, or with those of a running server, which is
     asked for them: equipoise triage http://127.0.0.1:8000. The exit code is 0 when nothing is wrong now, 1 when
     something is, 2 when there was no answer.
+
+    For example: equipoise triage runs/demo --report post-mortem
 
     Args:
         run: The run folder, or the address of a server; EQUIPOISE_API_KEY has its key, if it asks for one.
@@ -88,6 +92,8 @@ def diagnose(
 
     Reads vLLM's and SGLang's routed_experts (.npy, .json, .jsonl), SGLang's expert distribution (.pt), and plain .npz
     and .parquet. The exit code is 0 when nothing is wrong, 1 when something is.
+
+    For example: equipoise diagnose routed_experts.npy --num-experts 64
 
     Args:
         path: The file.
@@ -143,7 +149,9 @@ def _print_triage(found: Triage) -> None:
     console.print(f"\n{escape(found.conclusion)}")
     for check in found.checks:  # whole, on a line of its own, so that it can be copied
         if check.verdict in ("trouble", "unknown") and check.command:
-            console.print(f"\n{escape(check.remedy or check.question)}", style="italic")
+            console.print()
+            if not check.remedy or check.remedy not in found.conclusion:  # it has just been read there
+                console.print(escape(check.remedy or check.question), style="italic")
             console.print(check.command, style="bold", soft_wrap=True, markup=False, highlight=False)
 
 

@@ -198,10 +198,13 @@ def effect_text(detail: Mapping[str, float]) -> str:
     return ", ".join(f"{each.name} {_change(each)}" for each in effects(detail))
 
 
+_WORDS = {"max_violation_expected": "MaxVio expected"}  # names of numbers, where people have another
+
+
 def other_numbers(detail: Mapping[str, float]) -> str:
     """The numbers that are no effect, in a line: "experts 3, rate 0.5"."""
     others = ((name, value) for name, value in detail.items() if name not in _MEASURED and name != "steps")
-    return ", ".join(f"{name} {value:.4g}" for name, value in others)
+    return ", ".join(f"{_WORDS.get(name, name)} {value:.4g}" for name, value in others)
 
 
 def all_numbers(detail: Mapping[str, float]) -> str:
