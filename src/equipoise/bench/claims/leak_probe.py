@@ -30,7 +30,7 @@ def together(model: Decoder, tokens_BS: Tensor) -> Tensor:
 
 def alone(model: Decoder, tokens_BS: Tensor) -> Tensor:
     """One whole sequence at a time."""
-    return torch.cat([model(row_1S) for row_1S in tokens_BS.split(1)])
+    return torch.cat([model(row_1S) for row_1S in tokens_BS[:, None]])
 
 
 def lock_step(model: Decoder, tokens_BS: Tensor) -> Tensor:
@@ -40,12 +40,12 @@ def lock_step(model: Decoder, tokens_BS: Tensor) -> Tensor:
 
 def prefix(model: Decoder, tokens_BS: Tensor) -> Tensor:
     """The beginning of one sequence, computed anew for each next token: nothing else is there."""
-    return torch.cat([lock_step(model, row_1S) for row_1S in tokens_BS.split(1)])
+    return torch.cat([lock_step(model, row_1S) for row_1S in tokens_BS[:, None]])
 
 
 def cached(model: Decoder, tokens_BS: Tensor) -> Tensor:
     """One sequence token by token, the others' keys and values from a cache."""
-    return torch.cat([_decoded(model, row_1S) for row_1S in tokens_BS.split(1)])
+    return torch.cat([_decoded(model, row_1S) for row_1S in tokens_BS[:, None]])
 
 
 WAYS: Mapping[str, Callable[[Decoder, Tensor], Tensor]] = {
@@ -86,7 +86,7 @@ def future(model: Decoder, tokens_BS: Tensor, generator: torch.Generator) -> Num
     other_BS = tokens_BS.clone()
     order = torch.randperm(tokens_BS.numel(), generator=generator)
     other_BS[:, half:] = tokens_BS.flatten()[order].view_as(tokens_BS)[:, half:]
-    before_BSV, after_BSV = (model(each)[:, :half].float().log_softmax(-1) for each in (tokens_BS, other_BS))
+    before_BSV, after_BSV = (model(each)[:, :half].double().log_softmax(-1) for each in (tokens_BS, other_BS))
     changed_BS = (before_BSV - after_BSV).abs().amax(-1) > NOTICED
     divergence = fn.kl_div(after_BSV, before_BSV, log_target=True, reduction="sum") / changed_BS.numel()
     return {"changed_share": float(changed_BS.float().mean()), "divergence": float(divergence)}
@@ -98,4 +98,4 @@ def _loss(logits_BSV: Tensor, targets_BS: Tensor) -> float:
 
 def _decoded(model: Decoder, row_1S: Tensor) -> Tensor:
     cache = ContiguousCache(model.config, 1, row_1S.shape[1])
-    return torch.cat([model(token_11, cache=cache) for token_11 in row_1S.split(1, dim=1)], dim=1)
+    return torch.cat([model(row_1S[:, t : t + 1], cache=cache) for t in range(row_1S.shape[1])], dim=1)

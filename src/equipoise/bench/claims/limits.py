@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ LIMITED, LIMITED_SHARED = (
 )
 
 
-def limited(name: str, **moe: object) -> Arm:
+def limited(name: str, **moe: Any) -> Arm:
     """A run of three seeds."""
     return replace(arm(name, **moe), num_seeds=NUM_SEEDS)
 

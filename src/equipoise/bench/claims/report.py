@@ -64,9 +64,9 @@ def write_report(found: Sequence[Found], runs: Runs, page: Page, curves: Sequenc
             written.append(path)
             parts.append(_picture(f"Intervals of {theme}, with what is claimed and the controls", path, page))
         for curve in [curve for curve in curves if curve.theme == theme]:
-            shown, path = _curve(curve, runs, page)
-            parts += shown
-            written += [path] if path else []
+            text, picture = _curve(curve, runs, page)
+            parts += text
+            written += [picture] if picture else []
         parts += [_details(each) for each in of_theme]
     with atomic_write(page.path) as file:
         file.write(("\n\n".join(part.strip() for part in parts if part) + "\n").encode())
