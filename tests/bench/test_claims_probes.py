@@ -129,6 +129,7 @@ def test_the_cost_is_beyond_the_whole_models():
 
 def test_remedies_heal_what_was_broken_and_the_trained_model_stays(trained, monkeypatch):
     monkeypatch.setattr(healing_probe, "STEPS", 8)
+    monkeypatch.setattr(healing_probe, "EVEN", 0.7)  # of 1, the most that there is with two of four experts
     kept = ("nothing", "switch_0.01", "quantile", "fresh_router")
     monkeypatch.setattr(healing_probe, "REMEDIES", {name: healing_probe.REMEDIES[name] for name in kept})
     trainer = trained()
@@ -137,10 +138,10 @@ def test_remedies_heal_what_was_broken_and_the_trained_model_stays(trained, monk
     assert same_bits(bits(trainer), before)
     assert all(layer.mode == NORMAL for layer in trainer.model.moe_layers.values())
     for fault in ("spike", "runaway"):
-        assert found[f"{fault}.nothing.first_violation"] > 0.5  # of 1, with one of four experts for all tokens
+        assert found[f"{fault}.nothing.first_violation"] > 0.7
         assert found[f"{fault}.nothing.steps"] == 8
         assert found[f"{fault}.quantile.steps"] < 4
-        assert found[f"{fault}.quantile.last_violation"] < 0.5
+        assert found[f"{fault}.quantile.last_violation"] < 0.7
     assert found["stretch.nothing.first_violation"] > found["whole.max_violation"]
     assert found["runaway.nothing.first_violation"] == pytest.approx(1.0)
     assert found["runaway.fresh_router.first_violation"] < 0.9  # what ran away is gone with it
