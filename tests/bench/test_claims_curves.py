@@ -58,6 +58,12 @@ def test_a_table_has_means_over_the_seeds_that_there_are():
     ]
 
 
+def test_beside_another_run_the_seeds_do_not_count():
+    """3.0 + s - (2.0 + s) is 1 for every seed s."""
+    curve = replace(CURVE, panels=(Panel("loss", "beyond", beside=BALANCED),), lines=CURVE.lines[:1])
+    assert curve_table(measure_curve(curve, Planted())).splitlines()[2] == "| beyond | Switch loss | 1 | 0 |"
+
+
 def test_a_picture_is_drawn(tmp_path):
     draw_curve(measure_curve(CURVE, Planted()), tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 5000
@@ -98,6 +104,7 @@ def test_every_run_of_a_curve_is_a_run_of_a_claim_and_every_name_its_own():
     arms = {arm for claim in CLAIMS for arm in claim.arms}
     for curve in CURVES:
         drawn = {arm.run for line in curve.lines for arm in line.arms if arm is not None}
+        drawn |= {panel.beside.run for panel in curve.panels if panel.beside is not None}
         assert drawn <= arms, curve.name
     assert len({curve.name for curve in CURVES} | {claim.theme for claim in CLAIMS}) == len(CURVES) + len(
         {claim.theme for claim in CLAIMS}

@@ -109,11 +109,12 @@ CURVES = (
         places=(-5.0, -4.0, -3.0, -2.0, -1.0, 0.0),
         ticks=tuple(SWEEP),
         panels=(
-            Panel("loss", "validation loss [nats]"),
+            Panel("loss", "validation loss beyond that at 0.01 [nats]", beside=BALANCED),
             Panel("max_violation", "MaxVio, last 50 steps"),
             Panel("specialisation", "domain and expert, mutual information [nats]"),
             Panel("cosine", "cosine of balancing and task gradient"),
         ),
         lines=(Line("Switch loss", tuple(SWEEP.values())),),
+        note="at 0 there is no balancing gradient, and its cosine is called 0",
     ),
 )

@@ -31,10 +31,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """metric: a number of the runs."""
+    """metric: a number of the runs. beside: less that of this run with the same seed, so that seeds do not count."""
 
     metric: str
     title: str
+    beside: Arm | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,16 +80,20 @@ def measure_curve(curve: Curve, bench: Bench) -> Drawn:
     for p, panel in enumerate(curve.panels):
         for n, line in enumerate(curve.lines):
             if line.arms:
-                points[p, n] = tuple(_interval(arm, panel.metric, bench) for arm in line.arms)
+                points[p, n] = tuple(_interval(arm, panel, bench) for arm in line.arms)
             elif p == 0:
                 points[p, n] = tuple(exact(value) for value in line.computed)
     return Drawn(curve, points)
 
 
-def _interval(arm: Arm | None, metric: str, bench: Bench) -> Interval | None:
+def _interval(arm: Arm | None, panel: Panel, bench: Bench) -> Interval | None:
     if arm is None:
         return None
-    return student([bench.result(arm, seed)[metric] for seed in arm.seeds(bench.seeds)])
+    seeds, beside = arm.seeds(bench.seeds), panel.beside
+    if beside is None:
+        return student([bench.result(arm, seed)[panel.metric] for seed in seeds])
+    seeds = beside.seeds(seeds)
+    return student([bench.result(arm, s)[panel.metric] - bench.result(beside, s)[panel.metric] for s in seeds])
 
 
 def curve_table(drawn: Drawn) -> str:
@@ -129,7 +134,7 @@ def draw_curve(drawn: Drawn, path: Path) -> None:
     if len(curve.lines) > 1:
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
-    figure.suptitle(f"{curve.title}: means with 95 % intervals over the seeds", fontsize=8.5, color=INK)
+    figure.suptitle(f"{curve.title}\nmeans with 95 % intervals over the seeds", fontsize=8.5, color=INK)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
 

@@ -92,7 +92,7 @@ CURVES = (
         axis="how the loss is taken",
         places=tuple(float(place) for place in range(len(WAYS))),
         ticks=tuple(WAYS),
-        panels=(Panel("loss", "loss [nats]"),),
+        panels=(Panel("loss", "loss beyond that of top-2 together [nats]", beside=TAKING.at("together")),),
         lines=(
             Line("expert choice", tuple(CHOOSING.at(way) for way in WAYS)),
             Line("top-2", tuple(TAKING.at(way) for way in WAYS)),

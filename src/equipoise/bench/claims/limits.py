@@ -327,7 +327,10 @@ CURVES = (
         axis="capacity factor in training",
         places=tuple(ROOM_AT.values()),
         ticks=tuple(ROOM),
-        panels=(Panel("loss", "validation loss [nats]"), Panel("drop_share", "share dropped at the end of training")),
+        panels=(
+            Panel("loss", "validation loss beyond no limit [nats]", beside=BALANCED),
+            Panel("drop_share", "share dropped at the end of training"),
+        ),
         lines=(
             Line("position", tuple(ROOM.values())),
             Line("least probable dropped", _only("0.75", PROBABILITY)),
