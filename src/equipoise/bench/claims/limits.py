@@ -102,7 +102,7 @@ UNTRAINED = (
         measure=next_choice_drops,
         setup=(Capacity(overflow="next_choice"), tuple(Load(1.1, tokens) for tokens in FORWARDS[1:])),
         control=(Capacity(), tuple(Load(1.1, tokens) for tokens in FORWARDS[1:])),
-        seconds=1.5,
+        seconds=0.9,
     ),
 )
 
