@@ -9,7 +9,10 @@ import pytest
 
 from equipoise.bench.claims.arms import BALANCED, DENSE, HALF_TRAINED, NOISE, SAME_A, UNBALANCED
 from equipoise.bench.claims.claim import Claim, Found, NotRunError, Reading, find, together
+from equipoise.bench.claims.expert_choice import TAKING
+from equipoise.bench.claims.healing_probe import FAULTS
 from equipoise.bench.claims.registry import CLAIMS, chosen
+from equipoise.bench.claims.saturation import after
 from equipoise.bench.claims.statistics import above, below
 from equipoise.bench.claims.store import fields_of, keep, kept
 from equipoise.models.decoder import Decoder
@@ -23,6 +26,8 @@ VERDICTS = {  # of claims without training: what they come to is arithmetic, or 
     "r13-expert-choice-leaks": "supported",
     "r4-quantile-recovers-at-once": "supported",
     "r4-the-loss-recovers-from-saturation": "contradicted",
+    "r4-sign-takes-gap-over-twice-the-rate": "supported",
+    "r8-next-choice-loses-nothing": "supported",
     "r8-exact-capacity-drops": "supported",
     "factor-1.5-drops-nothing": "contradicted",
     "r8-drops-follow-the-binomial": "supported",
@@ -200,18 +205,24 @@ def test_every_claim_about_training_can_be_supported_and_contradicted(claim):
     """Some numbers of its arms support it, some contradict it: no verdict is built in."""
     verdicts = set()
     for value, arm in itertools.product((-50.0, -2.0, 2.0, 50.0), claim.setup.values()):
-        verdicts.add(find(claim, Planted({arm: value, HALF_TRAINED: 100.0})).verdict)
+        verdicts.add(find(claim, Planted(WITHOUT | {arm: value})).verdict)
     for supporting, opposing in BY_NUMBER.get(claim.name, ()):
         (arm, *_) = claim.setup.values()
-        verdicts |= {find(claim, Planted({arm: numbers})).verdict for numbers in (supporting, opposing)}
+        verdicts |= {find(claim, Planted(WITHOUT | {arm: numbers})).verdict for numbers in (supporting, opposing)}
     assert {"supported", "contradicted"} <= verdicts
 
 
+WITHOUT = {HALF_TRAINED: 100.0} | {after(fault, "nothing"): {"steps": 200.0} for fault in FAULTS}  # of controls
+WITHOUT |= {TAKING.at("leak"): {"changed_share": 0.0}}
 BY_NUMBER = {  # where numbers of one run are compared, or several are needed
     "r7-first-layer-is-worst": [({"first_violation": 2.0}, {"first_violation": 0.5})],
     "r10-low-temperature-at-inference": [({"loss_low": 0.9}, {"loss_low": 1.1})],
     "r11-round-robin-is-the-fallback": [({"loss_round_robin": 0.9}, {"loss_round_robin": 1.1})],
     "r11-a-bias-repairs-collapse": [({"loss_bias": 0.5, "violation_bias": 0.1}, {"loss_bias": 1.5})],
+    "r2-the-valley-is-flat": [({"loss": 1.0}, {"loss": 2.0})],
+    "r4-in-training-the-loss-recovers": [({"steps": 50.0}, {"steps": 150.0})],
+    "r4-in-training-sign-takes-gap-over-twice-the-rate": [({"steps": 100.0}, {"steps": 10.0})],
+    "r8-trained-routers-drop-like-fair-ones": [({"drop_share": 0.02}, {"drop_share": 0.2})],
     "r14-shared-expert-hides-collapse": [({"max_violation": 2.0}, {"max_violation": 2.0, "loss": 1.1})],
 }
 

@@ -105,7 +105,7 @@ def _measure(picked: Sequence[Claim], runs: Runs, console: Console) -> tuple[lis
 def _write(found: Sequence[Found], runs: Runs, page: Path, pictures: Path) -> list[Path]:
     """The page has all claims: those just measured, and what is kept of the others."""
     from equipoise.bench.claims.claim import Found, find
-    from equipoise.bench.claims.registry import CLAIMS
+    from equipoise.bench.claims.registry import CLAIMS, CURVES
     from equipoise.bench.claims.report import Page, write_report
     from equipoise.bench.claims.store import kept, source_version
 
@@ -116,7 +116,7 @@ def _write(found: Sequence[Found], runs: Runs, page: Path, pictures: Path) -> li
         if there is None or there.verdict == "not run yet":
             there = Found(claim, "not run yet") if claim.cheap else find(claim, runs)
         every.append(there)
-    return write_report(every, runs, Page(page, pictures, shlex.join(["equipoise", *sys.argv[1:]])))
+    return write_report(every, runs, Page(page, pictures, shlex.join(["equipoise", *sys.argv[1:]])), CURVES)
 
 
 def _tell(found: Sequence[Found], console: Console, json_: bool) -> None:
@@ -147,16 +147,16 @@ def results_table(found: Sequence[Found]) -> Table:
 def _tell_list(picked: Sequence[Claim], runs: Runs, console: Console, json_: bool) -> None:
     from equipoise.bench.claims.arms import SECONDS_PER_STEP
 
-    steps = sum(job.arm.config.steps for job in runs.jobs(picked))
+    jobs = runs.jobs(picked)
     if json_:
         print(json.dumps([_listed(claim) for claim in picked]))
         return
     console.print(claims_table(picked))
     seconds = sum(claim.seconds for claim in picked)
-    training = steps * SECONDS_PER_STEP
+    training = sum(job.arm.config.steps * SECONDS_PER_STEP + job.arm.seconds for job in jobs)
     console.print(
         f"{len(picked)} claims, {sum(claim.cheap for claim in picked)} without training ({seconds:.0f} s); "
-        f"{len(runs.jobs(picked))} training runs for {len(runs.seeds)} seeds: about {training / 60:.0f} minutes of one "
+        f"{len(jobs)} training runs for {len(runs.seeds)} seeds: about {training / 60:.0f} minutes of one "
         "core",
         highlight=False,
     )

@@ -7,7 +7,7 @@ way that it is built: its control must not pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from equipoise.bench.claims.statistics import Interval, Outcome, Range, bootstrap, exact, judge, student
@@ -49,11 +49,32 @@ class Reading:
 
 @dataclass(frozen=True)
 class Arm:
-    """A training run but for its seed. probe: what is measured at its end, by name (`probes.PROBES`)."""
+    """A training run but for its seed.
+
+    probe: what is measured at its end, by name (`all_probes.PROBES`). part: of the probe's numbers those whose names
+    begin with it and a dot, without that; the run is the same. num_seeds: how many of the bench's seeds it is run with,
+    0 for all. seconds: of one core, what the probe takes where that is much.
+    """
 
     label: str
     config: TrainConfig
     probe: str = "plain"
+    part: str = ""
+    num_seeds: int = 0
+    seconds: float = 0.0
+
+    @property
+    def run(self) -> Arm:
+        """The arm as it is trained: with all of its numbers."""
+        return replace(self, part="")
+
+    def at(self, part: str) -> Arm:
+        """The same run, of its numbers this part."""
+        return replace(self, part=part)
+
+    def seeds(self, seeds: Sequence[int]) -> tuple[int, ...]:
+        """Those of these seeds that it is run with."""
+        return tuple(seeds)[: self.num_seeds or None]
 
 
 class Bench(Protocol):
@@ -69,7 +90,7 @@ class Bench(Protocol):
     def trials(self) -> int: ...  # noqa: D102 - described by the class
 
     def result(self, arm: Arm, seed: int) -> Mapping[str, float]:
-        """The numbers of a finished run. Raises NotRunError."""
+        """The numbers of a finished run, those of the arm's part. Raises NotRunError."""
         ...
 
     def floor(self, metric: str) -> float:

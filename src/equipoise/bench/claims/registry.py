@@ -8,16 +8,38 @@ from equipoise.bench.claims import (
     architectures,
     balance,
     capacity,
+    coefficient,
     detection,
+    expert_choice,
+    limits,
     memory,
     out_of_reach,
     placement,
     routers,
+    saturation,
     serving,
 )
 from equipoise.bench.claims.claim import Claim
+from equipoise.bench.claims.curves import Curve
 
-THEMES = (balance, architectures, routers, capacity, detection, memory, serving, placement, out_of_reach)
+THEMES = (
+    balance,
+    coefficient,
+    architectures,
+    routers,
+    saturation,
+    expert_choice,
+    capacity,
+    limits,
+    detection,
+    memory,
+    serving,
+    placement,
+    out_of_reach,
+)
+CURVES: tuple[Curve, ...] = tuple(
+    curve for theme in (coefficient, saturation, expert_choice, limits) for curve in theme.CURVES
+)
 CLAIMS: tuple[Claim, ...] = tuple(claim for theme in THEMES for claim in theme.CLAIMS)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from equipoise.bench.claims.claim import Found, NotRunError, Reading, Verdict
+from equipoise.bench.claims.curves import Curve, curve_table, draw_curve, measure_curve
 from equipoise.bench.claims.pictures import draw_theme
 from equipoise.bench.claims.runs import Runs
 from equipoise.bench.report import provenance
@@ -49,8 +50,8 @@ class Page:
     command: str
 
 
-def write_report(found: Sequence[Found], runs: Runs, page: Page) -> list[Path]:
-    """Write the page and a picture per theme with numbers; return what was written. Needs matplotlib."""
+def write_report(found: Sequence[Found], runs: Runs, page: Page, curves: Sequence[Curve] = ()) -> list[Path]:
+    """Write the page, a picture per theme with numbers and one per curve; return what was written. Needs matplotlib."""
     themes = list(dict.fromkeys(each.claim.theme for each in found))
     written = []
     parts = [PREFACE, _provenance(runs, page), _summary(found), _noise(runs)]
@@ -61,8 +62,11 @@ def write_report(found: Sequence[Found], runs: Runs, page: Page) -> list[Path]:
             path = page.pictures / f"claims-{theme.replace(' ', '-')}.png"
             draw_theme(of_theme, path)
             written.append(path)
-            target = Path(os.path.relpath(path, page.path.parent)).as_posix()
-            parts.append(f"![Intervals of {theme}, with what is claimed and the controls]({target})")
+            parts.append(_picture(f"Intervals of {theme}, with what is claimed and the controls", path, page))
+        for curve in [curve for curve in curves if curve.theme == theme]:
+            text, picture = _curve(curve, runs, page)
+            parts += text
+            written += [picture] if picture else []
         parts += [_details(each) for each in of_theme]
     with atomic_write(page.path) as file:
         file.write(("\n\n".join(part.strip() for part in parts if part) + "\n").encode())
@@ -103,6 +107,23 @@ def _noise(runs: Runs) -> str:
         "| --- | ---: | ---: | ---: |",
     ]
     return "\n".join([*lines, *rows])
+
+
+def _curve(curve: Curve, runs: Runs, page: Page) -> tuple[list[str], Path | None]:
+    """(parts of the page, the picture if there is one)."""
+    title = f"### {curve.title}"
+    try:
+        drawn = measure_curve(curve, runs)
+    except NotRunError as error:
+        return [title, f"Not run yet: {error}."], None
+    path = page.pictures / f"claims-{curve.name}.png"
+    draw_curve(drawn, path)
+    note = f"{curve.note[0].upper()}{curve.note[1:]}." if curve.note else ""
+    return [title, note, _picture(f"{curve.title}: the numbers of the table", path, page), curve_table(drawn)], path
+
+
+def _picture(text: str, path: Path, page: Page) -> str:
+    return f"![{text}]({Path(os.path.relpath(path, page.path.parent)).as_posix()})"
 
 
 def _table(found: Sequence[Found]) -> str:

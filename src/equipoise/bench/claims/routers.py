@@ -127,11 +127,15 @@ MAX_STEPS, EVEN = 400, 0.5
 
 @dataclass(frozen=True)
 class Recovery:
-    """blow: logits added to one expert. by: what balances. limit: steps in which it is claimed to be even again."""
+    """blow: logits added to one expert. by: what balances. limit: steps in which it is claimed to be even again.
+
+    rate: of the bias's steps, for "sign".
+    """
 
     by: Literal["quantile", "sign", "loss", "nothing"]
     blow: float = 20.0
     limit: float = 5.0
+    rate: float = 0.05
 
 
 def steps_to_even(setup: Recovery, seed: int) -> int:
@@ -152,7 +156,7 @@ def steps_to_even(setup: Recovery, seed: int) -> int:
         if setup.by == "quantile":
             bias_E = quantile_bias(logits_TE, bias_E, K)
         elif setup.by == "sign":
-            bias_E = bias_E + bias_step(counts_E, 0.05, "sign")
+            bias_E = bias_E + bias_step(counts_E, setup.rate, "sign")
         elif optimizer is not None:
             loss = COEF * switch_loss(logits_TE.softmax(-1), counts_E / counts_E.sum())
             optimizer.zero_grad()

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from equipoise.bench.claims.all_probes import PROBES, sources_of
 from equipoise.bench.claims.claim import Arm, Claim, NotRunError
-from equipoise.bench.claims.probes import PROBES
 from equipoise.bench.claims.statistics import noise_floor
 from equipoise.disk.atomic import atomic_write
 from equipoise.train.config import TrainConfig
@@ -75,14 +75,14 @@ class Runs:
         return code_version()
 
     def result(self, arm: Arm, seed: int) -> Mapping[str, float]:
-        """The numbers of a finished run. Raises NotRunError."""
+        """The numbers of a finished run, those of the arm's part. Raises NotRunError, ValueError for an empty part."""
         key = self._key(Job(arm, seed))
         if key not in self._seen:
             numbers = read_numbers(self._folder(Job(arm, seed)) / RESULT)
             if numbers is None:
                 raise NotRunError(f"the run {Job(arm, seed)} is not there")
             self._seen[key] = numbers
-        return self._seen[key]
+        return part_of(self._seen[key], arm.part)
 
     def floor(self, metric: str) -> float:
         """How far apart, at 95 %, runs are that differ in nothing that matters. Raises NotRunError."""
@@ -101,7 +101,7 @@ class Runs:
         if any(claim.arms for claim in claims):
             arms = dict.fromkeys(arm for pair in self.noise for arm in pair)
         arms |= dict.fromkeys(arm for claim in claims for arm in claim.arms)
-        return [Job(arm, seed) for seed in self.seeds for arm in arms]
+        return [Job(arm, seed) for seed in self.seeds for arm in arms if seed in arm.seeds(self.seeds)]
 
     def has(self, job: Job) -> bool:
         """Whether its result is there."""
@@ -157,6 +157,8 @@ class Runs:
         del config["data"]["cache_dir"]
         del config["name"]
         defined = {"config": config, "probe": job.arm.probe, "code": self.code, "torch": torch.__version__}
+        if own := _code_of_probe(job.arm.probe):
+            defined["probe code"] = own
         return hashlib.sha256(json.dumps(defined, sort_keys=True).encode()).hexdigest()[:20]
 
 
@@ -188,6 +190,16 @@ def run_job(job: Job, out: Path, data: _Data, stop: Callable[[int], bool]) -> bo
     return True
 
 
+def part_of(numbers: Mapping[str, float], part: str) -> Mapping[str, float]:
+    """Those whose names begin with the part and a dot, without that; all for "". Raises ValueError where none does."""
+    if not part:
+        return numbers
+    found = {name[len(part) + 1 :]: value for name, value in numbers.items() if name.startswith(f"{part}.")}
+    if not found:
+        raise ValueError(f"part: expected the beginning of a number's name, got {part!r} of {', '.join(numbers)}")
+    return found
+
+
 def read_numbers(path: Path) -> Mapping[str, float] | None:
     """What a run came to, or None where there is nothing that can be read: then it is run again."""
     try:
@@ -197,11 +209,11 @@ def read_numbers(path: Path) -> Mapping[str, float] | None:
         return None
 
 
-def code_version(root: Path | None = None) -> str:
-    """A hash of the code in DEPENDS_ON, less EXCEPT. Comments, docstrings and layout do not count."""
+def code_version(root: Path | None = None, parts: tuple[str, ...] = DEPENDS_ON) -> str:
+    """A hash of the code in these parts, less EXCEPT. Comments, docstrings and layout do not count."""
     root = root or Path(__file__).parents[2]
     digest = hashlib.sha256()
-    for part in DEPENDS_ON:
+    for part in parts:
         path = root / part
         for file in [path] if path.suffix else sorted(path.rglob("*.py")):
             name = file.relative_to(root).as_posix()
@@ -210,6 +222,13 @@ def code_version(root: Path | None = None) -> str:
             digest.update(name.encode())
             digest.update(ast.dump(_bare(ast.parse(file.read_text(encoding="utf-8")))).encode())
     return digest.hexdigest()[:12]
+
+
+@cache
+def _code_of_probe(probe: str) -> str:
+    """A hash of what this probe depends on beyond DEPENDS_ON; "" where that is nothing."""
+    sources = sources_of(probe)
+    return code_version(parts=sources) if sources else ""
 
 
 def _bare(tree: ast.Module) -> ast.Module:
