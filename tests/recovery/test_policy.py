@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from equipoise.recovery.limits import Limits
 from hypothesis import given
 from hypothesis import strategies as st
 
 from equipoise.monitor.incidents import LOOK_AT_INPUT, PAGE, Incident
 from equipoise.recovery.catalogue import REPAIRS
-from equipoise.recovery.limits import Limits
 from equipoise.recovery.policy import (
     SERVING_RUNGS,
     TRAINING_RUNGS,

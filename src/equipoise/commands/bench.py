@@ -66,7 +66,7 @@ def layer(
     How to read it: "time / dense" of 1.10 takes a tenth longer than the dense block; "time / equipoise" of 1.50 is half
     again as slow as what backend="auto" picks.
 
-    For example: equipoise bench layer --shape fine --json layer.json
+    For example: equipoise bench layer --shape fine --out layer.json
 
     Args:
         shape: coarse, fine, olmoe, qwen3, mixtral or decode, or D,F,E,K as in 512,256,64,8; several in turn.
