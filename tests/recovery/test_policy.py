@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
-from equipoise.recovery.limits import Limits
 from hypothesis import given
 from hypothesis import strategies as st
 
 from equipoise.monitor.incidents import LOOK_AT_INPUT, PAGE, Incident
 from equipoise.recovery.catalogue import REPAIRS
+from equipoise.recovery.patience import Patience
 from equipoise.recovery.policy import (
     SERVING_RUNGS,
     TRAINING_RUNGS,
@@ -113,11 +113,13 @@ def test_one_rung_is_tried_once_and_then_a_human_is_asked():
     assert not OneRung("boost").interim
 
 
-@pytest.mark.parametrize("wrong", [{"patience": 0}, {"warning_flushes": 0}, {"relapse_steps": -1}, {"cool_down": -1}])
-def test_limits_refuse(wrong):
+@pytest.mark.parametrize(
+    "wrong", [{"trial_flushes": 0}, {"warning_flushes": 0}, {"relapse_steps": -1}, {"cool_down": -1}]
+)
+def test_patience_has_limits(wrong):
     [(name, value)] = wrong.items()
-    with pytest.raises(ValueError, match=rf"Limits: expected patience, warning_flushes >= 1 .*{name}={value}"):
-        Limits(**wrong)
+    with pytest.raises(ValueError, match=rf"Patience: expected trial_flushes, warning_flushes >= 1 .*{name}={value}"):
+        Patience(**wrong)
 
 
 def test_names():
