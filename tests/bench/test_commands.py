@@ -87,6 +87,15 @@ def test_decode_has_every_backend_quantised_experts_and_the_memory(tmp_path):
     assert four["equipoise int8"]["error"] < 3e-2 < four["equipoise int4"]["error"] < 0.25
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+@pytest.mark.parametrize("words", [("layer",), ("decode", "--no-model")], ids=" ".join)
+def test_without_a_gpu_cuda_is_refused(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["bench", *words, "--quick", "--device", "cuda"])
+    assert ended.value.code == 2
+    assert "device: expected a GPU for cuda, got none that torch sees; use --device cpu" in capsys.readouterr().err
+
+
 def test_decode_of_a_whole_model(tmp_path):
     report = measured(tmp_path, "decode", "--tokens", "1", "--dtype", "fp32")  # in fp32 all must say the same
     models = [by_name(table) for table in report["tables"] if table["title"].startswith("the model of")]

@@ -18,6 +18,18 @@ def test_variants_alternate_and_are_reset_around_each_run():
     assert {name: len(times) for name, times in seconds.items()} == {"A": 2, "B": 2}
 
 
+def test_another_clock_times_every_run():
+    timed = []
+
+    def clock(run):
+        timed.append(run())
+        return len(timed)
+
+    seconds = time_side_by_side([Variant("A", lambda: "ran")], Effort(rounds=2, warmup=1, clock=clock))
+    assert timed == ["ran"] * 3
+    assert seconds == {"A": (2.0, 3.0)}  # the warm-up's was 1
+
+
 def test_short_runs_are_repeated_to_fill_a_round():
     calls = []
     time_side_by_side([Variant("A", partial(calls.append, 1))], Effort(rounds=1, warmup=1, min_seconds=1e-3))

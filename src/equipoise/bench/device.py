@@ -32,7 +32,13 @@ def clock_for(device: str, busy: bool = False) -> Clock:
 
 def cuda_seconds(run: Callable[[], object]) -> float:
     """Seconds from when it is asked for to when the GPU has finished, by events: the host's time counts."""
-    return _between_events(run)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
+    begin.record()
+    result = run()
+    end.record()
+    end.synchronize()
+    del result
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def busy_seconds(run: Callable[[], object]) -> float:
@@ -41,7 +47,7 @@ def busy_seconds(run: Callable[[], object]) -> float:
     A training loop is so, where the host runs ahead; what the host itself takes is `host_ms`.
     """
     torch.cuda._sleep(_HEAD_START)  # type: ignore[no-untyped-call]  # torch's
-    return _between_events(run)
+    return cuda_seconds(run)
 
 
 def host_ms(run: Callable[[], object]) -> float:
@@ -52,16 +58,6 @@ def host_ms(run: Callable[[], object]) -> float:
     seconds = time.perf_counter() - start
     torch.cuda.synchronize()
     return 1e3 * seconds
-
-
-def _between_events(run: Callable[[], object]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
-    begin.record()
-    result = run()
-    end.record()
-    end.synchronize()
-    del result
-    return float(begin.elapsed_time(end)) / 1e3
 
 
 def ceilings_of_the_gpu() -> Table:
