@@ -59,12 +59,19 @@ class Subject:
         """As people write it."""
         return "bf16" if self.dtype == torch.bfloat16 else "fp32"
 
+    @property
+    def device(self) -> str:
+        """Where the weights are: cpu or cuda."""
+        return self.model.embed_tokens.weight.device.type
 
-def make_subject(name: str, config: DecoderConfig, dtype: torch.dtype, folder: Path, max_running: int) -> Subject:
+
+def make_subject(
+    name: str, config: DecoderConfig, dtype: torch.dtype, folder: Path, max_running: int, device: str = "cpu"
+) -> Subject:
     """With a run folder at folder/run."""
     model = random_model(config, dtype)
     write_run(folder / "run", model)
-    return Subject(name, config, dtype, model, byte_tokenizer(config.vocab_size), folder, max_running)
+    return Subject(name, config, dtype, model.to(device), byte_tokenizer(config.vocab_size), folder, max_running)
 
 
 # ------------------------------------------------------------------------------------------------- equipoise
@@ -95,7 +102,7 @@ def engine(subject: Subject) -> Iterator[Run]:
 def http_server(subject: Subject) -> Iterator[Run]:
     """`equipoise serve` as anybody starts it, with monitor, breaker and metrics, through HTTP."""
     dtype = "bf16" if subject.dtype == torch.bfloat16 else "fp32"
-    options = ("--no-prefix-reuse", "--dtype", dtype, "--name", "bench")
+    options = ("--no-prefix-reuse", "--dtype", dtype, "--device", subject.device, "--name", "bench")
     folder = subject.folder
     with (
         served(folder / "run", folder / "records", *options, log=folder / "serve.log") as server,
@@ -150,7 +157,7 @@ def checked_mixtral(subject: Subject) -> Any:
     """The same weights as a Mixtral, after its logits were compared: in fp32, where both compute the same."""
     if find_spec("transformers") is None:
         raise LeftOutError("transformers: is not installed; pip install 'equipoise[bench]'")
-    exact = random_model(subject.config, torch.float32)
+    exact = random_model(subject.config, torch.float32).to(subject.device)
     error = logits_error(exact, mixtral_of(exact))
     if not error <= LOGITS_LIMIT:
         raise ValueError(f"mixtral: expected logits within {LOGITS_LIMIT:g} of ours, got {error:.3g}; mend the mapping")
@@ -173,7 +180,7 @@ def transformers_serve(subject: Subject, *options: str) -> Iterator[Run]:
         checked_mixtral(subject).save_pretrained(folder)
         _save_words(folder, subject.config.vocab_size)
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--port", "0"]
-    command += ["--device", "cpu", *options]
+    command += ["--device", subject.device, *options]
 
     def address(text: str) -> str | None:
         found = re.search(r"running on (http://\S+)", text)

@@ -54,7 +54,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAME_FIRST = 0.9  # of the answers in fp32 must begin alike: sums in another order may tip a few near ties
 
 
-def decoder(vocab_size: int, dim: int, num_layers: int, num_experts: int, hidden_dim: int) -> DecoderConfig:
+def decoder(
+    vocab_size: int, dim: int, num_layers: int, num_experts: int, hidden_dim: int, top_k: int = 2
+) -> DecoderConfig:
     """Heads of 64, two query heads per key/value head. Weights so large that answers don't repeat themselves."""
     heads = max(2, dim // 64)
     return DecoderConfig(
@@ -65,7 +67,7 @@ def decoder(vocab_size: int, dim: int, num_layers: int, num_experts: int, hidden
         num_kv_heads=heads // 2,
         hidden_dim=hidden_dim,
         max_seq_len=256,
-        moe=MoEConfig(num_experts=num_experts, hidden_dim=hidden_dim, router=TopK(k=2)),
+        moe=MoEConfig(num_experts=num_experts, hidden_dim=hidden_dim, router=TopK(k=top_k)),
         init_std=0.08,
     )
 
@@ -73,6 +75,7 @@ def decoder(vocab_size: int, dim: int, num_layers: int, num_experts: int, hidden
 SIZES = {
     "demo: dim 192, 4 layers, 16 experts": decoder(2048, 192, 4, 16, 256),
     "large: dim 512, 8 layers, 16 experts": decoder(8192, 512, 8, 16, 512),
+    "larger: dim 1024, 8 layers, 32 experts": decoder(8192, 1024, 8, 32, 512, top_k=4),
 }
 SMOKE_SIZES = {"smoke": decoder(512, 64, 2, 4, 64)}
 
@@ -243,13 +246,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_peers", description=__doc__)
     parser.add_argument("--rounds", type=int, default=4, help="each engine's turns")
     parser.add_argument("--only", nargs="*", default=list(PEERS), metavar="PEER", help="besides ours")
-    parser.add_argument("--models", nargs="*", default=["demo", "large"], help="which of demo and large")
+    parser.add_argument("--models", nargs="*", default=["demo", "large"], help="which of demo, large and larger")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all engines")
+    parser.add_argument("--dtypes", nargs="*", choices=tuple(DTYPES), default=list(DTYPES))
     add_output_arguments(parser)
     options = parser.parse_args()
     if unknown := [name for name in options.only if name not in PEERS]:
         parser.error(f"--only: expected some of {', '.join(PEERS)}, got {unknown[0]}")
     sizes = {name: config for name, config in SIZES.items() if name.partition(":")[0] in options.models}
-    dtypes, effort = DTYPES, Effort(options.rounds, warmup=1)
+    dtypes, effort = {name: DTYPES[name] for name in options.dtypes}, Effort(options.rounds, warmup=1)
     max_running = 64
     if options.smoke:
         torch.set_num_threads(1)
@@ -260,7 +265,7 @@ def main() -> None:
     for name, config in sizes.items():
         for dtype in dtypes.values():
             with tempfile.TemporaryDirectory() as folder:
-                subject = make_subject(name, config, dtype, Path(folder), max_running)
+                subject = make_subject(name, config, dtype, Path(folder), max_running, options.device)
                 made, left_out = measure(subject, wanted, options.smoke, effort)
                 tables += made
                 notes += left_out

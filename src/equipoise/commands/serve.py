@@ -49,6 +49,8 @@ class ServeOptions:
     """API keys, one a line; clients must bring one. EQUIPOISE_API_KEYS works too."""
     token_file: Path | None = None
     """Token of the dashboard, needed where --host is reachable; without it there is no dashboard there."""
+    device: str = "auto"
+    """cpu, cuda, or auto for a GPU where there is one and the experts are in full precision."""
     dtype: Dtype = "auto"
     """Of the weights; auto is what the checkpoint has. Routers stay fp32."""
     expert_precision: ExpertPrecision = "full"
@@ -127,10 +129,12 @@ def serve(
     loaded, config = _prepare(run, options)
     if options.ray is not None:
         from equipoise.commands.serve_ray import Fleet, serve_replicas
+        from equipoise.serve.replicas import Weights
 
+        weights = Weights(run.resolve(), options.dtype, loaded.model.embed_tokens.weight.device.type)
         del loaded  # it can be served: that was the question
         fleet = Fleet(options.ray, options.host, options.port, options.drain_s)
-        return serve_replicas(run, options.dtype, config, fleet)
+        return serve_replicas(weights, config, fleet)
     if sys.stderr.isatty():
         print("measuring its health on held-out text, making stand-ins for its experts", file=sys.stderr)
     server = Server(loaded, config, os.environ)
@@ -142,6 +146,7 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
     import torch
 
     from equipoise.dashboard.access import is_loopback
+    from equipoise.models.device import pick_device
     from equipoise.models.dtypes import dtype_of
     from equipoise.serve.api.access import read_keys
     from equipoise.serve.api.served import Bounds
@@ -152,6 +157,7 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
     from equipoise.small import load_small
 
     small = _small(options)
+    device = pick_device("cpu" if options.device == "auto" and not small.is_plain else options.device)
     keys = read_keys(options.keys_file, os.environ)
     if not keys and not is_loopback(options.host):
         raise ValueError(
@@ -178,7 +184,7 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
     if options.max_seconds is not None and not options.max_seconds > 0:
         raise ValueError(f"max_seconds: expected more than 0, got {options.max_seconds:g}; leave it out for no end")
     torch.set_num_threads(compute_threads(options.threads, torch.get_num_threads()))
-    loaded = load_small(run, small, dtype=dtype_of(options.dtype)).loaded
+    loaded = load_small(run, small, dtype=dtype_of(options.dtype), device=device).loaded
     config = ServerConfig(
         name=options.name or loaded.folder.resolve().name,
         folder=options.out or free_folder(loaded.folder / ("serving" if options.ray is None else "serving-ray")),

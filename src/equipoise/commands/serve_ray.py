@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-from equipoise.serve.replicas import Door, Replica
+from equipoise.serve.replicas import Door, Replica, Weights
 from equipoise.serve.server import ServerConfig
 
 ADDRESS = "RAY_ADDRESS"
@@ -32,7 +31,7 @@ class Fleet:
     num_cpus: float = 1.0
 
 
-def serve_replicas(run: Path, dtype: str, config: ServerConfig, fleet: Fleet) -> int:
+def serve_replicas(weights: Weights, config: ServerConfig, fleet: Fleet) -> int:
     """Deploy, and take it down again after SIGTERM or Ctrl-C. Raises ImportError without the extra, ValueError for what
     the cluster can't do."""
     ray, serve = _ray()
@@ -40,7 +39,8 @@ def serve_replicas(run: Path, dtype: str, config: ServerConfig, fleet: Fleet) ->
         raise ValueError(f"ray: expected 1 replica or more, got {fleet.num}")
     port = fleet.port or _free_port(fleet.host)
     asked = threading.Event()
-    with _cluster(ray, serve, fleet):
+    needs = {"num_cpus": fleet.num_cpus, "num_gpus": float(weights.device == "cuda")}
+    with _cluster(ray, serve, fleet.num, needs):
         serve.start(proxy_location="HeadOnly", http_options={"host": fleet.host, "port": port})
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: asked.set())
@@ -48,7 +48,7 @@ def serve_replicas(run: Path, dtype: str, config: ServerConfig, fleet: Fleet) ->
         if name in serve.status().applications:
             raise ValueError(f"ray: the cluster serves {name} already; end that first, or give another --name")
         try:
-            serve.run(_application(serve, run, dtype, config, fleet), name=name, route_prefix="/")
+            serve.run(_application(serve, weights, config, fleet, needs), name=name, route_prefix="/")
             url = f"http://{fleet.host}:{port}"
             _reach(url)
             print(f"{config.name} at {url}/v1  ({fleet.num} replicas behind Ray Serve; Ctrl-C ends it)")
@@ -61,7 +61,7 @@ def serve_replicas(run: Path, dtype: str, config: ServerConfig, fleet: Fleet) ->
     return 0
 
 
-def _application(serve: Any, run: Path, dtype: str, config: ServerConfig, fleet: Fleet) -> Any:
+def _application(serve: Any, weights: Weights, config: ServerConfig, fleet: Fleet, needs: dict[str, float]) -> Any:
     limits = config.limits
     deployment = serve.deployment(
         serve.ingress(Door())(Replica),
@@ -72,17 +72,17 @@ def _application(serve: Any, run: Path, dtype: str, config: ServerConfig, fleet:
         health_check_timeout_s=PATIENCE_S,
         graceful_shutdown_timeout_s=fleet.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
-        ray_actor_options={"num_cpus": fleet.num_cpus},
+        ray_actor_options=needs,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
     fresh = replace(
         config, folder=config.folder.resolve(), template=replace(config.template)
     )  # not compiled: it travels
-    return deployment.bind(run.resolve(), dtype, fresh)
+    return deployment.bind(weights, fresh)
 
 
 @contextmanager
-def _cluster(ray: Any, serve: Any, fleet: Fleet) -> Iterator[None]:
+def _cluster(ray: Any, serve: Any, num: int, needs: dict[str, float]) -> Iterator[None]:
     """A connection to the cluster that is named, or one of our own, on loopback, for as long as this lasts."""
     address = os.environ.get(ADDRESS, "")
     if address:
@@ -97,11 +97,13 @@ def _cluster(ray: Any, serve: Any, fleet: Fleet) -> Iterator[None]:
             _node_ip_address="127.0.0.1",
         )
     try:
-        there, wanted = ray.cluster_resources().get("CPU", 0.0), fleet.num * fleet.num_cpus
-        if there < wanted:
-            raise ValueError(
-                f"ray: {fleet.num} replicas need {wanted:g} CPUs, the cluster has {there:g}; ask for fewer"
-            )
+        there = ray.cluster_resources()
+        for unit, each in (("CPU", needs["num_cpus"]), ("GPU", needs["num_gpus"])):
+            if there.get(unit, 0.0) < num * each:
+                raise ValueError(
+                    f"ray: {num} replicas need {num * each:g} {unit}s, the cluster has {there.get(unit, 0.0):g}; ask "
+                    "for fewer"
+                )
         yield
     finally:
         if not address:  # a cluster of others keeps its Serve

@@ -9,7 +9,7 @@ import asyncio
 import os
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -40,18 +40,27 @@ class Door:
             await replica.answer(scope, receive, send)
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What each replica loads. run: folder or checkpoint. dtype: see `dtype_of`. device: cpu or cuda."""
+
+    run: Path
+    dtype: str
+    device: str
+
+
 class Replica:
-    """A whole server. run: folder or checkpoint. dtype: see `dtype_of`.
+    """A whole server.
 
     config.folder: of all replicas' records; each has a folder in it, named by its id.
     """
 
-    def __init__(self, run: Path, dtype: str, config: ServerConfig) -> None:
+    def __init__(self, weights: Weights, config: ServerConfig) -> None:
         from equipoise.models.dtypes import dtype_of
         from equipoise.models.run_files import load
 
         self.all, self.id = config.folder, import_module("ray.serve").get_replica_context().replica_id.unique_id
-        loaded = load(run, dtype=dtype_of(dtype))
+        loaded = load(weights.run, dtype=dtype_of(weights.dtype), device=weights.device)
         self.server = Server(loaded, replace(config, folder=self.all / self.id), os.environ)
         self.public = self.server.public_app()
         self.server.start()

@@ -45,6 +45,11 @@ class SmallConfig:
     def __post_init__(self) -> None:
         format_of(self.precision, torch.float32)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all experts are in memory as the checkpoint has them."""
+        return self.precision == "full" and self.memory is None
+
 
 @dataclass(frozen=True, eq=False)
 class Small:
@@ -63,18 +68,26 @@ def bytes_of(text: str) -> int:
         raise ValueError(f"memory: expected a number of bytes such as 64M or 1.5G, got {text!r}") from error
 
 
-def load_small(path: str | Path, config: SmallConfig, *, dtype: torch.dtype | None = None) -> Small:
-    """As `models.run_files.load`, on the CPU, with the experts as the configuration says.
+def load_small(
+    path: str | Path, config: SmallConfig, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Small:
+    """As `models.run_files.load`, with the experts as the configuration says.
 
     The checkpoint is verified, byte for byte. Quantised experts are made from it at each load; a file of quantised or
     cast experts is made once, and used again as long as checkpoint, format and processor are the same. Experts as the
     checkpoint has them are read from the checkpoint itself.
+    device: experts that are not in full precision, or are on the disk, compute on the CPU, with the whole model.
     Raises ValueError, with what to do, for what can't be loaded, quantised, written, or fit into the memory.
 
     For example: load_small("runs/demo", SmallConfig("int4-64", memory=bytes_of("2M")))
     """
-    if config.precision == "full" and config.memory is None:
-        return Small(load(path, dtype=dtype), None)
+    if config.is_plain:
+        return Small(load(path, dtype=dtype, device=device), None)
+    if torch.device(device).type != "cpu":
+        raise ValueError(
+            f"device: experts in few bits, or on the disk, compute on the CPU, got {device}; leave out --device, or "
+            "take --expert-precision full and no --expert-memory"
+        )
     folder, model_config, checkpoint = locate(path)
     verify(checkpoint)
     with torch.device("meta"):

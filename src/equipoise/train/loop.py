@@ -24,6 +24,7 @@ from equipoise.disk.checkpoint import (
 from equipoise.faults import FaultDesk
 from equipoise.layer import reduce_and_update
 from equipoise.models.decoder import Decoder
+from equipoise.models.device import pick_device
 from equipoise.models.run_files import CONFIG
 from equipoise.monitor.alerts import still_firing
 from equipoise.monitor.rules import CountRule
@@ -325,15 +326,6 @@ class Trainer:
             "optim.lr or raise optim.warmup, and go on from the checkpoint with --resume, or start again with another "
             "--seed"
         )
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU where there is one. Raises ValueError when it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device: expected cpu, auto, or cuda where torch finds a GPU, got {name!r}; try --device cpu")
-    return torch.device(name)
 
 
 def _tuning(config: TrainConfig, model: Decoder, data: TokenData, out: Path, fresh: bool) -> Tuning | NoTuning:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from equipoise.disk.atomic import atomic_write
 from equipoise.disk.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, read_state
+from equipoise.models.device import pick_device
 from equipoise.models.run_files import MODEL, Loaded, fill, load
 from equipoise.models.tokenizers import AnyTokenizer
 from equipoise.monitor.specialisation import (
@@ -82,7 +82,7 @@ def specialise(
     .txt or .parquet file or a folder of them, with domains; by default the run's own held-out text. Raises ValueError
     for a run without MoE layers or checkpoints, and where there is no text. It writes nothing.
     """
-    loaded = load(run, device="cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load(run, device=pick_device("auto"))
     if not loaded.model.moe_layers:
         raise ValueError(f"{loaded.folder}: expected a model with MoE layers, got a dense one; it has no experts")
     text = text_of_file(loaded, data, num_tokens) if data is not None else text_of_run(loaded)

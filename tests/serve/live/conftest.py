@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from equipoise.models.device import pick_device
 from equipoise.models.run_files import Loaded, load
 from equipoise.recovery.gate import Gate
 from equipoise.serve.care import Care, CareConfig, Shared
@@ -87,7 +88,7 @@ def serve(run, tmp_path):
     made = []
 
     def make(config: CareConfig = CareConfig(), path: Path = run) -> Served:  # noqa: B008 - frozen
-        loaded, gate, heard, forgotten = load(path), Gate(), Heard(), []
+        loaded, gate, heard, forgotten = load(path, device=pick_device("auto")), Gate(), Heard(), []
         equipment = equip(loaded, tmp_path / "serving")
         engine = Engine(loaded.model, loaded.tokenizer, num_blocks=256)
 

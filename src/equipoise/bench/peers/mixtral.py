@@ -53,14 +53,14 @@ def state_dict(model: Decoder) -> Mapping[str, Tensor]:
 
 
 def mixtral_of(model: Decoder) -> Any:
-    """MixtralForCausalLM in the type of the model's weights, in eval."""
+    """MixtralForCausalLM in the type of the model's weights and on their device, in eval."""
     import transformers
 
     library: Any = transformers
 
-    config = model.config
+    config, weight = model.config, model.embed_tokens.weight
     check_maps(config)
-    moe, dtype = config.moe, model.embed_tokens.weight.dtype
+    moe = config.moe
     assert moe is not None
     theirs = library.MixtralConfig(
         vocab_size=config.vocab_size,
@@ -80,8 +80,8 @@ def mixtral_of(model: Decoder) -> Any:
         eos_token_id=None,
         pad_token_id=0,
     )
-    mixtral = library.MixtralForCausalLM(theirs).to(dtype).eval()
-    mixtral.load_state_dict({name: tensor.to(dtype) for name, tensor in state_dict(model).items()})
+    mixtral = library.MixtralForCausalLM(theirs).to(weight.device, weight.dtype).eval()
+    mixtral.load_state_dict({name: tensor.to(weight.dtype) for name, tensor in state_dict(model).items()})
     mixtral.generation_config = library.GenerationConfig(do_sample=False, pad_token_id=0, use_cache=True)
     return mixtral
 
@@ -90,7 +90,7 @@ def logits_error(model: Decoder, mixtral: Any) -> float:
     """|theirs - ours| / |ours| over a batch of random tokens."""
     generator = torch.Generator().manual_seed(1)
     length = min(32, model.config.max_seq_len)
-    tokens_BS = torch.randint(model.config.vocab_size, (4, length), generator=generator)
+    tokens_BS = torch.randint(model.config.vocab_size, (4, length), generator=generator).to(mixtral.device)
     with torch.inference_mode():
         ours, theirs = model(tokens_BS).double(), mixtral(tokens_BS).logits.double()
     return float(torch.dist(ours, theirs) / ours.norm())
@@ -100,7 +100,8 @@ def logits_error(model: Decoder, mixtral: Any) -> float:
 def generate(mixtral: Any, prompts: list[tuple[int, ...]], max_tokens: int) -> list[tuple[int, ...]]:
     """Greedy, as one batch, padded on the left; all rows get as many tokens as the longest needs."""
     longest = max(len(prompt) for prompt in prompts)
-    rows = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    device = mixtral.device
+    rows = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     made = mixtral.generate(rows, attention_mask=mask, max_new_tokens=max_tokens)
     return [tuple(row) for row in made[:, longest:].tolist()]
