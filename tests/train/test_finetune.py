@@ -283,9 +283,9 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_with_the_base(str
 def test_every_checkpoint_is_a_model_as_it_is(tuned, tmp_path):
     """A low-rank addition is in the weights already; and the adapter is beside them."""
     trainer = run(tuned(lora=2), tmp_path / "run")
-    tokens = torch.randint(300, (2, 16))
+    tokens = torch.randint(300, (2, 16), device=trainer.device)
     with torch.no_grad():
-        assert torch.equal(load(tmp_path / "run").model(tokens), trainer.model.eval()(tokens))
+        assert torch.equal(load(tmp_path / "run", device=trainer.device).model(tokens), trainer.model.eval()(tokens))
     settings = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (2, 4.0)
     assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()

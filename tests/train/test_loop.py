@@ -306,11 +306,11 @@ def collapsed(trained, open_run, tmp_path):
         shutil.copytree(trained, tmp_path / "run")
         listener = Listener()
         trainer = open_run(replace(load_config(trained), recover=recover), resume=True, reporter=listener)
-        batch = trainer.loader.next_batch()
+        tokens_BS = trainer.loader.next_batch().tokens_BS.to(trainer.device)
         assert not trainer.watch.alerts
         assert trainer.store.latest_routing()[1].max_violation < 1.0
         with trainer.watch.recorder.paused():
-            inject(trainer.model, Collapse("layers.1.mlp", expert=5), lambda: trainer.model(batch.tokens_BS))
+            inject(trainer.model, Collapse("layers.1.mlp", expert=5), lambda: trainer.model(tokens_BS))
         return trainer, listener
 
     return run

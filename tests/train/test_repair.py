@@ -62,7 +62,7 @@ def going_on(trained, tmp_path):
 def put_in(trainer, fault):
     batch = trainer.loader.next_batch()
     with trainer.watch.recorder.paused():
-        return inject(trainer.model, fault, lambda: trainer.model(batch.tokens_BS))
+        return inject(trainer.model, fault, lambda: trainer.model(batch.tokens_BS.to(trainer.device)))
 
 
 def story(trainer, after=120):

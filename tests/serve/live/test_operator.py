@@ -5,6 +5,7 @@ import torch
 
 from equipoise.disk.checkpoint import load_checkpoint, save_checkpoint
 from equipoise.layer.mode import NORMAL, Mode
+from equipoise.models.device import pick_device
 from equipoise.serve.request import Request
 from equipoise.serve.weights import ReloadRefusedError
 
@@ -92,7 +93,7 @@ def test_requests_under_way_are_computed_anew_with_the_new_weights(serve):
     made = list(sequence.tokens)
     served.engine.step()
     with torch.inference_mode():
-        logits = served.loaded.model(torch.tensor([made]))[0, -1]
+        logits = served.loaded.model(torch.tensor([made], device=pick_device("auto")))[0, -1]
     assert torch.isfinite(logits).all()
     assert sequence.num_computed == len(made)
 
