@@ -134,6 +134,26 @@ def test_ranks_without_torchrun_are_told_how(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_cuda_without_a_gpu_for_each_rank_is_told(tmp_path):
+    done = run(command(1, *SMALL[:-1], "cuda", "--out", str(tmp_path / "x")))
+    assert done.returncode != 0
+    assert "expected a GPU for each of the 1 ranks on this machine, got 0; start fewer, or take" in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a CUDA GPU can tell")
+def test_a_rank_with_a_gpu_trains_on_it_through_nccl(tmp_path):
+    losses = []
+    for name, start in (("alone", [sys.executable, "-m", "equipoise", "train"]), ("rank", command(1)[:-1])):
+        done = run([*start, *SMALL[:-1], "cuda", "--steps", "6", "--out", str(tmp_path / name)])
+        assert done.returncode == 0, done.stderr
+        with RunStore.open_readonly(tmp_path / name) as store:
+            losses.append([loss for _, loss, _ in store.scalar_history("loss")])
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_a_shortcut_trains_over_ranks_and_is_not_sharded(tmp_path):
     """The same first steps as alone, where rows travel behind attention; FSDP2 would never gather its weights."""
     small = ("tiny_scmoe", *SMALL[1:], "--steps", "3")

@@ -8,6 +8,7 @@ import torch
 
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.models.decoder import Decoder
+from equipoise.models.device import pick_device
 from equipoise.models.tokenizer import Tokenizer
 from equipoise.routing import TopK
 from equipoise.serve.engine import Engine
@@ -17,6 +18,7 @@ from equipoise.serve.scheduler import Limits
 TOKENIZER = Tokenizer("bytes", {bytes([byte]): byte for byte in range(256)})
 EOT = TOKENIZER.eot_id
 MAX_TOKENS = 96
+DEVICE = pick_device("auto")  # of the engine, where slow twins stay on the CPU
 TOP_2 = TopK(k=2)
 
 

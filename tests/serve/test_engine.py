@@ -1,8 +1,11 @@
 """The engine gives what its slow twin gives, whatever it batches, reuses, interrupts or computes again."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from tests.serve.small import (
+    DEVICE,
     EOT,
     MAX_TOKENS,
     TOKENIZER,
@@ -65,7 +68,7 @@ def test_mixed_requests_as_the_slow_twin(name):
         if hasattr(layer.router, "state"):
             layer.router.state.updates.fill_(1)  # thresholds of 0 decide: tokens have from none to all experts
     requests = mixed_requests(14)
-    engine = tiny_engine(model, num_blocks=20)
+    engine = tiny_engine(deepcopy(model).to(DEVICE), num_blocks=20)
     got = answers(engine, requests)
     assert got.keys() == {request.id for request in requests}
     for request in requests:

@@ -1,12 +1,14 @@
 """Mamba in the engine: a state per sequence beside its blocks, whatever is batched, cut, interrupted or repeated."""
 
 import re
+from copy import deepcopy
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.serve.small import (
+    DEVICE,
     MAX_TOKENS,
     TOKENIZER,
     answers,
@@ -49,7 +51,7 @@ def models():
 @EACH
 def test_mixed_requests_as_the_slow_twin(models, name):
     """Prompts in pieces, and answers under way beside them."""
-    engine, requests = tiny_engine(models[name], num_blocks=14), mixed_requests(10)
+    engine, requests = tiny_engine(deepcopy(models[name]).to(DEVICE), num_blocks=14), mixed_requests(10)
     got = answers(engine, requests)
     for request in requests:
         assert_same(got[request.id], answer(models[name], TOKENIZER, request))

@@ -74,6 +74,7 @@ def train(
         json_: Print the result as one JSON object, and nothing else.
     """
     from equipoise.parallel import started
+    from equipoise.train.loop import load_config
     from equipoise.train.run import train as run
 
     if recipe is None and not resume:
@@ -86,7 +87,8 @@ def train(
         )
     out = out or Path("runs") / (recipe or "demo")
     resume = resume or _goes_on(out)
-    with started(parallel) as ranks, reporter_of(json_ or not (ranks is None or ranks.is_main)) as reporter:
+    device = change.device or (load_config(out).device if resume else "auto")
+    with started(parallel, device) as ranks, reporter_of(json_ or not (ranks is None or ranks.is_main)) as reporter:
         config = _config(recipe, change, tune) if recipe and not resume else None
         result = run(config, out, reporter, resume=resume, alerts=alerts, ranks=ranks)
         is_main = ranks is None or ranks.is_main

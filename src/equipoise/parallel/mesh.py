@@ -155,10 +155,10 @@ def make_ranks(config: ParallelConfig, device: str = "cpu") -> Ranks:
 
 
 @contextmanager
-def started(config: ParallelConfig) -> Iterator[Ranks | None]:
+def started(config: ParallelConfig, device: str = "auto") -> Iterator[Ranks | None]:
     """The process group under torchrun, ended at the end; None for a job of one process that torchrun did not start.
 
-    Raises ValueError when ranks are asked for and torchrun started none.
+    device: see `process_group`. Raises ValueError when ranks are asked for and torchrun started none.
     """
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
         if config.size > 1:
@@ -168,16 +168,23 @@ def started(config: ParallelConfig) -> Iterator[Ranks | None]:
             )
         yield None
         return
-    with process_group(config.timeout_s) as device:
-        yield make_ranks(config, device)
+    with process_group(config.timeout_s, device) as picked:
+        yield make_ranks(config, picked)
 
 
 @contextmanager
-def process_group(timeout_s: float = TIMEOUT_S) -> Iterator[str]:
-    """Of all processes that torchrun has started, ended at the end; "cuda" with NCCL where each has a GPU, else "cpu"
-    with gloo.
+def process_group(timeout_s: float = TIMEOUT_S, device: str = "auto") -> Iterator[str]:
+    """Of all processes that torchrun has started, ended at the end; "cuda" with NCCL, or "cpu" with gloo.
+
+    device: which; "auto" is cuda where each rank has a GPU. Raises ValueError for cuda where one has none.
     """
-    on_gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_ranks, num_gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if device == "cuda" and num_gpus < num_ranks:
+        raise ValueError(
+            f"device: expected a GPU for each of the {num_ranks} ranks on this machine, got {num_gpus}; start fewer, "
+            "or take --device cpu"
+        )
+    on_gpu = device != "cpu" and num_gpus >= num_ranks
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))

@@ -74,7 +74,7 @@ class Trainer:
         check_ranks(config, ranks)
         is_main = ranks is None or ranks.is_main
         torch.manual_seed(config.seed)
-        self.device = pick_device(config.device)
+        self.device = pick_device(config.device if ranks is None else ranks.mesh.device_type)
         self.model = Decoder(config.model).to(self.device)
         fit_hash_tables(self.model, data.train)
         fresh = not (resume and newest_folder(self.checkpoints))
