@@ -59,7 +59,7 @@ schema = schemathesis.openapi.from_dict(_for_this_model())
 schema.app = create_app(SERVED)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)  # a loop starts once, also where tests of other files come between
 def engine():
     SERVED.loop.start()
     yield
