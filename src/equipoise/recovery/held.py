@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from equipoise.types import Team
+from equipoise.layer import MoE
+from equipoise.types import ALONE, Team
 
 
 @torch.no_grad()
@@ -28,3 +29,13 @@ def row_of(team: Team, layer: str, weights: Tensor, expert: int) -> Tensor:
             row = weights.detach()[place].clone()
     team.sum(row)
     return row
+
+
+def finite_experts(layer: MoE, name: str = "", team: Team = ALONE) -> Tensor:
+    """bool (E,), on the host: the experts all of whose weights are numbers, of those that have weights.
+
+    name: the layer's, where its experts are held by several processes.
+    """
+    tensors = [tensor.detach() for tensor in layer.experts.parameters()]
+    broken_e = torch.stack([~torch.isfinite(tensor).flatten(1).all(1) for tensor in tensors]).any(0)
+    return by_expert(team, name, broken_e.long()).cpu() == 0

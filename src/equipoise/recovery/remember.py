@@ -72,7 +72,7 @@ def _renew(patient: Patient, canary: Canary, dense: dict[str, FeedForward], heal
     layers = {name: layer for name, layer in patient.layers.items() if isinstance(layer, MoE)}
     counts = {name: health.stats[name].counts_E for name in layers}
     whole = {name: layer for name, layer in layers.items() if not layer.bypass.on(layer.mode).diverts}
-    dense.update(build_dense_paths(whole, counts, canary.run))
+    dense.update(build_dense_paths(whole, counts, canary.run, patient.team))
     bare = {name: layer for name, layer in layers.items() if layer.shared is None}
     if not bare:
         return ""

@@ -14,11 +14,11 @@ from equipoise.disk.checkpoint import load_checkpoint
 from equipoise.layer import MoE
 from equipoise.layer.mode import Mode
 from equipoise.recovery.actions import Change, Patient
-from equipoise.recovery.held import by_expert, row_of
+from equipoise.recovery.held import finite_experts, row_of
 from equipoise.recovery.known_good import KnownGood, Record
 from equipoise.recovery.router_state import of_layer
 from equipoise.recovery.swap import swap
-from equipoise.types import ALONE, Finding, Team
+from equipoise.types import Finding
 
 T = TypeVar("T")
 EXPERT_NOISE, ROUTER_NOISE = 0.02, 0.1  # relative to the standard deviation of what is copied
@@ -174,9 +174,16 @@ def apply_reseed(patient: Patient, finding: Finding) -> Change:
         new[names[id(router)]] = _with_rows(router, _noisy(router.detach()[hot], ROUTER_NOISE, dead, generator))
         moments.append((router, dead))
     done = swap(patient.model, new)
-    for trained, rows in moments:
-        _forget_moments(patient.training.optimizer, trained, rows)
-    return Change(done.undo, {"num_experts": float(len(dead)), "source": float(hot)}, f"experts {dead} from {hot}")
+    optimizer = patient.training.optimizer
+    forgotten = [each for trained, rows in moments for each in _forget_moments(optimizer, trained, rows)]
+
+    def undo() -> None:
+        done.undo()
+        with torch.no_grad():
+            for tensor, rows, values in forgotten:
+                tensor[rows] = values
+
+    return Change(undo, {"num_experts": float(len(dead)), "source": float(hot)}, f"experts {dead} from {hot}")
 
 
 def _noisy(source: Tensor, noise: float, dead: list[int], generator: torch.Generator) -> dict[int, Tensor]:
@@ -190,16 +197,6 @@ def _with_rows(parameter: Tensor, rows: Mapping[int, Tensor]) -> Tensor:
     for place, row in rows.items():
         values[place] = row
     return values
-
-
-def finite_experts(layer: MoE, name: str = "", team: Team = ALONE) -> Tensor:
-    """bool (E,), on the host: the experts all of whose weights are numbers, of those that have weights.
-
-    name: the layer's, where its experts are held by several processes.
-    """
-    tensors = [tensor.detach() for tensor in layer.experts.parameters()]
-    broken_e = torch.stack([~torch.isfinite(tensor).flatten(1).all(1) for tensor in tensors]).any(0)
-    return by_expert(team, name, broken_e.long()).cpu() == 0
 
 
 def _hot_and_dead(patient: Patient, layer: MoE, finding: Finding) -> tuple[int, list[int]]:
@@ -217,10 +214,16 @@ def _hot_and_dead(patient: Patient, layer: MoE, finding: Finding) -> tuple[int, 
     return max(set(range(num_experts)) - set(dead), key=lambda expert: counts[expert]), dead
 
 
-def _forget_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, experts: list[int]) -> None:
-    for value in optimizer.state.get(parameter, {}).values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value[experts] = 0.0
+def _forget_moments(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, rows: list[int]
+) -> list[tuple[Tensor, list[int], Tensor]]:
+    """Moments of these rows start anew. Returns (moments, rows, what they were)."""
+    state = optimizer.state.get(parameter, {}).values()
+    moments = [each for each in state if isinstance(each, Tensor) and each.shape == parameter.shape]
+    before = [(each, rows, each[rows].clone()) for each in moments]
+    for each in moments:
+        each[rows] = 0.0
+    return before
 
 
 def apply_lr_cut(patient: Patient, finding: Finding) -> Change:

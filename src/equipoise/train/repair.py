@@ -21,13 +21,13 @@ from equipoise.monitor.watch import Watch
 from equipoise.recovery.actions import Patient, Training
 from equipoise.recovery.canary import Canary, Health
 from equipoise.recovery.dense_path import dense_from_state
+from equipoise.recovery.held import finite_experts
 from equipoise.recovery.known_good import KnownGood, Record, RefusedError
 from equipoise.recovery.policy import TRAINING_RUNGS, policy_of
 from equipoise.recovery.recent import NUM_TOKENS, RecentScores
 from equipoise.recovery.recovery import Recovery
 from equipoise.recovery.rehearsal import Rehearsal, rehearse
 from equipoise.recovery.remember import remember
-from equipoise.recovery.weights import finite_experts
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import TokenData
 from equipoise.train.evaluate import evaluate
