@@ -1,6 +1,7 @@
 """The run that tests/parallel/test_repairs.py breaks and has repaired: the same code for one process and for ranks."""
 
 import json
+import os
 import sysconfig
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from equipoise.faults.requests import Inject, Remove, open_requests, post
 from equipoise.layer.mode import NORMAL
 from equipoise.models.config import DecoderConfig, MoEConfig
 from equipoise.monitor.incidents import repairs
-from equipoise.parallel import Ranks
+from equipoise.parallel import CollectiveError, Ranks
 from equipoise.recovery.actions import outcome, take_back
 from equipoise.recovery.catalogue import REPAIRS
 from equipoise.recovery.swap import digest
@@ -23,7 +24,7 @@ from equipoise.train.loop import Trainer, load_config
 from equipoise.train.report import Silent
 from equipoise.train.run import open_data
 from equipoise.train.snapshot import pack_optimizer
-from equipoise.types import Finding
+from equipoise.types import Finding, Team
 
 LAYER, BATCH = "layers.1.mlp", 16
 TRAINED, HEALED, END = 40, 60, 66
@@ -83,12 +84,13 @@ def ask(out: Path) -> None:
     post(out, Inject(Collapse(LAYER, 5, 40.0)))
 
 
-def story(out: Path, ranks: Ranks | None) -> dict:
+def story(out: Path, ranks: Ranks | None) -> tuple[dict, Trainer]:
     """What this process did: a collapse, and then a weight that is no number, in one expert."""
     trainer = going_on(out, ranks)
     trainer.run(until=HEALED)
     trainer.save()
-    told = {"mode": trainer.model.moe_layers[LAYER].mode.to_json()}
+    told = {"words": words(trainer.spread.team, ranks.rank if ranks else 0)}
+    told |= {"mode": trainer.model.moe_layers[LAYER].mode.to_json()}
     if trainer.spread.is_main:
         post(out, Remove())
         post(out, Inject(NaNExpert(LAYER, 3, seed=1)))
@@ -98,8 +100,7 @@ def story(out: Path, ranks: Ranks | None) -> dict:
     told["failed"] = fail_on_the_last(trainer)
     if trainer.spread.is_main:
         told |= records(trainer)
-    trainer.close("interrupted")
-    return told
+    return told, trainer
 
 
 def records(trainer: Trainer) -> dict:
@@ -148,6 +149,53 @@ def shoot(trainer: Trainer, expert: int) -> dict[torch.Tensor, float]:
             shot[weight] = float(weight)
             weight.fill_(torch.nan)
     return shot
+
+
+class Dies:
+    """A policy that ends its process when it is asked for a repair."""
+
+    interim = frozenset()
+
+    def __call__(self, situation):
+        os._exit(0)
+
+
+def lose_the_last(trainer: Trainer) -> str:
+    """The last rank dies while a loss that is no number is being repaired; what the others then raise."""
+    if trainer.spread.ranks.rank == trainer.spread.size - 1:
+        trainer.repairs.recovery.policy = Dies()
+    shoot(trainer, 2)
+    try:
+        trainer.run(until=END + 1)
+    except CollectiveError as error:
+        return str(error)
+    return "nothing"
+
+
+def words(team: Team, rank: int) -> dict:
+    """What ranks tell each other, and what becomes of things that not all of them can do."""
+    undone, told = [], {}
+    told["main"] = team.tell({"from": rank, "a": [1.5, None, "é"]})
+    told["rows"] = team.rows(torch.full((rank, 2), float(rank))).tolist()
+    told["same"] = team.same(torch.full((2,), float(rank))).tolist()
+
+    def attempt(do, same=lambda made: "") -> list:
+        return list(team.together(do, undone.append, same))
+
+    def refuse(ranks, error=ValueError):
+        if rank in ranks:
+            raise error(f"not on {min(ranks)}")
+        return rank
+
+    told["all"] = attempt(lambda: rank)
+    told["none"] = attempt(lambda: refuse(range(99)))
+    told["one"] = attempt(lambda: refuse([1], OSError))
+    told["differs"] = attempt(lambda: rank, str)
+    try:
+        attempt(lambda: refuse([1], KeyError))
+    except Exception as error:
+        told["unforeseen"] = [type(error).__name__, str(error)]
+    return told | {"undone": undone}
 
 
 def fail_on_the_last(trainer: Trainer) -> list:

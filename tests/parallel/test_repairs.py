@@ -1,13 +1,14 @@
 """A run over ranks repairs itself as one process does: the same alerts, repairs and weights; nothing half done."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from tests.parallel.conftest import run_ranks
-from tests.parallel.repairs import LAYER, TRAINED, ask, story, train
+from tests.parallel.repairs import END, LAYER, TRAINED, ask, story, train
 
 from equipoise.disk.checkpoint import list_checkpoints, load_checkpoint
 from equipoise.recovery.catalogue import REPAIRS
@@ -15,6 +16,7 @@ from equipoise.recovery.known_good import KnownGood
 
 WORKER = Path(__file__).with_name("repair_worker.py")
 WORLDS = (2, 4)
+RANKS = pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(scope="module")
@@ -27,14 +29,17 @@ def folder(tmp_path_factory) -> Path:
     for world in (1, *WORLDS):
         shutil.copytree(healthy, folder / f"run-{world}")
         ask(folder / f"run-{world}")
-    (folder / "1.0.json").write_text(json.dumps(story(folder / "run-1", None)))
+    alone, trainer = story(folder / "run-1", None)
+    trainer.close("interrupted")
+    (folder / "1.0.json").write_text(json.dumps(alone))
     torch.set_num_threads(threads)
-    for world in WORLDS:
-        run_ranks(WORKER, folder, world)
     return folder
 
 
 def told(folder: Path, world: int, rank: int = 0) -> dict:
+    """What a rank did, before the last one dies."""
+    if not (folder / f"{world}.0.json").exists():
+        run_ranks(WORKER, folder, world)
     return json.loads((folder / f"{world}.{rank}.json").read_text())
 
 
@@ -47,7 +52,7 @@ def test_one_process_finds_and_repairs_what_was_put_in(folder):
     assert [TRAINED + 10, f"{LAYER}:collapse", "resolved"] in told(folder, 1)["alerts"]
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@RANKS
 def test_ranks_find_and_repair_the_same_at_the_same_steps(world, folder):
     alone, many = told(folder, 1), told(folder, world)
     assert many["alerts"] == alone["alerts"]
@@ -61,7 +66,7 @@ def test_ranks_find_and_repair_the_same_at_the_same_steps(world, folder):
         assert told(folder, world, rank)["finite"]
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@RANKS
 def test_the_healed_weights_are_those_of_one_process(world, folder):
     alone, many = (load_checkpoint(list_checkpoints(folder / f"run-{each}" / "checkpoints")[-1]) for each in (1, world))
     assert many.step == alone.step > TRAINED
@@ -71,14 +76,14 @@ def test_the_healed_weights_are_those_of_one_process(world, folder):
         )
 
 
-@pytest.mark.parametrize("world", [1, *WORLDS])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_every_repair_is_done_and_undone_to_the_bit_on_every_rank(world, folder):
     for rank in range(world):
         undone = told(folder, world, rank)["undone"]
         assert undone == {kind: ["", True, True] for kind in REPAIRS}, (rank, undone)
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@RANKS
 def test_what_one_rank_can_not_do_no_rank_does(world, folder):
     """The last one has no stand-in for its experts. All learn why, and nothing is left of it."""
     for rank in range(world):
@@ -88,14 +93,32 @@ def test_what_one_rank_can_not_do_no_rank_does(world, folder):
     assert told(folder, 1)["failed"] == ["", True]
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@RANKS
 def test_a_healthy_checkpoint_of_ranks_is_known_to_be_good(world, folder):
     alone, many = KnownGood(folder / "run-1"), KnownGood(folder / f"run-{world}")
     assert [record.step for record in many.records] == [record.step for record in alone.records]
 
 
-def test_a_rank_that_dies_in_a_repair_ends_the_others_at_once(tmp_path, folder):
-    shutil.copytree(folder / "healthy", tmp_path / "run-2")
-    ask(tmp_path / "run-2")
-    with pytest.raises(AssertionError, match=r"CollectiveError: step \d+: rank 0, .*did not end"):
-        run_ranks(WORKER, tmp_path, 2, "die", timeout=60)
+@RANKS
+def test_a_rank_that_dies_in_a_repair_ends_the_others_at_once(world, folder):
+    told(folder, world)
+    for rank in range(world - 1):
+        error = (folder / f"{world}.{rank}.lost").read_text()
+        assert re.match(rf"step {END + 1}: rank {rank}, .*did not end", error)
+
+
+@RANKS
+def test_ranks_do_a_thing_together_or_not_at_all(world, folder):
+    for rank in range(world):
+        words = told(folder, world, rank)["words"]
+        assert words["main"] == {"from": 0, "a": [1.5, None, "é"]}
+        assert words["rows"] == [[float(each)] * 2 for each in range(world) for _ in range(each)]
+        assert words["same"] == [0.0, 0.0]
+        assert words["all"] == [rank, ""]
+        assert words["none"] == [None, "not on 0"]
+        assert words["one"] == [None, "rank 1: not on 1"]
+        assert words["differs"] == [None, "rank 1 came to something else than rank 0; it was undone on all ranks"]
+        kind, text = words["unforeseen"]
+        assert kind == ("KeyError" if rank == 1 else "CollectiveError")
+        assert "not on 1" in text
+        assert words["undone"] == ([rank] if rank == 1 else [rank] * 3)
