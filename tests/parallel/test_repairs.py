@@ -3,16 +3,19 @@
 import json
 import re
 import shutil
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 from tests.parallel.conftest import run_ranks
-from tests.parallel.repairs import END, LAYER, TRAINED, ask, story, train
+from tests.parallel.repairs import END, LAYER, TRAINED, ask, config, story, train
 
 from equipoise.disk.checkpoint import list_checkpoints, load_checkpoint
+from equipoise.parallel import ParallelConfig, Ranks
 from equipoise.recovery.catalogue import REPAIRS
 from equipoise.recovery.known_good import KnownGood
+from equipoise.train.spread import check_ranks
 
 WORKER = Path(__file__).with_name("repair_worker.py")
 WORLDS = (2, 4)
@@ -105,6 +108,14 @@ def test_a_rank_that_dies_in_a_repair_ends_the_others_at_once(world, folder):
     for rank in range(world - 1):
         error = (folder / f"{world}.{rank}.lost").read_text()
         assert re.match(rf"step {END + 1}: rank {rank}, .*did not end", error)
+
+
+@pytest.mark.parametrize("name", ["recover", "accept_faults"])
+def test_sharded_routers_are_not_repaired(name, tmp_path):
+    others = {field.name: None for field in fields(Ranks)} | {"config": ParallelConfig(data=2, shard=True)}
+    asked = replace(config(tmp_path), recover=False, accept_faults=False)
+    with pytest.raises(ValueError, match=rf"{name}: expected False with parallel.shard: no rank holds a whole router"):
+        check_ranks(replace(asked, **{name: True}), Ranks(**others))
 
 
 @RANKS

@@ -90,7 +90,8 @@ class Repairs:
         """Repair, or propose to, if an alert calls for it. All processes go by the main one's alerts: theirs may be
         judged over another span, by their own clocks.
         """
-        firing, changed = self._told(self._watch.alerts), self._told(changed)
+        told = self._spread.team.tell([[asdict(alert) for alert in each] for each in (self._watch.alerts, changed)])
+        firing, changed = ([_alert(record) for record in each] for each in told)
         return self.recovery.after_flush(step, firing, self._watch.stats(), changed)
 
     def rescue(self, step: int) -> list[Action]:
@@ -155,11 +156,6 @@ class Repairs:
         """Weights, balancers and optimizer of a checkpoint; step, data and history go on. Returns what undoes it."""
         return self._spread.reload(self._out / CHECKPOINTS / name, self._model, self._optimizer)
 
-    def _told(self, alerts: Sequence[Alert]) -> list[Alert]:
-        """Those of the main process."""
-        told = self._spread.team.tell([asdict(alert) for alert in alerts])
-        return [Alert(**{**alert, "finding": Finding(**alert["finding"])}) for alert in told]
-
     def detach(self) -> None:
         """Leave the model as it was, but for modes in force."""
         self._recent.detach()
@@ -179,6 +175,11 @@ class Repairs:
             self._compare_with(records[-1])
         self.recovery.load_state_dict(state["recovery"])
         self.rate_scale = float(state["rate_scale"])
+
+
+def _alert(record: Mapping[str, Any]) -> Alert:
+    """What `asdict` made of it."""
+    return Alert(**{**record, "finding": Finding(**record["finding"])})
 
 
 @torch.no_grad()
