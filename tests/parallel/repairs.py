@@ -27,7 +27,7 @@ from equipoise.train.snapshot import pack_optimizer
 from equipoise.types import Finding, Team
 
 LAYER, BATCH = "layers.1.mlp", 16
-TRAINED, HEALED, END = 40, 60, 66
+TRAINED, TRIAL, HEALED, END = 40, 48, 60, 66
 COLLAPSE = Finding("collapse", LAYER, 5, "critical", 8.0, 2.0, "everything goes to one expert", "")
 DEAD = replace(COLLAPSE, rule="dead_experts", expert=3)
 
@@ -87,10 +87,15 @@ def ask(out: Path) -> None:
 def story(out: Path, ranks: Ranks | None) -> tuple[dict, Trainer]:
     """What this process did: a collapse, and then a weight that is no number, in one expert."""
     trainer = going_on(out, ranks)
+    trainer.run(until=TRIAL)
+    trainer.save()
+    trainer.close("interrupted")
+    trainer = going_on(out, ranks)  # in the middle of a trial
+    on_trial = trainer.repairs.recovery.on_trial
     trainer.run(until=HEALED)
     trainer.save()
     told = {"words": words(trainer.spread.team, ranks.rank if ranks else 0)}
-    told |= {"mode": trainer.model.moe_layers[LAYER].mode.to_json()}
+    told |= {"on_trial": on_trial and on_trial.kind, "mode": trainer.model.moe_layers[LAYER].mode.to_json()}
     if trainer.spread.is_main:
         post(out, Remove())
         post(out, Inject(NaNExpert(LAYER, 3, seed=1)))

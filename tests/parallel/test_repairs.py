@@ -66,6 +66,7 @@ def test_ranks_find_and_repair_the_same_at_the_same_steps(world, folder):
         assert loss == pytest.approx(wanted[step], rel=1e-4, nan_ok=True), step
     for rank in range(world):
         assert told(folder, world, rank)["mode"] == many["mode"]
+        assert told(folder, world, rank)["on_trial"] == "quantile_bias"  # after a resume in the middle of it
         assert told(folder, world, rank)["finite"]
 
 
