@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from equipoise.faults import Collapse, NaNExpert
+from equipoise.faults import Collapse, NaNExpert, SkewedInput, SlowExpert, SlowRank, StaleCounters
 from equipoise.faults.requests import Inject, Remove, open_requests, post
 from equipoise.layer.mode import NORMAL
 from equipoise.models.config import DecoderConfig, MoEConfig
@@ -20,6 +20,7 @@ from equipoise.recovery.catalogue import REPAIRS
 from equipoise.recovery.swap import digest
 from equipoise.routing import SwitchLoss, TopK
 from equipoise.train.config import DataConfig, OptimConfig, TrainConfig
+from equipoise.train.diagnose import DivergenceError
 from equipoise.train.loop import Trainer, load_config
 from equipoise.train.report import Silent
 from equipoise.train.run import open_data
@@ -101,10 +102,12 @@ def story(out: Path, ranks: Ranks | None) -> tuple[dict, Trainer]:
         post(out, Inject(NaNExpert(LAYER, 3, seed=1)))
     trainer.run(until=END)
     told["finite"] = all(bool(torch.isfinite(each).all()) for each in trainer.model.parameters())
-    told["undone"] = undone(trainer)
-    told["failed"] = fail_on_the_last(trainer)
     if trainer.spread.is_main:
         told |= records(trainer)
+    told["undone"] = undone(trainer)
+    told["failed"] = fail_on_the_last(trainer)
+    told["faults"] = put_in_and_out(trainer)
+    told["diverged"] = diverge(trainer)
     return told, trainer
 
 
@@ -140,8 +143,8 @@ def undone(trainer: Trainer) -> dict[str, list]:
         if change is not None:
             change.undo()
         told[kind] = [problem, before != during, fingerprint(trainer) == before]
-        for value, was in shot.items():
-            value.data.fill_(was)
+        for weight, was in shot.items():
+            weight.fill_(was)
     return told
 
 
@@ -165,13 +168,41 @@ class Dies:
         os._exit(0)
 
 
+def put_in_and_out(trainer: Trainer) -> list[list[str]]:
+    """The faults that are not of a router or a weight: [those in place, those left when they are taken out]."""
+    seconds = 1e-4
+    asked = (SlowRank(seconds), SlowExpert(LAYER, 6, seconds), StaleCounters("reset"), SkewedInput(0))
+    told = []
+    for requests in ([Inject(fault) for fault in asked], [Remove()]):
+        for request in requests if trainer.spread.is_main else []:
+            post(trainer.out, request)
+        trainer.run(until=trainer.step_number + 1)
+        told.append([type(fault).__name__ for fault in trainer.faults.in_place])
+    return told
+
+
+def diverge(trainer: Trainer) -> str:
+    """A weight on one rank is no number, and nothing may be repaired: what all raise."""
+    trainer.repairs.recovery.act = False
+    shot = shoot(trainer, 6)
+    try:
+        trainer.save()
+    except DivergenceError as error:
+        return str(error)
+    finally:
+        for weight, was in shot.items():
+            weight.fill_(was)
+        trainer.repairs.recovery.act = True
+    return "nothing"
+
+
 def lose_the_last(trainer: Trainer) -> str:
     """The last rank dies while a loss that is no number is being repaired; what the others then raise."""
     if trainer.spread.ranks.rank == trainer.spread.size - 1:
         trainer.repairs.recovery.policy = Dies()
     shoot(trainer, 2)
     try:
-        trainer.run(until=END + 1)
+        trainer.run(until=trainer.step_number + 1)
     except CollectiveError as error:
         return str(error)
     return "nothing"

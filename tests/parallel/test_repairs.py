@@ -108,7 +108,24 @@ def test_a_rank_that_dies_in_a_repair_ends_the_others_at_once(world, folder):
     told(folder, world)
     for rank in range(world - 1):
         error = (folder / f"{world}.{rank}.lost").read_text()
-        assert re.match(rf"step {END + 1}: rank {rank}, .*did not end", error)
+        assert re.match(rf"step {END + 3}: rank {rank}, .*did not end", error)
+
+
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_every_rank_has_the_other_faults_and_is_rid_of_them(world, folder):
+    for rank in range(world):
+        there = ["NaNExpert", "SlowRank", "SlowExpert", "StaleCounters", "SkewedInput"]
+        assert told(folder, world, rank)["faults"] == [there, []]
+
+
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_without_leave_to_repair_all_ranks_end_and_name_the_one(world, folder):
+    """Its own weights are finite on rank 0: it would wait for rank 1 for ever."""
+    where = "" if world == 1 else "rank 1: "
+    for rank in range(world):
+        error = told(folder, world, rank)["diverged"]
+        assert error.startswith(f"step {END + 2}: the weights are not finite after the update")
+        assert f"First not finite: {where}parameter {LAYER}.experts.down_proj (1 of " in error
 
 
 @pytest.mark.parametrize("name", ["recover", "accept_faults"])
