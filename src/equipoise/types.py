@@ -7,12 +7,12 @@ A capital is a logical size, lower case the local shard. This file does not impo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from math import nan
-from typing import TYPE_CHECKING, Literal, Protocol, TypeGuard, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Severity = Literal["info", "warning", "critical"]
 ActionState = Literal["proposed", "applied", "kept", "undone", "failed"]
+T = TypeVar("T")
 
 
 # ---------------------------------------------------------------------------------------------- in the layer
@@ -502,3 +503,99 @@ class CoSelectionSink(Protocol):
     def co_selection(self, window: Sequence[CoSelection]) -> None:
         """Take one flushed window, a record per layer."""
         ...
+
+
+# ---------------------------------------------------------------------------------------------- between processes
+
+
+@dataclass(frozen=True)
+class Held:
+    """Which of a layer's experts a process holds. num_experts: of the layer, those with weights.
+
+    ids: the expert of each place of the weights' first axis. owned: by place, whether the process speaks for it; each
+    expert has one that does, however many copies there are.
+    """
+
+    num_experts: int
+    ids: tuple[int, ...]
+    owned: tuple[bool, ...]
+
+
+class Team(Protocol):
+    """The processes that hold one model together, as one of them sees it that is about to change it.
+
+    All of them call the same methods in the same order. What is replicated (routers, balancers, modes) each changes for
+    itself; of a layer's experts each holds some.
+    """
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one reads requests and writes records."""
+        ...
+
+    def sum(self, x: Tensor) -> None:
+        """Over all processes, in place."""
+        ...
+
+    def tell(self, value: T) -> T:
+        """What the main process says, in all of them: plain JSON data."""
+        ...
+
+    def same(self, x: Tensor) -> Tensor:
+        """The main process's values; x has the same shape in all of them."""
+        ...
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The rows of all processes, in their order; each may have another number of them."""
+        ...
+
+    def together(
+        self, do: Callable[[], T], undo: Callable[[T], object], same: Callable[[T], str]
+    ) -> tuple[T, str] | tuple[None, str]:
+        """(what it made, "") where all did it; (None, why not) in all of them where one could not, and the others have
+        undone it. same: a text of what it made and left behind, which must not differ.
+
+        Not being able to is a ValueError, RuntimeError or OSError; another error is raised.
+        """
+        ...
+
+    def held(self, layer: str, here: int) -> Held:
+        """Of a layer's experts those whose weights are here, of which there are so many."""
+        ...
+
+
+class OneProcess:
+    """A team of one. See `Team`."""
+
+    is_main = True
+
+    def sum(self, x: Tensor) -> None:
+        """It is."""
+
+    def tell(self, value: T) -> T:
+        """It does."""
+        return value
+
+    def same(self, x: Tensor) -> Tensor:
+        """They are."""
+        return x
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Its own."""
+        return x
+
+    def together(
+        self, do: Callable[[], T], undo: Callable[[T], object], same: Callable[[T], str]
+    ) -> tuple[T, str] | tuple[None, str]:
+        """Done, or why not."""
+        try:
+            return do(), ""
+        except (ValueError, RuntimeError, OSError) as error:  # what fails must not take the loop with it
+            return None, str(error) or type(error).__name__
+
+    def held(self, layer: str, here: int) -> Held:
+        """All."""
+        return Held(here, tuple(range(here)), (True,) * here)
+
+
+ALONE: Team = OneProcess()

@@ -50,8 +50,8 @@ def train(
     """Train a language model with MoE layers, under watch.
 
     Ctrl-C writes a checkpoint and stops; `--resume` goes on from it, to the bit, on any number of processes. For more
-    than one: `torchrun --nproc-per-node 4 -m equipoise train demo --parallel.expert 2 --parallel.data 2`. With
-    torchrun's `--max-restarts 3` the run goes on from its newest checkpoint when a rank is lost.
+    than one: `torchrun --nproc-per-node 4 -m equipoise train demo --parallel.expert 2 --parallel.data 2`, also with
+    `--recover`. With torchrun's `--max-restarts 3` the run goes on from its newest checkpoint when a rank is lost.
 
     Recipes: demo (4 layers of 16 experts, minutes), tiny (2 layers of 8, seconds), tiny_two_experts (2 layers of 2
     experts on two domains: shows whether the router divides them, under a minute), tiny_scmoe (4 layers, 2 of them

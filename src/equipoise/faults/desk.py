@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -17,9 +18,13 @@ from equipoise.faults.catalogue import Fault, sentence
 from equipoise.faults.counters import StaleCounters, inject_counters
 from equipoise.faults.data import SkewedInput, skewed_rows
 from equipoise.faults.files import CheckpointDamage, checkpoint_of, damage, put_all_back
-from equipoise.faults.injection import Change, Injection, inject
-from equipoise.faults.requests import Inject, Remove, Request, answer, listen, take
+from equipoise.faults.injection import Change, Injection, TeamRun, inject
+from equipoise.faults.requests import Remove, Request, answer, from_record, listen, take, to_record
+from equipoise.faults.targets import routers_digest
 from equipoise.monitor.recorder import Recorder
+from equipoise.types import ALONE, Team
+
+T = TypeVar("T")
 
 MOST_TOLD = 500  # characters of an error
 
@@ -28,15 +33,22 @@ class FaultDesk:
     """Takes a run's requests for faults, from now until `close`.
 
     run_folder: where the requests are; the folder is made. model: what faults are put into. run: takes the model
-    through a batch of tokens, with the recorder paused, to see a layer's inputs. recorder: for StaleCounters.
+    through a batch of tokens, with the recorder paused, to see a layer's inputs. recorder: for StaleCounters. team: the
+    processes that hold the model; each has a desk, the main one's takes the requests.
     Raises ValueError where another process takes this run's requests.
     """
 
     def __init__(
-        self, run_folder: Path, model: nn.Module, run: Callable[[], object], recorder: Recorder | None = None
+        self,
+        run_folder: Path,
+        model: nn.Module,
+        run: Callable[[], object],
+        recorder: Recorder | None = None,
+        team: Team = ALONE,
     ) -> None:
-        self._folder, self._model, self._run, self._recorder = Path(run_folder), model, run, recorder
-        self._lock: int | None = listen(self._folder)
+        self._folder, self._model, self._recorder, self._team = Path(run_folder), model, recorder, team
+        self._run = TeamRun(run, team)
+        self._lock: int | None = listen(self._folder) if team.is_main else None
         self._in_place: list[Injection] = []
         self._asked_for_rows = False
         self._trouble = ""
@@ -52,20 +64,15 @@ class FaultDesk:
         Obeys what was posted, lets drifts go on, and returns a sentence for the log about each thing that was done or
         refused. Raises nothing.
         """
-        said = []
-        try:
-            requests = [] if self._lock is None else take(self._folder)
-            self._trouble = ""
-        except (ValueError, OSError) as error:  # the folder is gone, or out of reach
-            requests = []
-            if self._trouble != str(error):  # once, not at every step
-                said.append(f"faults can't be taken: {_told(error)}")
-            self._trouble = str(error)
-        for id, request in requests:
-            text, ok = self._obey(request)
+        said: list[str] = []
+        taken = self._taken(said)
+        records = self._team.tell([to_record(request) for _, request in taken])
+        for number, record in enumerate(records):
+            text, ok = self._obey(from_record(record))
             said.append(text)
             try:
-                answer(self._folder, id, text, ok)
+                if self._team.is_main:
+                    answer(self._folder, taken[number][0], text, ok)
             except (ValueError, OSError) as error:
                 said.append(f"the sender could not be told: {_told(error)}")
         for injection in list(self._in_place):
@@ -97,18 +104,38 @@ class FaultDesk:
             os.close(self._lock)
             self._lock = None
 
+    def _taken(self, said: list[str]) -> list[tuple[str, Request]]:
+        """(id, request) of what was posted; what is wrong with the folder is said."""
+        if self._lock is None:
+            return []
+        try:
+            requests = take(self._folder)
+        except (ValueError, OSError) as error:  # the folder is gone, or out of reach
+            if self._trouble != str(error):  # once, not at every step
+                said.append(f"faults can't be taken: {_told(error)}")
+            self._trouble = str(error)
+            return []
+        self._trouble = ""
+        return requests
+
     def _obey(self, request: Request) -> tuple[str, bool]:
         """(a sentence, whether it was done). Nothing that a request leads to may end the run."""
-        try:
-            if isinstance(request, Inject):
-                self._in_place.append(self._put_in(request.fault))
-                return f"fault put in: {sentence(request.fault)}", True
-            return self._take_out(request)
-        except Exception as error:
-            return f"refused: {_told(error)}", False
+        if isinstance(request, Remove):
+            try:
+                return self._take_out(request)
+            except ValueError as error:
+                return f"refused: {_told(error)}", False
+        put_in = partial(_foreseen, partial(self._put_in, request.fault))
+        injection, problem = self._team.together(put_in, Injection.remove, lambda _: routers_digest(self._model))
+        if injection is None:
+            return f"refused: {problem}", False
+        self._in_place.append(injection)
+        return f"fault put in: {sentence(request.fault)}", True
 
     def _put_in(self, fault: Fault) -> Injection:
         if isinstance(fault, CheckpointDamage):
+            if not self._team.is_main:
+                return Injection(fault, Change())
             return damage(checkpoint_of(self._folder, fault.checkpoint), fault)
         if isinstance(fault, StaleCounters):
             if self._recorder is None:
@@ -130,16 +157,16 @@ class FaultDesk:
             for each in reversed(self._in_place)
             if request.layer is None or getattr(each.fault, "layer", None) == request.layer
         ]
-        told, left = [], {}
+        told: list[str] = []
+        left: dict[str, str] = {}
         for injection in doomed:
-            try:
-                injection.remove()
-            except Exception as error:
-                left[_told(error)] = f"{sentence(injection.fault)} stays: {_told(error)}"
+            _, problem = self._team.together(partial(_foreseen, injection.remove), lambda _: None, lambda _: "")
+            if problem:
+                left[problem] = f"{sentence(injection.fault)} stays: {problem}"
                 continue
             self._in_place.remove(injection)
             told.append(sentence(injection.fault))
-        if request.layer is None:  # also what an earlier process has damaged
+        if request.layer is None and self._team.is_main:  # also what an earlier process has damaged
             try:
                 told += [f"damage to {name}" for name in put_all_back(self._folder)]
             except (ValueError, OSError) as error:
@@ -149,6 +176,14 @@ class FaultDesk:
             raise ValueError(f"expected a fault in place{where}, there is none")
         parts = [f"taken out: {'; '.join(told)}"] if told else []
         return "; ".join([*parts, *left.values()]), not left
+
+
+def _foreseen(do: Callable[[], T]) -> T:
+    """Do it; whatever goes wrong is a ValueError."""
+    try:
+        return do()
+    except Exception as error:
+        raise ValueError(_told(error)) from error
 
 
 def _told(error: Exception) -> str:

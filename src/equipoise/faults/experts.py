@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from equipoise.faults.injection import Change, Run, check_seed
+from equipoise.faults.injection import Change, Run, check_seed, team_of
 from equipoise.faults.targets import check_expert, find, tensor_at
 
 
@@ -34,26 +34,28 @@ class NaNExpert:
         """Write the NaN."""
         target = find(model, "NaNExpert", self.layer)
         check_expert("NaNExpert.expert", target, self.expert)
+        places = target.places(self.expert, team_of(run))
         paths = target.stacked_weights()
         if not paths:
             raise ValueError(
                 f"NaNExpert.layer: expected experts with stacked weights [E, ., .] of floating numbers, {self.layer} "
                 "has none"
             )
-        sizes = [tensor_at(target.experts, path)[self.expert].numel() for path in paths]
+        sizes = [tensor_at(target.experts, path).shape[1:].numel() for path in paths]
         place = random.Random(self.seed).randrange(sum(sizes))  # every value is as likely
         path = next(path for path, end in zip(paths, accumulate(sizes), strict=True) if place < end)
         place -= sum(sizes[: paths.index(path)])
         row, column = divmod(place, tensor_at(target.experts, path).shape[2])
-        index = (self.expert, row, column)
-        value = tensor_at(target.experts, path)[index].item()
+        values = {each: tensor_at(target.experts, path)[each, row, column].item() for each in places}
 
         @torch.no_grad()
         def put_back() -> None:
             weight = tensor_at(target.experts, path)
-            if bool(weight[index].isnan()):
-                weight[index] = value
+            for each, value in values.items():
+                if bool(weight[each, row, column].isnan()):
+                    weight[each, row, column] = value
 
         with torch.no_grad():
-            tensor_at(target.experts, path)[index] = math.nan
+            for each in places:
+                tensor_at(target.experts, path)[each, row, column] = math.nan
         return Change(put_back)

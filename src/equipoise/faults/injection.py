@@ -12,7 +12,28 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
+from equipoise.types import ALONE, Team
+
 Run = Callable[[], object]
+
+
+@dataclass(frozen=True, eq=False)
+class TeamRun:
+    """A run of a model that several processes hold together, which all of them do together. Each puts the fault into
+    what it holds.
+    """
+
+    run: Run
+    team: Team
+
+    def __call__(self) -> object:
+        """Run."""
+        return self.run()
+
+
+def team_of(run: Run | None) -> Team:
+    """The processes that do it."""
+    return run.team if isinstance(run, TeamRun) else ALONE
 
 
 def _nothing() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.faults.edit import Edit
-from equipoise.faults.injection import Change, Run, check_positive, check_seed
+from equipoise.faults.injection import Change, Run, check_positive, check_seed, team_of
 from equipoise.faults.targets import Target, check_expert, find, tensor_at
 
 
@@ -269,7 +269,7 @@ def _router_inputs(model: nn.Module, target: Target, owner: str, run: Run | None
             "inject: run() did not reach the layer; let it call the model on a batch of tokens (while a repair sends "
             "tokens round robin, the router is not asked)"
         )
-    return torch.cat(seen)
+    return team_of(run).same(torch.cat(seen))  # ranks see the same but for the last bits, and routers must stay equal
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from equipoise.faults.injection import Change, Run, check_positive
+from equipoise.faults.injection import Change, Run, check_positive, team_of
 from equipoise.faults.targets import Target, check_expert, find, targets
 from equipoise.layer import MoE
 from equipoise.layer.choice import Choice
@@ -50,10 +50,13 @@ class SlowExpert:
                 "inside the attention and not one by one; choose another layer"
             )
         check_expert("SlowExpert.expert", target, self.expert)
-        has_tokens = _has_tokens(target, self.expert)
+        places = target.places(self.expert, team_of(run))
+        if not places:
+            return Change()  # another process holds it
+        has_tokens = _has_tokens(target, places[0])
         if not isinstance(target.block, MoE):
             return _unhook([_slow(target, self.seconds, has_tokens)])
-        delay = _Delay(target.block.experts, self.expert, self.seconds)
+        delay = _Delay(target.block.experts, places[0], self.seconds)
         hooked = _unhook(
             [_slow(target, self.seconds, lambda args, kwargs: not delay.in_it() and has_tokens(args, kwargs))]
         )
@@ -69,7 +72,8 @@ class SlowExpert:
 class SlowRank:
     """The expert computation of every MoE layer takes `seconds` longer, in each forward.
 
-    Imitates a straggler: a rank whose device is slower than the others. Taken out: the hooks are removed.
+    Imitates a straggler: a rank whose device is slower than the others; over ranks, the main one. Taken out: the hooks
+    are removed.
     """
 
     seconds: float
@@ -82,6 +86,8 @@ class SlowRank:
         found = [target for target in targets(model).values() if not isinstance(target.block, Choice)]
         if not found:
             raise ValueError(f"SlowRank: expected a model with MoE layers, {type(model).__name__} has none")
+        if not team_of(run).is_main:
+            return Change()
         return _unhook([_slow(target, self.seconds, lambda args, kwargs: True) for target in found])
 
 

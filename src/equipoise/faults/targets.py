@@ -6,14 +6,18 @@ monitor finds them. It changes nothing.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from equipoise.layer import MoE
 from equipoise.layer.choice import Choice, routed_layers
+from equipoise.layer.experts import Experts
 from equipoise.monitor.adapters.padding import Arguments
 from equipoise.monitor.adapters.transformers_moe import INDEX_NAMES, ROUTER_NAMES, WEIGHT_NAMES, experts_layers
+from equipoise.types import Team
 
 CORRECTION_BIAS = "e_score_correction_bias"  # what transformers calls the bias of loss-free balancing
 
@@ -46,12 +50,21 @@ class Target:
         return (self.block, paths[0]) if paths else None
 
     def stacked_weights(self) -> list[str]:
-        """The paths of the experts' weights [E, ., .] in `experts`."""
+        """The paths of the experts' weights [E, ., .] in `experts`, [e, ., .] where some of them are here."""
         return [
             path
             for path, x in self.experts.named_parameters()
-            if x.ndim == 3 and x.shape[0] == self.num_experts and x.is_floating_point()
+            if x.ndim == 3 and x.shape[0] == self._here and x.is_floating_point()
         ]
+
+    def places(self, expert: int, team: Team) -> list[int]:
+        """Where an expert is among those whose weights are here; copies of it may be elsewhere too."""
+        return [place for place, each in enumerate(team.held(self.name, self._here).ids) if each == expert]
+
+    @property
+    def _here(self) -> int:
+        """Experts whose weights this process holds."""
+        return self.experts.num_experts if isinstance(self.experts, Experts) else self.num_experts
 
     def _is_weight(self, router: nn.Module, path: str) -> bool:
         value = getattr(router, path, None) if "." not in path else tensor_at(router, path)
@@ -90,6 +103,18 @@ def takes_selection(module: nn.Module) -> bool:
     """Whether the module is called with indices and weights of chosen experts, as those of transformers are."""
     names = Arguments(module).names
     return bool({*names} & {*INDEX_NAMES}) and bool({*names} & {*WEIGHT_NAMES})
+
+
+def routers_digest(model: nn.Module) -> str:
+    """sha256 of the bytes of all routers' weights and selection biases: what all processes have the same of."""
+    total = hashlib.sha256()
+    for target in targets(model).values():
+        for place in (target.router_weight(), target.selection_bias()):
+            if place is not None:
+                total.update(
+                    tensor_at(*place).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                )
+    return total.hexdigest()
 
 
 def find(model: nn.Module, owner: str, layer: str) -> Target:

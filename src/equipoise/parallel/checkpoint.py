@@ -143,6 +143,18 @@ def load_shares(path: Path, groups: Mapping[str, Mapping[str, Share]], ranks: Ra
 
     Raises CheckpointError, on all ranks, for one that is damaged or of another model; then nothing is changed.
     """
+    verify_together(path, ranks)
+    for group, named in groups.items():
+        _check_names(path, group, named)
+    with torch.no_grad():
+        for group, named in groups.items():
+            for name, share in named.items():
+                share.local.copy_(read_rows(group_file(path, group), name, share.rows))
+    return read_state(path)
+
+
+def verify_together(path: Path, ranks: Ranks) -> None:
+    """The main rank reads it through once. Raises CheckpointError, on all ranks, for one that is damaged."""
     problem: str | None = None
     if ranks.is_main:
         try:
@@ -152,13 +164,14 @@ def load_shares(path: Path, groups: Mapping[str, Mapping[str, Share]], ranks: Ra
     problem = _tell(problem, ranks)
     if problem is not None:
         raise CheckpointError(problem)
-    for group, named in groups.items():
-        _check_names(path, group, named)
-    with torch.no_grad():
-        for group, named in groups.items():
-            for name, share in named.items():
-                share.local.copy_(read_rows(group_file(path, group), name, share.rows))
-    return read_state(path)
+
+
+def read_shares(path: Path, group: str, named: Mapping[str, Share]) -> dict[str, Tensor]:
+    """This rank's parts of a verified checkpoint's tensors, in memory of their own. Raises CheckpointError for one of
+    another model.
+    """
+    _check_names(path, group, named)
+    return {name: read_rows(group_file(path, group), name, share.rows) for name, share in named.items()}
 
 
 def _check_names(path: Path, group: str, named: Mapping[str, Share]) -> None:

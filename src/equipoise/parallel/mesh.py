@@ -40,7 +40,8 @@ class ParallelConfig:
     nodes: int = 1
     """Nodes that an expert group spans; more than 1 sends tokens between nodes once, and spreads them within."""
     shard: bool = False
-    """Shard weights, gradients and optimizer state over data-parallel ranks (FSDP2), all but the experts'."""
+    """Shard weights, gradients and optimizer state over data-parallel ranks (FSDP2), all but the experts'; such a run
+    does not repair itself."""
     dispatcher: DispatcherName = "all_to_all"
     """all_to_all, or all_gather where `equipoise bench links` finds that faster."""
     chunks: int = 1

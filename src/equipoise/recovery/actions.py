@@ -6,6 +6,7 @@ where it can't be done. Whether it helped is for `recovery.py` to find out. Chan
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,8 +20,10 @@ from equipoise.layer.mode import Mode
 from equipoise.recovery.canary import Health
 from equipoise.recovery.known_good import KnownGood
 from equipoise.recovery.recent import RecentScores
+from equipoise.recovery.router_state import router_state
+from equipoise.recovery.swap import digest
 from equipoise.routing.balancers import QuantileBalancer, quantile_bias
-from equipoise.types import Finding
+from equipoise.types import ALONE, Finding, Team
 
 OVERFLOW_FACTOR = 1.25  # of the fair load, for the rungs that limit it
 BOOST = 10.0
@@ -45,7 +48,8 @@ class Patient:
     checkpoint, loads it into the model, verified, and returns what undoes that; None where there are no checkpoints.
     training: None when serving.
     health: of the model before the repair, on held-out text; None without a canary. seed: of noise. on_change: called
-    when a repair has changed the model or was undone, before others may use it again.
+    when a repair has changed the model or was undone, before others may use it again. team: the processes that hold the
+    model together; each has a patient.
     """
 
     model: nn.Module
@@ -58,6 +62,7 @@ class Patient:
     health: Health | None = None
     seed: int = 0
     on_change: Callable[[], None] = lambda: None
+    team: Team = ALONE
 
     def layer(self, name: str) -> RoutedLayer:
         """The layer of that name. Raises ValueError for another, as for layers of other libraries."""
@@ -81,6 +86,17 @@ class Change:
 
 
 Apply = Callable[[Patient, Finding], Change]
+
+
+def take_back(change: Change) -> None:
+    """Undo it."""
+    change.undo()
+
+
+def outcome(patient: Patient, change: Change) -> str:
+    """What must be the same in all processes after a repair: what it says, and all modes and routers in force."""
+    modes = {name: layer.mode.to_json() for name, layer in patient.layers.items()}
+    return json.dumps([change.note, dict(change.detail), modes, digest(router_state(patient.model))])
 
 
 # ------------------------------------------------------------------------------------------------------------- bias
@@ -129,7 +145,8 @@ def apply_quantile_bias(patient: Patient, finding: Finding) -> Change:
         raise ValueError(f"quantile_bias: {name} does not choose freely under a bias; go back to a good router")
     if patient.recent is None:
         raise ValueError("quantile_bias: needs recent traffic; attach RecentScores to the layers")
-    bias_E, violation = balancing_bias(patient.recent.scores(finding.layer), layer.k, choosers)
+    scores_TE = patient.team.rows(patient.recent.scores(finding.layer))
+    bias_E, violation = balancing_bias(scores_TE, layer.k, choosers)
     detail = {"max_violation_expected": violation}
     mode, balancer = layer.mode, layer.balancer
     if balancer is None:

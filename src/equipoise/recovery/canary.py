@@ -17,7 +17,8 @@ from equipoise.monitor.baseline import Baseline
 from equipoise.monitor.detectors import CollapseDetector
 from equipoise.monitor.recorder import Recorder
 from equipoise.monitor.rules import LoadDriftRule, LogitRule
-from equipoise.types import Finding, Routed, RoutingStats
+from equipoise.recovery.held import by_expert
+from equipoise.types import ALONE, Finding, Routed, RoutingStats, Team
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,16 +49,17 @@ class Canary:
     """Measures a model by a call of the user's.
 
     model: with MoE layers. run: takes it in eval through the same held-out text each time, and returns the mean loss in
-    nats per token. The text must bring each expert 100 assignments or so, or the routing can't be judged.
+    nats per token. The text must bring each expert 100 assignments or so, or the routing can't be judged. team: the
+    processes that hold the model; each takes its share of the text, and all measure the same.
     """
 
-    def __init__(self, model: nn.Module, run: Callable[[], float]) -> None:
-        self._model, self.run = model, run
+    def __init__(self, model: nn.Module, run: Callable[[], float], team: Team = ALONE) -> None:
+        self._model, self.run, self._team = model, run, team
         self._layers = moe_layers(model)
 
     def measure(self, step: int) -> Health:
         """Run, under a recorder of its own. Other observers see it too, unless they are paused."""
-        recorder = Recorder(self._model)
+        recorder = Recorder(self._model, self._team.sum)
         computed: dict[str, Tensor] = {}
         handles = [
             layer.tap.register_forward_hook(partial(_add_computed, computed, name))
@@ -71,7 +73,10 @@ class Canary:
                 handle.remove()
         stats = {each.layer: replace(each, step=step) for each in recorder.flush(step)}
         fair = {name: float(stats[name].counts_E.mean()) for name in computed}
-        straggler = {name: float(counts_E.max()) / max(fair[name], 1) for name, counts_E in computed.items()}
+        straggler = {
+            name: float(by_expert(self._team, name, counts_e).max()) / max(fair[name], 1)
+            for name, counts_e in computed.items()
+        }
         return Health(loss, stats, straggler)
 
 

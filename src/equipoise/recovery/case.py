@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from equipoise.layer.mode import Mode
 from equipoise.monitor.incidents import LOOK_AT_INPUT
 from equipoise.recovery.actions import Change
 from equipoise.recovery.canary import Health
-from equipoise.types import Action, Finding
+from equipoise.types import Action, Finding, RoutingStats
 
 
 @dataclass
@@ -108,3 +108,16 @@ class Trial:
 def loss_of(health: Health | None) -> float | None:
     """The loss on held-out text, where it was measured."""
     return None if health is None else health.loss
+
+
+def effect(when: str, layer: str, health: Health | None) -> dict[str, float]:
+    """Of held-out text, for an action's detail. when: "before" or "after"."""
+    if health is None:
+        return {}
+    straggler = {f"straggler_{when}": health.straggler[layer]} if layer in health.straggler else {}
+    return {f"loss_{when}": health.loss} | straggler
+
+
+def violation(when: str, layer: str, stats: Sequence[RoutingStats]) -> dict[str, float]:
+    """Of a flush, for an action's detail."""
+    return {f"max_violation_{when}": each.max_violation for each in stats if each.layer == layer}

@@ -10,15 +10,16 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from equipoise.layer.mode import Mode
 from equipoise.monitor.alerts import alert_key
 from equipoise.monitor.baseline import Baseline
 from equipoise.monitor.incidents import EXHAUSTED, LOOK_AT_INPUT, PAGE, Incident
-from equipoise.recovery.actions import Patient
+from equipoise.recovery.actions import Change, Patient, outcome, take_back
 from equipoise.recovery.canary import Canary, Health
-from equipoise.recovery.case import Case, Trial, loss_of
+from equipoise.recovery.case import Case, Trial, effect, loss_of, violation
 from equipoise.recovery.catalogue import REPAIRS
 from equipoise.recovery.gate import Gate
 from equipoise.recovery.lifting import Lifting
@@ -144,7 +145,7 @@ class Recovery:
         if case.done or (case.proposed and not act):
             return False
         before = None if self._canary is None else self._measure(step)
-        kind = self.policy(self._situation(alert, case, before))
+        kind = self.patient.team.tell(self.policy(self._situation(alert, case, before)))
         if kind is None:
             case.done = True
         elif kind in (PAGE, LOOK_AT_INPUT):
@@ -158,19 +159,23 @@ class Recovery:
     def _apply(self, action: Action, finding: Finding, before: Health | None, stats: Sequence[RoutingStats]) -> None:
         """Carry it out, whole or not at all; undo it at once if held-out text says that it made things worse."""
         kind, layer, step = action.kind, action.layer, action.step
-        action = replace(action, detail=_violation("before", layer, stats) | _effect("before", layer, before))
+        action = replace(action, detail=violation("before", layer, stats) | effect("before", layer, before))
         patient = replace(self.patient, health=before, seed=step)
         mode = patient.layers[layer].mode if layer in patient.layers else None
-        try:
+
+        def do() -> Change:
             with self._gate.changing():
                 change = REPAIRS[kind].apply(patient, finding)
                 self.patient.on_change()
-        except (ValueError, RuntimeError, OSError) as error:  # a repair that fails must not take the loop with it
-            self._say(replace(action, state="failed", note=str(error)))
+            return change
+
+        change, problem = patient.team.together(do, take_back, partial(outcome, patient))
+        if change is None:
+            self._say(replace(action, state="failed", note=problem))
             return
         self._trial = Trial(action, change, loss_of(before), mode)
         after = None if self._canary is None else self._measure(step)
-        detail = {**action.detail, **change.detail, **_effect("after", layer, after)}
+        detail = {**action.detail, **change.detail, **effect("after", layer, after)}
         self._trial.action = replace(action, detail=detail, note=change.note)
         self._say(self._trial.action)
         if worse := self._worse(after):
@@ -205,12 +210,12 @@ class Recovery:
         if REPAIRS[trial.action.kind].judged_by == "load":
             load = after.straggler.get(layer, 1.0)
             worse = worse or ("" if load <= CONTAINED_LOAD else f"the busiest expert still has {load:.2f} loads")
-            effect = f"no expert has more than {load:.2f} fair loads"
+            verdict = f"no expert has more than {load:.2f} fair loads"
         else:
             before = trial.loss_before if trial.loss_before is not None else math.inf
             worse = worse or ("" if after.loss < before else f"the held-out loss is {after.loss:.3f}, as before")
-            effect = "the held-out loss is lower"
-        note = worse or f"{effect}; the router is as it was, and its alert goes on"
+            verdict = "the held-out loss is lower"
+        note = worse or f"{verdict}; the router is as it was, and its alert goes on"
         self._end("undone" if worse else "kept", step, note, stats, after)
         self._cases[key].done = not worse
 
@@ -230,8 +235,8 @@ class Recovery:
             self._rest = self._patience.cool_down
         if state == "undone":
             note += self._undo(trial)
-        detail = {"steps": float(step - trial.action.step)} | _effect("after", trial.action.layer, after)
-        detail |= _violation("after", trial.action.layer, stats)
+        detail = {"steps": float(step - trial.action.step)} | effect("after", trial.action.layer, after)
+        detail |= violation("after", trial.action.layer, stats)
         self._say(replace(trial.action, step=step, state=state, note=note, detail={**trial.action.detail, **detail}))
         if state == "kept":
             self._cases[trial.action.reason].kept.append((trial.action.kind, step))
@@ -387,14 +392,3 @@ class Recovery:
         for name in self.patient.layers:
             self.patient.set_mode(name, modes.get(name, Mode()))
         self._cases, self._trial, self._rest = cases, trial, rest
-
-
-def _effect(when: str, layer: str, health: Health | None) -> dict[str, float]:
-    if health is None:
-        return {}
-    straggler = {f"straggler_{when}": health.straggler[layer]} if layer in health.straggler else {}
-    return {f"loss_{when}": health.loss} | straggler
-
-
-def _violation(when: str, layer: str, stats: Sequence[RoutingStats]) -> dict[str, float]:
-    return {f"max_violation_{when}": each.max_violation for each in stats if each.layer == layer}

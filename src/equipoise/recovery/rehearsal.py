@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
-from equipoise.recovery.actions import Patient
+from equipoise.recovery.actions import Patient, outcome, take_back
 from equipoise.recovery.canary import Canary, Health
 from equipoise.recovery.catalogue import REPAIRS
 from equipoise.types import Finding
@@ -42,10 +43,11 @@ def rehearse(
 
 
 def _try(patient: Patient, canary: Canary, finding: Finding, kind: str) -> Rehearsal:
-    try:
-        change = REPAIRS[kind].apply(patient, finding)
-    except ValueError as error:
-        return Rehearsal(kind, None, str(error))
+    change, problem = patient.team.together(
+        partial(REPAIRS[kind].apply, patient, finding), take_back, partial(outcome, patient)
+    )
+    if change is None:
+        return Rehearsal(kind, None, problem)
     try:
         return Rehearsal(kind, canary.measure(0), change.note)
     finally:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +14,37 @@ from equipoise.disk.checkpoint import load_checkpoint
 from equipoise.layer import MoE
 from equipoise.layer.mode import Mode
 from equipoise.recovery.actions import Change, Patient
-from equipoise.recovery.known_good import KnownGood, KnownGoodError, Record
+from equipoise.recovery.held import finite_experts, row_of
+from equipoise.recovery.known_good import KnownGood, Record
 from equipoise.recovery.router_state import of_layer
 from equipoise.recovery.swap import swap
 from equipoise.types import Finding
 
+T = TypeVar("T")
 EXPERT_NOISE, ROUTER_NOISE = 0.02, 0.1  # relative to the standard deviation of what is copied
 RATE_CUT = 0.5
 
 
-def _known_good(patient: Patient, kind: str) -> KnownGood:
-    if patient.known_good is None or not patient.known_good.records:
+def _records(patient: Patient, kind: str) -> tuple[KnownGood, tuple[Record, ...]]:
+    """The registry, and what is in it, the same for all processes."""
+    known_good = patient.known_good
+    if known_good is None:
         raise ValueError(f"{kind}: there is no known-good record to go back to yet")
-    return patient.known_good
+    records, problem = _together(patient, lambda: known_good.records, _ids)
+    if not records:
+        raise ValueError(problem or f"{kind}: there is no known-good record to go back to yet")
+    return known_good, records
+
+
+def _ids(records: Sequence[Record]) -> str:
+    return " ".join(record.id for record in records)
+
+
+def _together(
+    patient: Patient, read: Callable[[], T], same: Callable[[T], str] = lambda made: ""
+) -> tuple[T, str] | tuple[None, str]:
+    """Read something in all processes or in none: then all go on with it, or all without."""
+    return patient.team.together(read, lambda made: None, same)
 
 
 def _modes_of(record: Record, patient: Patient, names: Collection[str]) -> Callable[[], None]:
@@ -46,7 +66,7 @@ def _modes_of(record: Record, patient: Patient, names: Collection[str]) -> Calla
 
 def apply_router_rollback(patient: Patient, finding: Finding) -> Change:
     """The layer's router and balancer go back to the newest whole known-good record, exactly; experts stay."""
-    record, state, problems = _newest_router(_known_good(patient, "router_rollback"), finding.layer)
+    record, state, problems = _newest_router(patient, finding.layer)
     undo_modes = _modes_of(record, patient, [name for name in patient.layers if name == finding.layer])
     try:
         done = swap(patient.model, state)
@@ -62,15 +82,16 @@ def apply_router_rollback(patient: Patient, finding: Finding) -> Change:
     return Change(undo, {"record_step": float(record.step)}, note)
 
 
-def _newest_router(known_good: KnownGood, layer: str) -> tuple[Record, dict[str, Tensor], list[str]]:
+def _newest_router(patient: Patient, layer: str) -> tuple[Record, dict[str, Tensor], list[str]]:
     """(the newest record that is whole, its tensors of the layer, what is wrong with newer ones)."""
     problems = []
-    for record in reversed(known_good.records):
-        try:
-            state = of_layer(known_good.load(record), layer)
-        except KnownGoodError as error:  # damaged since: an older one will do
-            problems.append(str(error))
+    known_good, records = _records(patient, "router_rollback")
+    for record in reversed(records):
+        tensors, problem = _together(patient, partial(known_good.load, record))
+        if tensors is None:  # damaged since: an older one will do
+            problems.append(problem)
             continue
+        state = of_layer(tensors, layer)
         if not state:
             raise ValueError(f"router_rollback: the record of step {record.step} has no router of {layer}")
         return record, state, problems
@@ -84,11 +105,11 @@ def _passed_over(problems: Sequence[str]) -> str:
 
 def apply_full_rollback(patient: Patient, finding: Finding) -> Change:
     """Every weight, and every mode, goes back to the newest known-good checkpoint that is whole."""
-    known_good = _known_good(patient, "full_rollback")
+    _, records = _records(patient, "full_rollback")
     if patient.reload is None:
         raise ValueError("full_rollback: nothing can load a checkpoint here; pass reload=")
     problems = []
-    for record in reversed(known_good.records):
+    for record in reversed(records):
         if record.checkpoint is None:
             continue
         try:
@@ -141,31 +162,47 @@ def apply_reseed(patient: Patient, finding: Finding) -> Change:
     generator = torch.Generator().manual_seed(patient.seed)
     names = {id(tensor): name for name, tensor in patient.model.named_parameters()}
     new: dict[str, Tensor] = {}
-    parameters: list[tuple[Tensor, float]] = [(each, EXPERT_NOISE) for each in layer.experts.parameters()]
-    if layer.router.weight is not None:
-        parameters.append((layer.router.weight, ROUTER_NOISE))
-    for parameter, noise in parameters:
-        values, source = parameter.detach().clone(), parameter.detach()[hot]
-        for expert in dead:
-            drawn = torch.randn(source.shape, generator=generator).to(source)
-            values[expert] = source + noise * source.float().std().to(source) * drawn
-        new[names[id(parameter)]] = values
+    moments: list[tuple[Tensor, list[int]]] = []
+    team, held = patient.team, patient.team.held(finding.layer, layer.experts.num_experts)
+    for parameter in layer.experts.parameters():
+        source = row_of(team, finding.layer, parameter, hot)
+        copies = _noisy(source, EXPERT_NOISE, dead, generator)
+        here = [place for place, expert in enumerate(held.ids) if expert in copies]
+        new[names[id(parameter)]] = _with_rows(parameter, {place: copies[held.ids[place]] for place in here})
+        moments.append((parameter, here))
+    if (router := layer.router.weight) is not None:
+        new[names[id(router)]] = _with_rows(router, _noisy(router.detach()[hot], ROUTER_NOISE, dead, generator))
+        moments.append((router, dead))
     done = swap(patient.model, new)
-    for name, parameter in patient.model.named_parameters():
-        if name in new:
-            _forget_moments(patient.training.optimizer, parameter, dead)
-    return Change(done.undo, {"num_experts": float(len(dead)), "source": float(hot)}, f"experts {dead} from {hot}")
+    optimizer = patient.training.optimizer
+    forgotten = [each for trained, rows in moments for each in _forget_moments(optimizer, trained, rows)]
+
+    def undo() -> None:
+        done.undo()
+        with torch.no_grad():
+            for tensor, rows, values in forgotten:
+                tensor[rows] = values
+
+    return Change(undo, {"num_experts": float(len(dead)), "source": float(hot)}, f"experts {dead} from {hot}")
 
 
-def finite_experts(layer: MoE) -> Tensor:
-    """bool (E,), on the host: the experts all of whose weights are numbers, of those that have weights."""
-    tensors = [tensor.detach() for tensor in layer.experts.parameters()]
-    return torch.stack([torch.isfinite(tensor).flatten(1).all(1) for tensor in tensors]).all(0).cpu()
+def _noisy(source: Tensor, noise: float, dead: list[int], generator: torch.Generator) -> dict[int, Tensor]:
+    """A copy of the row for each dead expert, with noise relative to its own standard deviation."""
+    scale = noise * source.float().std().to(source)
+    return {expert: source + scale * torch.randn(source.shape, generator=generator).to(source) for expert in dead}
+
+
+def _with_rows(parameter: Tensor, rows: Mapping[int, Tensor]) -> Tensor:
+    values = parameter.detach().clone()
+    for place, row in rows.items():
+        values[place] = row
+    return values
 
 
 def _hot_and_dead(patient: Patient, layer: MoE, finding: Finding) -> tuple[int, list[int]]:
-    num_experts = layer.experts.num_experts  # those that have weights
-    dead = (~finite_experts(layer)).nonzero()[:, 0].tolist()
+    finite_E = finite_experts(layer, finding.layer, patient.team)
+    num_experts = len(finite_E)  # those that have weights
+    dead = (~finite_E).nonzero()[:, 0].tolist()
     stats = patient.health.stats.get(finding.layer) if patient.health else None
     if stats is not None:
         dead = sorted({*dead, *(expert for expert in stats.dead_experts if expert < num_experts)})
@@ -177,10 +214,16 @@ def _hot_and_dead(patient: Patient, layer: MoE, finding: Finding) -> tuple[int, 
     return max(set(range(num_experts)) - set(dead), key=lambda expert: counts[expert]), dead
 
 
-def _forget_moments(optimizer: torch.optim.Optimizer, parameter: Tensor, experts: list[int]) -> None:
-    for value in optimizer.state.get(parameter, {}).values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value[experts] = 0.0
+def _forget_moments(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, rows: list[int]
+) -> list[tuple[Tensor, list[int], Tensor]]:
+    """Moments of these rows start anew. Returns (moments, rows, what they were)."""
+    state = optimizer.state.get(parameter, {}).values()
+    moments = [each for each in state if isinstance(each, Tensor) and each.shape == parameter.shape]
+    before = [(each, rows, each[rows].clone()) for each in moments]
+    for each in moments:
+        each[rows] = 0.0
+    return before
 
 
 def apply_lr_cut(patient: Patient, finding: Finding) -> Change:

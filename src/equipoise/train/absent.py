@@ -1,7 +1,7 @@
 """What takes the place of the store, the repairs and a fine-tuning's choices where a process or a run has none.
 
-A run over ranks is watched, and its alerts are told; it does not repair itself, which needs the whole model in one
-process. All but the main rank keep no records.
+A run with FSDP2 is watched, and its alerts are told; it does not repair itself, which needs whole routers. All but the
+main rank keep no records.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class NoRepairs:
         """Raises ValueError for a run with a repair in force: it would be lost."""
         if modes := state["recovery"]["modes"]:
             raise ValueError(
-                f"a repair is in force in {', '.join(modes)}, which needs a run of one process; resume there, and go "
-                "on over ranks when it has been lifted"
+                f"a repair is in force in {', '.join(modes)}, which needs a run that repairs itself; resume without "
+                "--parallel.shard, and go on with it when the repair has been lifted"
             )
         self.rate_scale = float(state["rate_scale"])
 

@@ -13,11 +13,14 @@ class DivergenceError(RuntimeError):
 
 
 @torch.no_grad()
-def first_non_finite(model: nn.Module, run: Callable[[], object]) -> str:
+def first_non_finite(
+    model: nn.Module, run: Callable[[], object], first: Callable[[str | None], str | None] = lambda found: found
+) -> str:
     """The first parameter, in the model's order, or the first module, in the order in which they finish, that has a
-    value which is not finite; with its name and how many. run: a forward of the model.
+    value which is not finite; with its name and how many. run: a forward of the model. first: of what several processes
+    have found, the first.
     """
-    if parameter := non_finite_parameter(model):
+    if parameter := first(non_finite_parameter(model)):
         return parameter
     found: list[str] = []
 
@@ -34,7 +37,7 @@ def first_non_finite(model: nn.Module, run: Callable[[], object]) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else "the gradient; the forward pass is finite"
+    return first(found[0] if found else None) or "the gradient; the forward pass is finite"
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as fn
@@ -13,6 +14,9 @@ from equipoise.models.generate import generate
 from equipoise.models.in_eval import in_eval
 from equipoise.train.data import IGNORE, TokenData, TokenStream, eval_batches
 from equipoise.train.step import autocast
+
+if TYPE_CHECKING:
+    from equipoise.train.spread import Spread
 
 
 @dataclass(frozen=True)
@@ -36,23 +40,36 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: Decoder, stream: TokenStream, batch_size: int, seq_len: int, max_batches: int, bf16: bool
+    model: Decoder,
+    stream: TokenStream,
+    batch_size: int,
+    seq_len: int,
+    max_batches: int,
+    bf16: bool,
+    spread: Spread | None = None,
 ) -> Evaluation:
-    """Evaluate on windows spread evenly over the stream. The model's mode is put back after."""
+    """Evaluate on windows spread evenly over the stream. The model's mode is put back after.
+
+    spread: the processes of the run, each of which takes its rows of each batch; the result is that of all, in each.
+    """
     device = next(model.parameters()).device
     num_domains = len(stream.domains)
     nats_D = torch.zeros(num_domains, dtype=torch.float64)
     targets_D = torch.zeros(num_domains, dtype=torch.float64)
     with in_eval(model):
-        for batch in eval_batches(stream, batch_size, seq_len, max_batches):
+        for whole in eval_batches(stream, batch_size, seq_len, max_batches):
+            batch = whole if spread is None else spread.share(whole)
             with autocast(bf16, device):
                 logits_BSV = model(batch.tokens_BS.to(device))
-            targets_T, domains_T = batch.targets_BS.view(-1), batch.domains_BS.view(-1)
+            targets_T, domains_T = batch.targets_BS.reshape(-1), batch.domains_BS.reshape(-1)
             nats_T = fn.cross_entropy(
                 logits_BSV.float().flatten(0, 1).cpu(), targets_T, ignore_index=IGNORE, reduction="none"
             )
             nats_D.index_add_(0, domains_T, nats_T.double())
             targets_D.index_add_(0, domains_T, (targets_T != IGNORE).double())
+    if spread is not None:
+        spread.team.sum(nats_D)
+        spread.team.sum(targets_D)
     bytes_D = targets_D * torch.from_numpy(stream.bytes_per_token_D)
     loss = float(nats_D.sum() / targets_D.sum())
     bits_D = nats_D / math.log(2) / bytes_D.clamp_min(1)

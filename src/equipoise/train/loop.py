@@ -98,10 +98,7 @@ class Trainer:
             self.watch.use_baselines(self.tuning.baselines)
         if config.co_select:
             self.watch.co_select(config.co_select)
-        self.faults = FaultDesk(out, self.model, self.show_text, self.watch.recorder) if config.accept_faults else None
-        self.repairs: Repairs | NoRepairs = NoRepairs()
-        if ranks is None and self.model.routed_layers:  # a dense model is trained by the same loop
-            self.repairs = Repairs(config, self.model, self.optimizer, data, out, self.watch, told)
+        self.faults, self.repairs = self._desk(), self._repairs(told)
         parts = (self.model, self.optimizer, self.loader, self.watch, self.repairs, self.tuning)
         self._state = RunState(*parts)
         self.step_number = 0
@@ -115,6 +112,17 @@ class Trainer:
         except BaseException:
             self.close("failed")
             raise
+
+    def _desk(self) -> FaultDesk | None:
+        if not self.config.accept_faults:
+            return None
+        return FaultDesk(self.out, self.model, self.show_text, self.watch.recorder, self.spread.team)
+
+    def _repairs(self, told: Sequence[Sink]) -> Repairs | NoRepairs:
+        """A dense model is trained by the same loop; and what FSDP2 has sharded is not repaired."""
+        if not self.model.routed_layers or not self.spread.repairable:
+            return NoRepairs()
+        return Repairs(self.config, self.model, self.optimizer, self.data, self.out, self.watch, told, self.spread)
 
     @property
     def store(self) -> RunStore:
@@ -174,10 +182,9 @@ class Trainer:
     def evaluate(self) -> Evaluation:
         """Validate now, and keep the result in the store."""
         config = self.config
+        sizes = (config.batch_size, config.data.seq_len, config.eval_batches)
         with self.watch.recorder.paused():
-            result = evaluate(
-                self.model, self.data.val, config.batch_size, config.data.seq_len, config.eval_batches, config.bf16
-            )
+            result = evaluate(self.model, self.data.val, *sizes, config.bf16, self.spread)
         self._store.scalars(self.step_number, result.scalars())
         self.reporter.say(
             f"step {self.step_number}: validation perplexity {result.perplexity:.1f}, "
@@ -205,7 +212,7 @@ class Trainer:
         Raises DivergenceError, and writes none, when a weight is not finite and no repair helps: the loss will show it
         a step later.
         """
-        if where := non_finite_parameter(self.model):
+        if where := self.spread.first(non_finite_parameter(self.model)):
             self._rescue(self.step_number, "the weights are not finite after the update", lambda: str(where))
         path = self.spread.save(self.checkpoints, self.step_number, self._state.content(), self.optimizer)
         self.tuning.saved(self.out)
@@ -317,7 +324,7 @@ class Trainer:
 
     def _where(self, batch: Batch) -> str:
         with self.watch.recorder.paused():
-            return first_non_finite(self.model, lambda: self.model(batch.tokens_BS))
+            return first_non_finite(self.model, lambda: self.model(batch.tokens_BS), self.spread.first)
 
     def _diverged(self, step: int, what: str, where: str) -> DivergenceError:
         last = latest_checkpoint(self.checkpoints)

@@ -6,6 +6,7 @@ The loop calls it after each flush, after each checkpoint, and when the loss is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -13,26 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from equipoise.disk.checkpoint import CHECKPOINTS, load_checkpoint
+from equipoise.disk.checkpoint import CHECKPOINTS
 from equipoise.layer import FeedForward, MoE
 from equipoise.models.decoder import Decoder
 from equipoise.monitor.watch import Watch
 from equipoise.recovery.actions import Patient, Training
 from equipoise.recovery.canary import Canary, Health
 from equipoise.recovery.dense_path import dense_from_state
+from equipoise.recovery.held import finite_experts
 from equipoise.recovery.known_good import KnownGood, Record, RefusedError
 from equipoise.recovery.policy import TRAINING_RUNGS, policy_of
 from equipoise.recovery.recent import NUM_TOKENS, RecentScores
 from equipoise.recovery.recovery import Recovery
 from equipoise.recovery.rehearsal import Rehearsal, rehearse
 from equipoise.recovery.remember import remember
-from equipoise.recovery.swap import swap
-from equipoise.recovery.weights import finite_experts
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import TokenData
 from equipoise.train.evaluate import evaluate
-from equipoise.train.snapshot import pack_optimizer, unpack_optimizer
-from equipoise.types import Action, Alert, Finding, Sink
+from equipoise.train.spread import Spread
+from equipoise.types import ALONE, Action, Alert, Finding, Sink, Team
 
 
 class Repairs:
@@ -47,17 +47,18 @@ class Repairs:
         out: Path,
         watch: Watch,
         sinks: Sequence[Sink],
+        spread: Spread,
     ) -> None:
         self._config, self._model, self._data, self._watch, self._out = config, model, data, watch, out
-        self._optimizer = optimizer
+        self._optimizer, self._spread = optimizer, spread
         self.rate_scale = 1.0
         self.known_good = KnownGood(out, keep=config.keep_known_good)
         self._dense: dict[str, FeedForward] = {}
         layers = model.routed_layers
         # No more than a step's tokens: what a repair sees is then the same in a run that was resumed.
         tokens_per_step = config.batch_size * config.data.seq_len
-        self._recent = RecentScores(layers, min(NUM_TOKENS, tokens_per_step))
-        self._canary = Canary(model, self.held_out_loss)
+        self._recent = RecentScores(layers, max(1, min(NUM_TOKENS, tokens_per_step) // spread.size))
+        self._canary = Canary(model, self.held_out_loss, spread.team)
         patient = Patient(
             model,
             layers,
@@ -66,6 +67,7 @@ class Repairs:
             dense=self._dense,
             reload=self._reload,
             training=Training(optimizer, self._set_rate_scale, lambda: self.rate_scale),
+            team=spread.team,
         )
         self.recovery = Recovery(
             patient,
@@ -78,20 +80,23 @@ class Repairs:
 
     def held_out_loss(self) -> float:
         """Mean nats per token on a few batches of the validation text."""
-        config = self._config
-        return evaluate(
-            self._model, self._data.val, config.batch_size, config.data.seq_len, config.canary_batches, config.bf16
-        ).loss
+        config, val = self._config, self._data.val
+        sizes = (config.batch_size, config.data.seq_len, config.canary_batches)
+        return evaluate(self._model, val, *sizes, config.bf16, self._spread).loss
 
     # ------------------------------------------------------------------------------------------------- the loop
 
     def after_flush(self, step: int, changed: Sequence[Alert]) -> list[Action]:
-        """Repair, or propose to, if an alert calls for it."""
-        return self.recovery.after_flush(step, self._watch.alerts, self._watch.stats(), changed)
+        """Repair, or propose to, if an alert calls for it. All processes go by the main one's alerts: theirs may be
+        judged over another span, by their own clocks.
+        """
+        told = self._spread.team.tell([[asdict(alert) for alert in each] for each in (self._watch.alerts, changed)])
+        firing, changed = ([_alert(record) for record in each] for each in told)
+        return self.recovery.after_flush(step, firing, self._watch.stats(), changed)
 
     def rescue(self, step: int) -> list[Action]:
         """The loss or the gradient is not finite: repair what can be; the last action is "kept" if it could."""
-        return self.recovery.rescue(step, broken(self._model))
+        return self.recovery.rescue(step, broken(self._model, self._spread.team))
 
     def rehearse(self, finding: Finding) -> tuple[Health, list[Rehearsal]]:
         """(as it is, under each rung of the ladder), on held-out text; the model is left as it is."""
@@ -129,11 +134,13 @@ class Repairs:
 
     def forget_after(self, step: int) -> None:
         """Drop records of later steps: the run takes another way from there."""
-        self.known_good.truncate_after(step)
+        if self._spread.is_main:
+            self.known_good.truncate_after(step)
+        self._spread.team.tell(None)  # the others look at it after that
 
     def remembers(self, step: int) -> bool:
         """Whether there is a record of this step."""
-        return step in {record.step for record in self.known_good.records}
+        return self._spread.team.tell(step in {record.step for record in self.known_good.records})
 
     def protected(self) -> list[str]:
         """The names of checkpoints that must not be pruned: the newest that is known to be good."""
@@ -147,21 +154,7 @@ class Repairs:
 
     def _reload(self, name: str) -> Callable[[], None]:
         """Weights, balancers and optimizer of a checkpoint; step, data and history go on. Returns what undoes it."""
-        checkpoint = load_checkpoint(self._out / CHECKPOINTS / name)
-        tensors, described = pack_optimizer(self._optimizer)
-        before = {key: tensor.clone() for key, tensor in tensors.items()}
-        done = swap(self._model, checkpoint.tensors["model"], whole=True)
-        try:
-            unpack_optimizer(self._optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
-        except BaseException:
-            done.undo()
-            raise
-
-        def undo() -> None:
-            done.undo()
-            unpack_optimizer(self._optimizer, before, described)
-
-        return undo
+        return self._spread.reload(self._out / CHECKPOINTS / name, self._model, self._optimizer)
 
     def detach(self) -> None:
         """Leave the model as it was, but for modes in force."""
@@ -184,11 +177,16 @@ class Repairs:
         self.rate_scale = float(state["rate_scale"])
 
 
+def _alert(record: Mapping[str, Any]) -> Alert:
+    """What `asdict` made of it."""
+    return Alert(**{**record, "finding": Finding(**record["finding"])})
+
+
 @torch.no_grad()
-def broken(model: Decoder) -> Finding:
+def broken(model: Decoder, team: Team = ALONE) -> Finding:
     """Where the model is not finite: the first expert or router of a layer, or the model as a whole."""
     for name, layer in model.routed_layers.items():
-        expert = _broken_expert(layer) if isinstance(layer, MoE) else None
+        expert = _broken_expert(layer, name, team) if isinstance(layer, MoE) else None
         if expert is not None:
             message = f"{name}: weights of expert {expert} are not finite"
             remedy = "Copy another expert over it, or go back to a checkpoint."
@@ -202,7 +200,7 @@ def broken(model: Decoder) -> Finding:
     return Finding("diverged", "model", None, "critical", nan, 0.0, message, remedy)
 
 
-def _broken_expert(layer: MoE) -> int | None:
+def _broken_expert(layer: MoE, name: str, team: Team) -> int | None:
     """The first with a weight that is not finite."""
-    finite_E = finite_experts(layer)
+    finite_E = finite_experts(layer, name, team)
     return None if bool(finite_E.all()) else int((~finite_E).nonzero()[0, 0])

@@ -7,6 +7,7 @@ over all ranks, checkpoints written and read together. Both give the same traini
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,36 +15,49 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from equipoise.disk.checkpoint import JSON, group_file, load_checkpoint, save_checkpoint
+from equipoise.disk.checkpoint import JSON, CheckpointError, group_file, load_checkpoint, read_state, save_checkpoint
 from equipoise.disk.rows import read_rows
 from equipoise.models.decoder import Decoder
 from equipoise.monitor.recorder import Recorder
 from equipoise.parallel import ExpertParallel, Ranks, apply_expert_parallel, clip_gradients, sum_gradients
-from equipoise.parallel.checkpoint import Share, expert_tensors, load_shares, save_shares, shares_of
+from equipoise.parallel.checkpoint import (
+    Share,
+    expert_tensors,
+    load_shares,
+    read_shares,
+    save_shares,
+    shares_of,
+    verify_together,
+)
 from equipoise.parallel.shard import shard_dense
+from equipoise.parallel.team import RankTeam, everyone
 from equipoise.plan.placement_file import read_placements
+from equipoise.recovery.swap import swap
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import Batch
-from equipoise.train.snapshot import rng_state, set_rng_state, unpack_optimizer
+from equipoise.train.snapshot import pack_optimizer, rng_state, set_rng_state, unpack_optimizer
 from equipoise.train.spread_optimizer import logical_shapes, optimizer_shares, restore_optimizer
 from equipoise.train.step import split
+from equipoise.types import ALONE, Team
 
 Reduce = Callable[[Tensor], None]
 Content = tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, JSON]]  # tensors by group, and plain state
 Restored = tuple[int, Mapping[str, JSON]]  # step, and plain state
+Undo = Callable[[], None]
 
 
 def check_ranks(config: TrainConfig, ranks: Ranks | None) -> None:
     """Raise ValueError for a configuration that can't be spread over these ranks."""
     if ranks is None:
         return
-    for name, value in (
-        ("recover", config.recover),
-        ("accept_faults", config.accept_faults),
-        ("finetune", config.finetune is not None),
-    ):
-        if value:
-            raise ValueError(f"{name}: needs the whole model in one process, got {ranks.size}; leave it out")
+    if config.finetune is not None:
+        raise ValueError(f"finetune: needs the whole model in one process, got {ranks.size}; leave it out")
+    for name, value in (("recover", config.recover), ("accept_faults", config.accept_faults)):
+        if value and ranks.config.shard:
+            raise ValueError(
+                f"{name}: expected False with parallel.shard: no rank holds a whole router to repair or to break; "
+                "leave out one of the two"
+            )
     if config.interference_every:
         raise ValueError("interference_every: is measured in one process only; set it to 0 for a run over ranks")
     if ranks.config.shard and config.model.moe is not None and config.model.moe.shortcut is not None:
@@ -64,6 +78,9 @@ class Spread(Protocol):
 
     reduce: Reduce | None
     is_main: bool
+    size: int
+    team: Team
+    repairable: bool  # each process has whole routers
 
     def parts(self, batch: Batch, micro_batches: int) -> list[Batch]:
         """This process's micro-batches of the batch, of which there are so many for all processes together."""
@@ -81,12 +98,26 @@ class Spread(Protocol):
         """Whether it is so on any process."""
         ...
 
+    def first(self, found: str | None) -> str | None:
+        """What the first process has found that has found something, and which."""
+        ...
+
+    def share(self, batch: Batch) -> Batch:
+        """This process's rows of a batch of held-out text, of any size; none where there are fewer than processes."""
+        ...
+
     def save(self, root: Path, step: int, content: Content, optimizer: torch.optim.Optimizer) -> Path:
         """Write a checkpoint of what this process holds."""
         ...
 
     def restore(self, path: Path, model: Decoder, optimizer: torch.optim.Optimizer, recorder: Recorder) -> Restored:
         """Weights, optimizer and open window of a checkpoint, which any number of processes wrote."""
+        ...
+
+    def reload(self, path: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> Undo:
+        """Weights and optimizer of a checkpoint into a run that goes on. Returns what undoes it, to the bit. Raises
+        ValueError, and has changed nothing, for one that is damaged or of another model.
+        """
         ...
 
     def set_rng(self, state: Mapping[str, JSON]) -> None:
@@ -103,6 +134,9 @@ class Alone:
 
     reduce: Reduce | None = None
     is_main = True
+    size = 1
+    team = ALONE
+    repairable = True
 
     def __init__(self, parameters: Sequence[torch.nn.Parameter]) -> None:
         self._parameters = tuple(parameters)
@@ -123,6 +157,14 @@ class Alone:
         """It is."""
         return value
 
+    def first(self, found: str | None) -> str | None:
+        """It."""
+        return found
+
+    def share(self, batch: Batch) -> Batch:
+        """All."""
+        return batch
+
     def save(self, root: Path, step: int, content: Content, optimizer: torch.optim.Optimizer) -> Path:
         """As it is."""
         return save_checkpoint(root, step, *content)
@@ -134,6 +176,14 @@ class Alone:
         unpack_optimizer(optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
         recorder.load_state_dict(checkpoint.tensors["recorder"])
         return checkpoint.step, checkpoint.state
+
+    def reload(self, path: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> Undo:
+        """All of it."""
+        checkpoint = load_checkpoint(path)
+        packed, described = checkpoint.tensors["optimizer"], checkpoint.state["optimizer"]
+        return _exchange(
+            model, checkpoint.tensors["model"], optimizer, partial(unpack_optimizer, optimizer, packed, described)
+        )
 
     def set_rng(self, state: Mapping[str, JSON]) -> None:
         """As it was."""
@@ -154,7 +204,9 @@ class OverRanks:
         if ranks.config.shard:
             shard_dense(self.parallel, list(model.layers))
         self.reduce: Reduce | None = ranks.sum
-        self.is_main = ranks.is_main
+        self.is_main, self.size = ranks.is_main, ranks.size
+        self.team: Team = RankTeam(self.parallel)
+        self.repairable = not ranks.config.shard
 
     def parts(self, batch: Batch, micro_batches: int) -> list[Batch]:
         """This rank's share of each."""
@@ -175,6 +227,16 @@ class OverRanks:
     def any(self, value: bool) -> bool:
         """One small sum."""
         return self.total(float(value)) > 0
+
+    def first(self, found: str | None) -> str | None:
+        """With the rank."""
+        named = [(rank, text) for rank, text in enumerate(everyone(found, self.ranks)) if text]
+        return f"rank {named[0][0]}: {named[0][1]}" if named else None
+
+    def share(self, batch: Batch) -> Batch:
+        """As even as it gets."""
+        tensors = (batch.tokens_BS, batch.targets_BS, batch.domains_BS)
+        return Batch(*(tensor.tensor_split(self.ranks.size)[self.ranks.rank] for tensor in tensors))
 
     def scalars(self, seconds: float) -> dict[str, float]:
         """exposed_communication: the share of the time in which this rank waited for exchanges of tokens. sent_mb: what
@@ -214,6 +276,21 @@ class OverRanks:
             recorder.load_state_dict({name: read_rows(group_file(path, "recorder"), name, None) for name in window})
         return step, state
 
+    def reload(self, path: Path, model: Decoder, optimizer: torch.optim.Optimizer) -> Undo:
+        """Each rank its own, all or none."""
+        verify_together(path, self.ranks)
+
+        def own() -> Undo:
+            weights = read_shares(path, "model", self._model_shares(dict(model.state_dict())))
+            described = read_state(path)[1]["optimizer"]
+            load = partial(restore_optimizer, path, self.parallel, optimizer, described)
+            return _exchange(model, weights, optimizer, load)
+
+        done, problem = self.team.together(own, _take_back, lambda undo: "")
+        if done is None:
+            raise CheckpointError(problem)
+        return done
+
     def set_rng(self, state: Mapping[str, JSON]) -> None:
         """As it was, on as many ranks; else another for each."""
         of_ranks = state.get("rng_of_ranks", [])
@@ -224,3 +301,27 @@ class OverRanks:
 
     def _model_shares(self, tensors: Mapping[str, Tensor]) -> dict[str, Share]:
         return shares_of(self.parallel, tensors, expert_tensors(self.parallel, tensors))
+
+
+def _take_back(undo: Undo) -> None:
+    undo()
+
+
+def _exchange(
+    model: Decoder, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, load: Callable[[], None]
+) -> Undo:
+    """Put in the weights, and have `load` fill the optimizer: both or neither. Returns what undoes both."""
+    tensors, described = pack_optimizer(optimizer)
+    before = {key: tensor.clone() for key, tensor in tensors.items()}
+    done = swap(model, weights, whole=True)
+    try:
+        load()
+    except BaseException:
+        done.undo()
+        raise
+
+    def undo() -> None:
+        done.undo()
+        unpack_optimizer(optimizer, before, described)
+
+    return undo
