@@ -50,7 +50,7 @@ def architectures(
     from equipoise.bench.architectures.plot import plot
     from equipoise.bench.report import Report, as_json, markdown, print_tables
     from equipoise.disk.atomic import atomic_write
-    from equipoise.train.sources import require
+    from equipoise.host.extras import require
 
     require("matplotlib.figure", "plot")  # before the runs, not after
     names = tuple(name for name in ARMS if not only or any(part in name for part in only))

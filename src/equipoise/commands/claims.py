@@ -57,7 +57,7 @@ def claims(
     from equipoise.bench.claims.arms import NOISE
     from equipoise.bench.claims.registry import chosen
     from equipoise.bench.claims.runs import Runs
-    from equipoise.train.sources import require
+    from equipoise.host.extras import require
 
     picked = chosen(names, cheap)
     if seeds < 1:
@@ -86,7 +86,7 @@ def _measure(picked: Sequence[Claim], runs: Runs, console: Console) -> tuple[lis
     """(what was found, None), or (what was found before, the signal's number)."""
     from equipoise.bench.claims.claim import find
     from equipoise.bench.claims.store import keep, source_version
-    from equipoise.train.run import interruptible
+    from equipoise.host.interrupt import interruptible
 
     number = runs.run(runs.jobs(picked), console)
     if number is not None:

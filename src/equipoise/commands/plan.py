@@ -185,7 +185,7 @@ def plan(
     if model is None:
         return _list_known(json_)
     if picture is not None:
-        from equipoise.train.sources import require
+        from equipoise.host.extras import require
 
         require("matplotlib", "plot")
     found = find_model(model)

@@ -27,12 +27,13 @@ from equipoise.bench.claims.all_probes import PROBES, sources_of
 from equipoise.bench.claims.claim import Arm, Claim, NotRunError
 from equipoise.bench.claims.statistics import noise_floor
 from equipoise.disk.atomic import atomic_write
+from equipoise.host.interrupt import interruptible
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import TokenData
 from equipoise.train.diagnose import DivergenceError
 from equipoise.train.loop import Trainer
 from equipoise.train.report import Silent
-from equipoise.train.run import interruptible, open_data
+from equipoise.train.run import open_data
 
 DEPENDS_ON = ("ops", "routing", "layer", "models", "train", "bench/claims/probes.py")
 EXCEPT = "ops/triton/"  # kernels for GPUs: these trainings run on the CPU
