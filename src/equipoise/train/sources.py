@@ -147,8 +147,8 @@ def extra(folder: Path, domain: str) -> list[Text] | None:
 def wikitext2(endpoint: str = "https://huggingface.co", timeout_s: float = 5.0) -> list[Text]:
     """WikiText-2 (raw), all three splits, one document per article, through the package `datasets`.
 
-    Raises ValueError when the package is absent, and DataError when `endpoint` does not answer within `timeout_s` seconds: the
-    package's own retries would take minutes.
+    Raises ValueError when the package is absent, and DataError when `endpoint` does not answer within `timeout_s`
+    seconds: the package's own retries would take minutes.
     """
     datasets = require("datasets", "data")
     remedy = "Use the corpus 'embedded', or save the text as .txt, .jsonl or .parquet and pass its path."
