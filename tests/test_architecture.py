@@ -31,6 +31,7 @@ ALLOWED = {
     "small": {"types", "ops", "layer", "models", "disk"},
     "monitor": {"types", "ops"},
     "disk": set(),
+    "host": set(),
     "recovery": {"types", "ops", "routing", "layer", "monitor", "disk"},
     "plan": {"types"},
     "dashboard": {
@@ -42,10 +43,10 @@ ALLOWED = {
         "monitor.specialisation",
     },
     "faults": {"types", "layer", "monitor", "disk"},
-    "train": {"types", "ops", "routing"} | RINGS,
+    "train": {"types", "ops", "routing", "host"} | RINGS,
     "serve": {"types"} | RINGS,
     "hf": {"types", "ops"},
-    "bench": {"types", "ops", "routing", "train", "hf"} | RINGS,
+    "bench": {"types", "ops", "routing", "host", "train", "hf"} | RINGS,
 }
 TOP = {"__init__", "__main__", "cli", "commands", "demo"}  # may import every part; no part may import them
 NO_TORCH_AT_IMPORT = {"types", "plan"}

@@ -2,7 +2,6 @@
 
 import re
 import runpy
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -84,18 +83,10 @@ def test_make_targets_exist(page):
     assert set(named) <= set(re.findall(r"^([a-z-]+):", makefile, flags=re.MULTILINE))
 
 
-def test_commands_and_their_options_exist(capsys, monkeypatch):
-    from equipoise.cli import COMMANDS, main
+def test_every_command_is_in_the_table():
+    from equipoise.cli import COMMANDS
 
-    monkeypatch.setenv("COLUMNS", "200")
-    named = [shlex.split(line.replace("[", "").replace("]", "")) for line in re.findall(r"`equipoise ([^`]+)`", README)]
-    assert {command for command, *_ in named} == set(COMMANDS)
-    for command, *words in named:
-        with pytest.raises(SystemExit):
-            main([command, *(words[:1] if command == "bench" else ()), "--help"])
-        shown = capsys.readouterr().out
-        options = {word for word in words if word.startswith("--")}
-        assert options <= set(re.findall(r"--[a-z]+(?:[.-][a-z]+)*", shown))
+    assert set(re.findall(r"`equipoise ([a-z][a-z-]*)", README)) == set(COMMANDS)
 
 
 def test_the_table_of_parts_is_the_rule_that_is_enforced():

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from equipoise.faults import Collapse, inject
+from equipoise.host.extras import require
+from equipoise.host.interrupt import interruptible
 from equipoise.monitor.incidents import repairs
 from equipoise.monitor.plot import plot_layer_load
 from equipoise.monitor.store import RunStore
@@ -23,8 +25,7 @@ from equipoise.train.loop import Trainer
 from equipoise.train.recipes import recipe
 from equipoise.train.repair import Repairs
 from equipoise.train.report import Reporter, perplexity
-from equipoise.train.run import PROMPT, interruptible, open_data
-from equipoise.train.sources import require
+from equipoise.train.run import PROMPT, open_data
 from equipoise.types import Finding, Sink
 
 

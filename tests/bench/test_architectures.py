@@ -122,7 +122,9 @@ def test_an_unknown_name():
 
 def test_the_command(tmp_path, capsys):
     assert architectures(only=("equal FLOPs",), quick=True, out=tmp_path, json_=True) == 0
-    told = json.loads(capsys.readouterr().out)
+    printed, lines = capsys.readouterr()
+    assert lines.splitlines()[-1].startswith("8 of 8  prompts of 64 (")
+    told = json.loads(printed)
     assert told["tables"] == json.loads((tmp_path / "architectures.json").read_text())["tables"]
     names = [row["architecture"] for row in told["tables"][0]["rows"]]
     assert names == [BASELINE, "dense, equal FLOPs"]

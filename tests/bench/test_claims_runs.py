@@ -3,6 +3,7 @@
 import fcntl
 import io
 import json
+import re
 import signal
 import sys
 from dataclasses import replace
@@ -254,8 +255,9 @@ def command(tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_measures_writes_its_page_and_remembers(command, tmp_path):
-    code, *_ = command("r12-", "8x7b", "--report", "claims.md", "--out", "lab")
+    code, _, lines = command("r12-", "8x7b", "--report", "claims.md", "--out", "lab")
     assert code == 0
+    assert re.match(r"1 of \d  r12-\S+: contradicted \(", lines)
     page = (tmp_path / "claims.md").read_text()
     assert "`equipoise bench claims r12- 8x7b --report claims.md --out lab`" in page
     assert "2 contradicted" not in page

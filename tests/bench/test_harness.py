@@ -1,12 +1,13 @@
 """The harness: alternation, medians within a round, what counts as the same, and Ctrl-C."""
 
+import re
 from functools import partial
 
 import pytest
 import torch
 
 from equipoise.bench.harness import Effort, Variant, ratio, relative_error, require_same, spread, time_side_by_side
-from equipoise.bench.progress import Line, Quiet
+from equipoise.bench.progress import Line, Pieces, Quiet
 from equipoise.bench.report import shown
 
 
@@ -106,3 +107,23 @@ def test_the_line_says_what_is_measured_and_how_long_it_took(capsys):
     first, second = capsys.readouterr().err.splitlines()
     assert first.endswith(" coarse: forward")
     assert "coarse: forward: 2 rounds in 0.0 s" in second
+
+
+def test_each_piece_of_long_work_has_its_line(capsys):
+    told = Pieces(3)
+    for name in ("hash, seed 0", "dense, seed 0", "hash, seed 1"):
+        told.done(name)
+    first, second, last = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"1 of 3  hash, seed 0 \([\d.e+]+ a minute, 0 min left\)", first)
+    assert second.startswith("2 of 3  dense, seed 0 (")
+    assert last == "3 of 3  hash, seed 1 (the last)"
+
+
+def test_the_time_left_follows_from_the_rate(monkeypatch):
+    clock = iter([0.0, 120.0, 240.0])  # two minutes for each piece
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    said = []
+    told = Pieces(10, said.append)
+    told.done("a")
+    told.done("b")
+    assert said == ["1 of 10  a (0.5 a minute, 18 min left)", "2 of 10  b (0.5 a minute, 16 min left)"]

@@ -47,15 +47,15 @@ def ours(tmp_path):
 
 
 def test_it_does_not_fit_and_says_what_would(run):
-    code, said = run("deepseek-v3", "--gpus", 16, "--gpu-memory", 80, "--precision", "bf16", "--context", "32k")
+    code, said = run("deepseek-v3", "--ranks", 16, "--gpu-memory", 80, "--precision", "bf16", "--context", "32k")
     assert code == 1
     for words in ("671,026,419,200", "37,552,297,472", "too much", "twice the ranks: 32", "fits", "published: 671 B"):
         assert words in said.out
 
 
 def test_it_fits(run, asked):
-    assert run("mixtral-8x7b", "--gpus", 2, "--gpu-memory", 80)[0] == 0
-    found = asked("mixtral-8x7b", "--gpus", 2, "--gpu-memory", 80)
+    assert run("mixtral-8x7b", "--ranks", 2, "--gpu-memory", 80)[0] == 0
+    found = asked("mixtral-8x7b", "--ranks", 2, "--gpu-memory", 80)
     assert found["fits"] is True
     assert found["limit"] == 80 * GIB
     assert found["setup"]["mesh"] == {"expert": 2, "data": 1, "shard": "none"}
@@ -80,10 +80,11 @@ def test_a_run_is_planned_as_it_would_train(asked, ours):
 @pytest.mark.parametrize(
     ("words", "mesh"),
     [
-        (("--gpus", 16), (8, 2)),  # 8 experts
-        (("--gpus", 6), (2, 3)),
-        (("--gpus", 16, "--expert", 4), (4, 4)),
-        (("--gpus", 16, "--data", 8), (2, 8)),
+        (("--ranks", 16), (8, 2)),  # 8 experts
+        (("--ranks", 6), (2, 3)),
+        (("--gpus", 6), (2, 3)),  # the same word to others
+        (("--ranks", 16, "--expert", 4), (4, 4)),
+        (("--ranks", 16, "--data", 8), (2, 8)),
         (("--data", 2, "--expert", 8), (8, 2)),
         ((), (1, 1)),
     ],
@@ -105,7 +106,7 @@ def test_options_reach_the_plan(asked):
         "--imbalance",
         0.25,
     )
-    setup = asked("mixtral-8x7b", *words, "--shard", "all", "--gpus", 8)["setup"]
+    setup = asked("mixtral-8x7b", *words, "--shard", "all", "--ranks", 8)["setup"]
     assert setup["work"] == {"optimizer": "adamw-8bit", "activations": "naive", "micro_batches": 2}
     assert setup["imbalance"] == 0.25
     assert setup["mesh"]["shard"] == "all"
@@ -127,7 +128,7 @@ def test_measured_links(asked, tmp_path):
     )
     path = tmp_path / "links.json"
     path.write_text(json.dumps(found.fields()))
-    machine = asked("mixtral-8x7b", "--gpus", 8, "--links", path)["machine"]
+    machine = asked("mixtral-8x7b", "--ranks", 8, "--links", path)["machine"]
     assert machine["link"]["rate"] == 1e8
     assert machine["link"]["start_s"] == pytest.approx(7e-4)  # 1e-4 for each of the others
     assert machine["flops"] == 1e13
@@ -159,8 +160,8 @@ def test_a_target_is_answered(asked):
         ),
         (("mixtral-8x7b", "--context", "0"), "--context: expected a number of tokens"),
         (("mixtral-8x7b", "--context", "1.0001k"), "--context: expected a number of tokens"),
-        (("mixtral-8x7b", "--gpus", 0), "--gpus: expected at least 1, got 0"),
-        (("mixtral-8x7b", "--gpus", 8, "--expert", 3), "--gpus: expected expert x data = 3 x 2 = 6, got 8"),
+        (("mixtral-8x7b", "--ranks", 0), "--ranks: expected at least 1, got 0"),
+        (("mixtral-8x7b", "--ranks", 8, "--expert", 3), "--ranks: expected expert x data = 3 x 2 = 6, got 8"),
         (("mixtral-8x7b", "--expert", 3), "expert: expected a divisor of the 8 experts"),
         (("mixtral-8x7b", "--gpu-memory", 0), "--gpu-memory: expected a number above 0, got 0.0"),
         (("mixtral-8x7b", "--gpu-memory", "nan"), "--gpu-memory: expected a number above 0, got nan"),

@@ -28,7 +28,7 @@ from equipoise.dashboard.records import Evenness, ExpertTimes, Frame, Series, To
 from equipoise.dashboard.runs import check_paths, find_runs, run_ref
 from equipoise.dashboard.story import CROWD, MARKS, offsets, story_of
 from equipoise.dashboard.timeline import incident_address, summary
-from equipoise.dashboard.widgets import age, number, percent
+from equipoise.dashboard.words import age, number, percent
 from equipoise.monitor.incidents import Incident, incidents, repairs
 from equipoise.monitor.store import RunStore, StoreError
 from equipoise.types import Action, CoSelection
@@ -348,11 +348,12 @@ class TestCharts:
             charts.against_map(co_selection_panel.together(stores.together(name, 10)), LIGHT),
             charts.expert_bars(ExpertTimes((1.0, None), (2.0, None)), LIGHT),
             charts.expert_history(history, LIGHT, found),
+            charts.served_map(np.ones((1, 20)), [name], LIGHT),
             charts.evenness_map(even, LIGHT),
             charts.lines([Series(name, ((1, 2.0),)), *drop_curves(history)], LIGHT, marks=found),
         ]
         code = {(key, value) for options in all_options for key, value in keys(options) if key.startswith(":")}
-        names = r"eqp\.(number|share|heatTip|historyTip|evenTip|togetherTip|againstTip)"
+        names = r"eqp\.(number|share|heatTip|historyTip|evenTip|togetherTip|againstTip|servedTip)"
         cells = r'eqp\.cells\("[A-Za-z0-9+/=]*",\d+,\d+\)'
         assert [value for _, value in code if not re.fullmatch(f"{names}|{cells}", value)] == []
         assert len(code) > 5

@@ -182,7 +182,7 @@ class TestHead:
         with reader.reading(run) as db:
             head = reader.head(db, run)
         assert (head.name, head.status, head.step, head.total_steps) == ("demo", "finished", 120, 120)
-        assert (head.num_layers, head.num_repairs, head.firing, head.flush_step) == (2, 1, (), 120)
+        assert (head.num_layers, head.num_repairs, head.firing) == (2, 1, ())
         assert head.val_perplexity == 80.0
         assert head.worst.layer in ("layers.0.mlp", "layers.1.mlp")
         assert len(head.spark) == 12

@@ -9,7 +9,9 @@ import pytest
 from tests.dashboard.stores import make_roles
 
 from equipoise.dashboard import specialisation_charts as drawn
-from equipoise.dashboard.page_specialisation import busiest, mark_of, part_of, size_of
+from equipoise.dashboard.charts import served_map
+from equipoise.dashboard.hub import mark
+from equipoise.dashboard.page_specialisation import busiest, part_of, size_of
 from equipoise.dashboard.palette import DARK, LIGHT
 from equipoise.monitor.specialisation import FILE_NAME, Saturation, Served, Split
 
@@ -19,7 +21,7 @@ ROLES = make_roles()
 def test_cells_have_their_lift_and_blank_where_too_few():
     found = ROLES.layers[0].splits["domain"]
     few = Split(found.groups, (30, 2), found.counts, found.information)
-    cells = drawn.lift_map(few, LIGHT)["series"][0]["data"]
+    cells = served_map(few.lift_GE, few.groups, LIGHT)["series"][0]["data"]
     assert {cell["value"][1] for cell in cells} == {0}  # 2 tokens at about half each: fewer than 5
     for cell in cells:
         expert, _, log = cell["value"]
@@ -32,7 +34,8 @@ def test_cells_have_their_lift_and_blank_where_too_few():
 
 @pytest.mark.parametrize("palette", [LIGHT, DARK])
 def test_many_experts_are_packed(palette):
-    options = drawn.lift_map(make_roles(num_experts=64).layers[0].splits["domain"], palette)
+    found = make_roles(num_experts=64).layers[0].splits["domain"]
+    options = served_map(found.lift_GE, found.groups, palette)
     assert "data" not in options["series"][0]
     assert options["series"][0][":data"].startswith('eqp.cells("')
     assert options["yAxis"]["data"] == ["python", "verse"]
@@ -63,12 +66,15 @@ def test_words_grow_with_how_often_they_come():
     assert [part_of(word) for word in words] == [0, 1, 2, 3]
 
 
-def test_the_busiest_experts_have_cards(tmp_path):
+def test_the_busiest_experts_have_cards():
     layer = make_roles(num_experts=40).layers[0]
     kept = busiest(layer)
     assert len(kept) == 32
     assert kept == sorted(kept)
     assert min(layer.load[e] for e in kept) >= max(layer.load[e] for e in set(range(40)) - set(kept))
-    assert mark_of(tmp_path) is None
+
+
+def test_a_file_that_comes_is_seen(tmp_path):
+    absent = mark(tmp_path / FILE_NAME)
     (tmp_path / FILE_NAME).write_bytes(b"{}")
-    assert mark_of(tmp_path)[0] == 2
+    assert mark(tmp_path / FILE_NAME) not in (absent, mark(tmp_path))

@@ -156,12 +156,9 @@ class TestTheOtherStatistics:
     @pytest.mark.parametrize(
         "function",
         [
-            drift.top_ratio,
-            lambda scores: drift.selection_margins(scores, K),
             lambda scores: drift.fragile_share(scores, K),
             lambda scores: drift.bias_health(0.2 * scores[0], scores, K),
             lambda scores: drift.population_stability_index(scores[:10].sum(0), scores[10:].sum(0)),
-            lambda scores: drift.load_divergence(scores[:10].sum(0), scores[10:].sum(0)),
             lambda scores: stats.rank_straggler_factor(scores.sum(0), [0, 1, 2, 3] * 2, 4),
             lambda scores: stats.token_share(scores.sum(0), 40),
         ],

@@ -1,12 +1,10 @@
 """Models of transformers on two data-parallel ranks, real gloo: each rank's watch tells what both have routed."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("transformers_ranks_worker.py")
 WORLD = 2
@@ -17,19 +15,7 @@ NUM_TOKENS = [15 + 15 + 15, 21 + 0 + 21]  # by rank: three batches without their
 def results(tmp_path_factory):
     """By rank: what its watch says, and what a plain observer saw on it alone."""
     folder = tmp_path_factory.mktemp("ranks")
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    command = [sys.executable, str(WORKER), str(folder), str(WORLD)]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], env=env, stderr=subprocess.PIPE, text=True) for rank in range(WORLD)
-    ]
-    try:
-        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert not any(rank.returncode for rank in ranks), errors
+    run_ranks(WORKER, folder, WORLD)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tests.monitor.transformers_models import Witness, batch, build
+from tests.ranks import process_group
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -58,17 +59,14 @@ def run(family, wrap, attach_first, rank):
 
 
 def main(folder: Path, world: int, rank: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    results = {
-        f"{family} {wrap} {order}": run(family, wrap, order == "watch first", rank)
-        for family in FAMILIES
-        for wrap in WRAPS
-        for order in ("watch first", "wrap first")
-    }
-    torch.save(results, folder / f"{rank}.pt")
-    dist.barrier()  # none leaves while the other still talks to it
-    dist.destroy_process_group()
+    with process_group(folder / "meet", rank, world):
+        results = {
+            f"{family} {wrap} {order}": run(family, wrap, order == "watch first", rank)
+            for family in FAMILIES
+            for wrap in WRAPS
+            for order in ("watch first", "wrap first")
+        }
+        torch.save(results, folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":

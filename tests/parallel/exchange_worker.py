@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
+from tests.ranks import process_group
 
 from equipoise.layer import MoE
 from equipoise.parallel import ParallelConfig, apply_expert_parallel, make_ranks
@@ -53,15 +53,12 @@ def outcome(way: dict, world: int, rank: int, router: TopK) -> dict:
 
 
 def main(folder: Path, world: int, rank: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    wide = TopK(k=6)
-    limited = TopK(k=2, num_groups=2, top_groups=1, score="sigmoid")  # experts of one half only: one node
-    told = {name: outcome(way, world, rank, wide) for name, way in WAYS.items()}
-    told["two nodes, limited"] = outcome(WAYS["two nodes"], world, rank, limited)
-    (folder / f"{rank}.json").write_text(json.dumps(told))
-    dist.barrier()  # no rank takes its threads down while another still talks to them
-    dist.destroy_process_group()
+    with process_group(folder / "meet", rank, world):
+        wide = TopK(k=6)
+        limited = TopK(k=2, num_groups=2, top_groups=1, score="sigmoid")  # experts of one half only: one node
+        told = {name: outcome(way, world, rank, wide) for name, way in WAYS.items()}
+        told["two nodes, limited"] = outcome(WAYS["two nodes"], world, rank, limited)
+        (folder / f"{rank}.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from tests.parallel.cases import CASES, Case, backward, build, parts_of
+from tests.ranks import process_group
 
 from equipoise.disk.checkpoint import latest_checkpoint
 from equipoise.monitor.watch import Watch
@@ -24,31 +23,28 @@ MODEL = Case({"router": TopK(k=2), "balance": (SwitchLoss(0.1), BiasBalance())},
 
 
 def main(folder: Path, world: int, rank: int, shard: bool, source: str, target: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{target}.meet", rank=rank, world_size=world)
-    data = 2 if world == 4 else 1
-    ranks = make_ranks(ParallelConfig(data=data, expert=world // data, shard=shard, dispatcher="all_to_all"))
-    spread = OverRanks(build(MODEL).float(), ranks)
-    model = spread.parallel.model
-    optimizer = build_optimizer(model, OptimConfig())
-    watch = Watch(model, every=1, reduce=ranks.sum)
-    step = 1
-    if source == "nothing":
-        parts = parts_of(MODEL, 1)
-        per_rank = len(parts) // world
-        mine = range(rank * per_rank, (rank + 1) * per_rank)
-        backward(model, parts[mine.start : mine.stop], mine, 1, ranks.sum)
-        spread.clip(1.0)
-        optimizer.step()
-    else:
-        step, _ = spread.restore(latest_checkpoint(folder / source), model, optimizer, watch.recorder)
-    tensors, described = pack_optimizer(optimizer)
-    groups = {"model": dict(model.state_dict()), "optimizer": tensors, "recorder": watch.recorder.state_dict()}
-    spread.save(folder / target, step, (groups, {"optimizer": described, "rng": {}}), optimizer)
-    held = sum(parameter.nbytes for _, parameter in spread.parallel.expert_parameters.values())
-    (folder / f"{target}.{rank}.json").write_text(json.dumps({"expert_bytes": held}))
-    dist.barrier()  # no rank takes its threads down while another still talks to them
-    dist.destroy_process_group()
+    with process_group(folder / f"{target}.meet", rank, world):
+        data = 2 if world == 4 else 1
+        ranks = make_ranks(ParallelConfig(data=data, expert=world // data, shard=shard, dispatcher="all_to_all"))
+        spread = OverRanks(build(MODEL).float(), ranks)
+        model = spread.parallel.model
+        optimizer = build_optimizer(model, OptimConfig())
+        watch = Watch(model, every=1, reduce=ranks.sum)
+        step = 1
+        if source == "nothing":
+            parts = parts_of(MODEL, 1)
+            per_rank = len(parts) // world
+            mine = range(rank * per_rank, (rank + 1) * per_rank)
+            backward(model, parts[mine.start : mine.stop], mine, 1, ranks.sum)
+            spread.clip(1.0)
+            optimizer.step()
+        else:
+            step, _ = spread.restore(latest_checkpoint(folder / source), model, optimizer, watch.recorder)
+        tensors, described = pack_optimizer(optimizer)
+        groups = {"model": dict(model.state_dict()), "optimizer": tensors, "recorder": watch.recorder.state_dict()}
+        spread.save(folder / target, step, (groups, {"optimizer": described, "rng": {}}), optimizer)
+        held = sum(parameter.nbytes for _, parameter in spread.parallel.expert_parameters.values())
+        (folder / f"{target}.{rank}.json").write_text(json.dumps({"expert_bytes": held}))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.parallel.conftest import run_ranks
+from tests.ranks import run_ranks
 
 from equipoise.disk.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint
 from equipoise.disk.rows import lay_out, read_rows, shapes, write_rows

@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.parallel.conftest import run_ranks
 from tests.parallel.exchange_worker import D, E
+from tests.ranks import run_ranks
 
 from equipoise.parallel import ParallelConfig
 from equipoise.parallel.payload import Quantised, payloads

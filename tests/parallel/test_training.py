@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.parallel.cases import CASES, losses_alone, names_for, train_alone
-from tests.parallel.conftest import run_ranks
+from tests.ranks import run_ranks
 
 WORKER = Path(__file__).with_name("worker.py")
 WORLDS = (1, 2, 4)

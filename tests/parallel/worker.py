@@ -4,9 +4,9 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from tests.parallel.cases import CASES, CLIP, PARTS, STEPS, Case, backward, build, names_for, parts_of
+from tests.ranks import process_group
 from torch.distributed.tensor import DTensor
 
 from equipoise.layer import reduce_and_update
@@ -86,15 +86,12 @@ def whole(value: torch.Tensor) -> torch.Tensor:
 
 
 def main(folder: Path, world: int, rank: int, every: bool) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{world}.meet", rank=rank, world_size=world)
-    for name in names_for(world, every):
-        case = CASES[name]
-        record, note = train(spread(case, world), case)
-        save_file(record, folder / f"{name}.{world}.{rank}.safetensors")
-        save_file(note, folder / f"{name}.{world}.{rank}.note.safetensors")
-    dist.barrier()  # no rank takes its threads down while another still talks to them
-    dist.destroy_process_group()
+    with process_group(folder / f"{world}.meet", rank, world):
+        for name in names_for(world, every):
+            case = CASES[name]
+            record, note = train(spread(case, world), case)
+            save_file(record, folder / f"{name}.{world}.{rank}.safetensors")
+            save_file(note, folder / f"{name}.{world}.{rank}.note.safetensors")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from equipoise.plan.fit.advice import ATTENTION, DENSE, RULES, SPREAD, TIME, TOP
 from equipoise.plan.fit.communication import Machine
-from equipoise.plan.fit.folklore import claims
+from equipoise.plan.fit.folklore import rules_of_thumb
 from equipoise.plan.fit.known import KNOWN
 from equipoise.plan.fit.memory import GIB, memory
 from equipoise.plan.fit.plan import Facts, make_plan
@@ -148,7 +148,7 @@ def test_a_target_is_held_against_arithmetic():
 
 
 def test_rules_of_thumb_for_mixtral():
-    found = claims(Facts(MIXTRAL, Setup(mesh=Mesh(expert=8), batch=128), Machine()))
+    found = rules_of_thumb(Facts(MIXTRAL, Setup(mesh=Mesh(expert=8), batch=128), Machine()))
     by_rule = {each.rule.split(" ")[0]: each for each in found}
     whole = by_rule["E"]  # a Mixtral with one expert is a Mistral 7B of 7.24 B, with a router: 46.7 is 6.45 of them
     assert whole.computed == "46.7 B"
@@ -156,12 +156,12 @@ def test_rules_of_thumb_for_mixtral():
     assert by_rule["about"].computed == "27.6 %"
     assert by_rule["memory"].computed == "87.0 GiB"
     assert float(by_rule["expert"].computed.split()[0]) < 0.3  # ms per layer, said to be 10 to 300
-    sizes = {name: claims(Facts(KNOWN[name].model, Setup(), Machine()))[4].claimed for name in KNOWN}
+    sizes = {name: rules_of_thumb(Facts(KNOWN[name].model, Setup(), Machine()))[4].claimed for name in KNOWN}
     assert (sizes["olmoe-1b-7b"], sizes["mixtral-8x7b"], sizes["deepseek-v3"]) == ("dense", "neither", "MoE")
 
 
 def test_a_dense_model_has_none():
-    assert claims(Facts(DENSE_8B, Setup(), Machine())) == []
+    assert rules_of_thumb(Facts(DENSE_8B, Setup(), Machine())) == []
 
 
 # ---------------------------------------------------------------------------------------------- shown

@@ -159,6 +159,13 @@ def test_those_in_memory_come_first():
     assert cache.in_memory_first([(0, 0), (0, 1), (0, 2), (0, 3)]) == [(0, 1), (0, 3), (0, 0), (0, 2)]
 
 
+def until_somebody_waits(cache):
+    end = time.monotonic() + 10
+    while not cache._changed._waiters:  # of the standard library's Condition
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
 def in_thread(function):
     thread = threading.Thread(target=function, daemon=True)
     thread.start()
@@ -178,7 +185,7 @@ def test_whoever_comes_while_it_is_read_waits_for_that_read():
     ahead = in_thread(lambda: cache.prefetch((0, 1)))
     assert begun.wait(10)
     asked = in_thread(lambda: use(cache, 1))
-    time.sleep(0.02)
+    until_somebody_waits(cache)
     assert asked.is_alive()
     go_on.set()
     ahead.join(10)
@@ -192,7 +199,7 @@ def test_whoever_finds_no_room_waits_until_one_is_given_back():
     cache = cache_of(10)
     cache.take((0, 0))
     other = in_thread(lambda: use(cache, 1))
-    time.sleep(0.02)
+    until_somebody_waits(cache)
     assert other.is_alive()
     assert held(cache) == [0]
     cache.give_back((0, 0))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tests.ranks import process_group
 
 from equipoise.layer import reduce_and_update
 from equipoise.models.config import DecoderConfig, MoEConfig
@@ -49,12 +50,10 @@ def run(case: str, world: int, rank: int) -> dict[str, torch.Tensor]:
 
 
 def main(folder: Path, world: int, rank: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{world}.meet", rank=rank, world_size=world)
-    results = {case: run(case, world, rank) for case in CASES}
-    if rank == 0:
-        torch.save(results, folder / f"{world}.pt")
-    dist.destroy_process_group()
+    with process_group(folder / f"{world}.meet", rank, world):
+        results = {case: run(case, world, rank) for case in CASES}
+        if rank == 0:
+            torch.save(results, folder / f"{world}.pt")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def test_parquet_reads_or_names_the_extra(tmp_path):
     path = tmp_path / "rows.parquet"
     if importlib.util.find_spec("pyarrow") is None:
         path.write_bytes(b"")
-        with pytest.raises(DataError, match=r"pyarrow\.parquet.*pip install 'equipoise\[data\]'"):
+        with pytest.raises(ValueError, match=r"pyarrow\.parquet.*pip install 'equipoise\[data\]'"):
             corpus(path)
         return
     import pyarrow
@@ -170,7 +170,7 @@ def test_wikitext_without_network_or_package_fails_with_a_remedy():
     port_nobody_listens_on = "http://127.0.0.1:9"
     has_package = importlib.util.find_spec("datasets") is not None
     match = r"cannot be reached.*'embedded'" if has_package else r"'datasets'.*pip install 'equipoise\[data\]'"
-    with pytest.raises(DataError, match=match):
+    with pytest.raises(ValueError, match=match):
         sources.wikitext2(endpoint=port_nobody_listens_on)
 
 

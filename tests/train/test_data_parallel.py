@@ -1,17 +1,13 @@
 """One, two and four processes with their shares of one batch: the same gradient, the same balancers, real gloo."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tests.ranks import run_ranks
 
 ROUTER = "layers.0.mlp.router.weight"
 WORKER = Path(__file__).with_name("data_parallel_worker.py")
-
-
 WORLDS = (1, 2, 4)
 
 
@@ -19,23 +15,8 @@ WORLDS = (1, 2, 4)
 def results(tmp_path_factory) -> dict[int, dict[str, dict[str, torch.Tensor]]]:
     """By number of processes and case: what rank 0 ends with. They meet through a file and talk on loopback."""
     folder = tmp_path_factory.mktemp("ranks")
-    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder), str(world), str(rank)],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for world in WORLDS
-        for rank in range(world)
-    ]
-    try:
-        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert not any(rank.returncode for rank in ranks), errors
+    for world in WORLDS:
+        run_ranks(WORKER, folder, world)
     return {world: torch.load(folder / f"{world}.pt", weights_only=True) for world in WORLDS}
 
 

@@ -7,10 +7,11 @@ import pytest
 from rich.console import Console
 
 from equipoise.disk.checkpoint import latest_checkpoint
+from equipoise.host.interrupt import interruptible
 from equipoise.monitor.store import RunStore
 from equipoise.train.loop import load_config
 from equipoise.train.report import ConsoleReporter, Silent
-from equipoise.train.run import interruptible, open_data, train
+from equipoise.train.run import open_data, train
 from equipoise.train.sources import DataError
 
 
@@ -81,7 +82,7 @@ def test_a_second_signal_ends_the_run_at_once(make_config, tmp_path):
 SECOND_SIGNAL = """
 import signal, sys
 from pathlib import Path
-from equipoise.train.run import interruptible
+from equipoise.host.interrupt import interruptible
 
 with interruptible() as interrupted:
     signal.raise_signal(signal.SIGTERM)

@@ -10,6 +10,7 @@ from typing import Any
 from equipoise.bench.harness import Spread
 from equipoise.bench.report import Report, Table
 from equipoise.disk.atomic import atomic_path
+from equipoise.host.extras import require
 
 _NUMBER = re.compile(r"(?:[A-Z]=)?(\d+)(?: MB)?")
 WIDTH, ROW = 9.0, 0.32  # inches
@@ -17,11 +18,7 @@ WIDTH, ROW = 9.0, 0.32  # inches
 
 def write_picture(report: Report, path: Path) -> None:
     """One panel per table, as a PNG. Raises ValueError without matplotlib, or for a report without a spread."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("picture: matplotlib is not installed; pip install 'equipoise[plot]'") from None
-    matplotlib.use("Agg", force=False)
+    require("matplotlib", "plot").use("Agg", force=False)
     from matplotlib.figure import Figure
 
     tables = [table for table in report.tables if _spread_columns(table)]

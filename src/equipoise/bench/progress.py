@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Protocol, TextIO
 
@@ -81,3 +82,26 @@ class Line:
 
     def _show(self, text: str, end: str) -> None:
         print(f"\r\033[K{text}" if self._rewritten else text, end=end, file=self._stream, flush=True)
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Pieces:
+    """Of work that takes minutes: a line for each piece that is finished, with the rate and the time left.
+
+    total: pieces there are to do. say: takes the lines; stderr's by default.
+    """
+
+    def __init__(self, total: int, say: Callable[[str], object] = _to_stderr) -> None:
+        self._total, self._say = total, say
+        self._done, self._since = 0, time.perf_counter()
+
+    def done(self, what: str) -> None:
+        """One more is finished. The rate is that of all so far."""
+        self._done += 1
+        minutes = max(time.perf_counter() - self._since, 1e-9) / 60
+        left = max(self._total - self._done, 0) * minutes / self._done
+        said = f"{self._done / minutes:.2g} a minute, {left:.0f} min left" if self._done < self._total else "the last"
+        self._say(f"{self._done} of {self._total}  {what} ({said})")

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from equipoise.commands.shown import Json
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def architectures(
@@ -48,9 +42,10 @@ def architectures(
     from equipoise.bench.architectures.arms import ARMS
     from equipoise.bench.architectures.compare import Comparison, compare
     from equipoise.bench.architectures.plot import plot
+    from equipoise.bench.progress import Pieces
     from equipoise.bench.report import Report, as_json, markdown, print_tables
     from equipoise.disk.atomic import atomic_write
-    from equipoise.train.sources import require
+    from equipoise.host.extras import require
 
     require("matplotlib.figure", "plot")  # before the runs, not after
     names = tuple(name for name in ARMS if not only or any(part in name for part in only))
@@ -59,8 +54,7 @@ def architectures(
     wanted = Comparison(names, seeds, steps, batches, contexts=contexts)
     if quick:
         wanted = Comparison(names, 1, 4, (1, 2), decode_tokens=4, contexts=(64,), rounds=1)
-    with _progress(wanted.num_pieces, not json_) as tick:
-        found = compare(wanted, out / "cells", tick)
+    found = compare(wanted, out / "cells", Pieces(wanted.num_pieces).done)
     report = Report({"seeds": wanted.seeds, "steps": wanted.steps}, found.tables)
     out.mkdir(parents=True, exist_ok=True)
     for name, text in (("json", as_json(report)), ("md", markdown(report))):
@@ -73,15 +67,3 @@ def architectures(
         print_tables(report)
         print(f"picture  {picture}\nnumbers  {out / 'architectures.json'}")
     return 0
-
-
-@contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr with pieces done and time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
-        task = progress.add_task("starting", total=total)
-        yield lambda what: progress.update(task, advance=1, description=what)

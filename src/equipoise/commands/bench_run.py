@@ -40,7 +40,7 @@ def run_bench(
     from equipoise.bench.plot import write_picture
     from equipoise.bench.progress import Line
     from equipoise.bench.report import Report, Table, as_json, write
-    from equipoise.train.sources import require
+    from equipoise.host.extras import require
 
     if to.picture is not None:
         require("matplotlib", "plot")  # before the minutes, not after

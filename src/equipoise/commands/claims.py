@@ -57,7 +57,7 @@ def claims(
     from equipoise.bench.claims.arms import NOISE
     from equipoise.bench.claims.registry import chosen
     from equipoise.bench.claims.runs import Runs
-    from equipoise.train.sources import require
+    from equipoise.host.extras import require
 
     picked = chosen(names, cheap)
     if seeds < 1:
@@ -70,7 +70,7 @@ def claims(
         return 0
     if report:
         require("matplotlib", "plot")  # before the runs, not after
-    found, number = _measure(picked, runs, Console(quiet=True) if json_ else console)
+    found, number = _measure(picked, runs)
     if number is not None:
         print(f"stopped; what is done is kept in {out}; the same command goes on", file=sys.stderr)
         return 128 + number
@@ -82,21 +82,24 @@ def claims(
     return 0
 
 
-def _measure(picked: Sequence[Claim], runs: Runs, console: Console) -> tuple[list[Found], int | None]:
-    """(what was found, None), or (what was found before, the signal's number)."""
+def _measure(picked: Sequence[Claim], runs: Runs) -> tuple[list[Found], int | None]:
+    """(what was found, None), or (what was found before, the signal's number). A line on stderr for each piece."""
+    from rich.console import Console
+
     from equipoise.bench.claims.claim import find
     from equipoise.bench.claims.store import keep, source_version
-    from equipoise.train.run import interruptible
+    from equipoise.bench.progress import Pieces
+    from equipoise.host.interrupt import interruptible
 
-    number = runs.run(runs.jobs(picked), console)
+    number = runs.run(runs.jobs(picked), Console(stderr=True))
     if number is not None:
         return [], number
-    found, source = [], source_version()
-    with interruptible() as interrupted, console.status("") as status:
-        for index, claim in enumerate(picked):
-            status.update(f"{index + 1}/{len(picked)} {claim.name}")
+    found, source, told = [], source_version(), Pieces(len(picked))
+    with interruptible() as interrupted:
+        for claim in picked:
             found.append(find(claim, runs))
             keep(found[-1], runs.out, source)
+            told.done(f"{claim.name}: {found[-1].verdict}")
             if (number := interrupted()) is not None:
                 return found, number
     return found, None

@@ -26,8 +26,8 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmM]?)")
 class Ranks:
     """How many, how they share the work, and what each has room for."""
 
-    gpus: int | None = None
-    """Ranks. Experts are spread over as many of them as divide their number; the rest are copies of that."""
+    ranks: Annotated[int | None, tyro.conf.arg(aliases=["--gpus"])] = None
+    """How many. Experts are spread over as many of them as divide their number; the rest are copies of that."""
     expert: int | None = None
     """Ranks that share the experts of each layer, instead."""
     data: int | None = None
@@ -40,19 +40,19 @@ class Ranks:
     def mesh(self, model: Architecture) -> Mesh:
         """What is asked for, completed."""
         experts = model.routed.num if model.routed else 1
-        if self.gpus is None:
+        if self.ranks is None:
             return Mesh(expert=self.expert or 1, data=self.data or 1, shard=self.shard)
-        if self.gpus < 1:
-            raise ValueError(f"--gpus: expected at least 1, got {self.gpus}")
+        if self.ranks < 1:
+            raise ValueError(f"--ranks: expected at least 1, got {self.ranks}")
         if self.expert is None and self.data is None:
-            expert = max(n for n in range(1, self.gpus + 1) if self.gpus % n == 0 and experts % n == 0)
+            expert = max(n for n in range(1, self.ranks + 1) if self.ranks % n == 0 and experts % n == 0)
         else:
-            expert = self.expert or self.gpus // max(self.data or 1, 1)
-        data = self.data or self.gpus // expert
-        if expert * data != self.gpus:
+            expert = self.expert or self.ranks // max(self.data or 1, 1)
+        data = self.data or self.ranks // expert
+        if expert * data != self.ranks:
             raise ValueError(
-                f"--gpus: expected expert x data = {expert} x {data} = {expert * data}, got {self.gpus}; leave one of "
-                "the three out"
+                f"--ranks: expected expert x data = {expert} x {data} = {expert * data}, got {self.ranks}; leave one "
+                "of the three out"
             )
         return Mesh(expert=expert, data=data, shard=self.shard)
 
@@ -160,7 +160,7 @@ def plan(
     or one of equipoise's runs. Nothing is loaded or downloaded; it is arithmetic, checked against published totals,
     against transformers and against memory that was measured (docs/planner.md).
 
-    Serving:   equipoise plan deepseek-v3 --gpus 16 --gpu-memory 80 --precision bf16 --context 32k
+    Serving:   equipoise plan deepseek-v3 --ranks 16 --gpu-memory 80 --precision bf16 --context 32k
 
     Quantised:   equipoise plan gpt-oss-120b --expert-precision mxfp4 --gpu-memory 80 --batch 16 --context 32k
 
@@ -185,7 +185,7 @@ def plan(
     if model is None:
         return _list_known(json_)
     if picture is not None:
-        from equipoise.train.sources import require
+        from equipoise.host.extras import require
 
         require("matplotlib", "plot")
     found = find_model(model)

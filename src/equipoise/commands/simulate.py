@@ -100,8 +100,8 @@ def simulate(
         seed: Of arrivals, popularity and choices; a seed has one result.
         json_: Print the results as one JSON object, and nothing else.
     """
+    from equipoise.host.extras import require
     from equipoise.plan.fleet.report import designs_table, draw_designs
-    from equipoise.train.sources import require
 
     if files.picture:
         require("matplotlib", "plot")  # before the simulation, not after
@@ -150,8 +150,8 @@ def _run(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+    from equipoise.host.interrupt import interruptible
     from equipoise.plan.fleet.simulate import simulate as run
-    from equipoise.train.run import interruptible
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     console, results = Console(stderr=True), []

@@ -46,8 +46,8 @@ def sweep(
     """
     from rich.console import Console
 
+    from equipoise.host.extras import require
     from equipoise.train.recipes import recipe as named
-    from equipoise.train.sources import require
     from equipoise.train.sweep import run_sweep
     from equipoise.train.sweep_report import sweep_tables, write_report
 

@@ -40,7 +40,7 @@ def real(raw: Raw, name: str, default: float | None = None) -> float:
     value = raw.get(name)
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise ConversionError(f"config.json: {name}: expected a positive number, got {value!r}")
+        raise ConversionError(f"config.json: {name}: expected a positive number, got {value!r}; restore it")
     return float(value)
 
 

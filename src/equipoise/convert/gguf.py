@@ -118,7 +118,10 @@ def open_gguf(path: Path) -> Gguf:
         raise ConversionError(f"{path}: expected a GGUF file, can't read it ({error!r}); download it again") from error
     architecture = fields.get("general.architecture")
     if architecture != "llama":
-        raise ConversionError(f"{path}: general.architecture: expected llama, got {architecture!r}")
+        raise ConversionError(
+            f"{path}: general.architecture: expected llama, got {architecture!r}; "
+            "convert the checkpoint's safetensors instead"
+        )
     tensors = {_name(path, tensor.name): tensor for tensor in reader.tensors}
     prefix = "tokenizer.ggml."
     vocabulary = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}

@@ -16,7 +16,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from equipoise.convert.families import Family, family_of
 from equipoise.convert.fields import ConversionError
@@ -24,7 +23,7 @@ from equipoise.convert.gguf import open_gguf
 from equipoise.convert.layouts import Layout
 from equipoise.convert.parts import Part
 from equipoise.convert.source import Source, open_folder
-from equipoise.disk.checkpoint import CHECKPOINTS, draft, group_file, publish
+from equipoise.disk.checkpoint import CHECKPOINTS, draft, group_file, latest_checkpoint, publish
 from equipoise.disk.rows import lay_out, writing
 from equipoise.models.config import DecoderConfig
 from equipoise.models.decoder import Decoder
@@ -73,6 +72,16 @@ def import_checkpoint(
         write_config(temporary, config)
         has_tokenizer = folder.save_tokenizer(temporary)
     return Converted(out, config, family.name, len(parts), dropped, made, has_tokenizer)
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """Of a run folder. Raises ConversionError where none is whole."""
+    found = latest_checkpoint(run / CHECKPOINTS)
+    if found is None:
+        raise ConversionError(
+            f"{run}: expected a whole checkpoint in {run / CHECKPOINTS}, found none; let the run reach its first one"
+        )
+    return found
 
 
 def write_config(folder: Path, config: DecoderConfig) -> None:
@@ -183,23 +192,13 @@ def _described(
     return {name: (dtypes.get(name, dtype), shape) for name, (dtype, shape) in shapes.items()}, made
 
 
-def _move(
-    folder: Source,
-    parts: list[Part],
-    shapes: Shapes,
-    path: Path,
-    progress: Progress,
-) -> None:
+def _move(folder: Source, parts: list[Part], shapes: Shapes, path: Path, progress: Progress) -> None:
     by_name = {part.theirs: part for part in parts}
     total, done = folder.num_bytes, 0
     with writing(path) as put:
         for name in folder.names:
             if name in by_name:
                 part, tensor = by_name[name], folder.read(name)
-                put(part.ours, _laid_out(part, tensor), part.region(shapes[part.ours][1])[1])
+                put(part.ours, part.change.to_ours(tensor).contiguous(), part.region(shapes[part.ours][1])[1])
                 done += tensor.nbytes
                 progress(min(done, total), total)
-
-
-def _laid_out(part: Part, tensor: Tensor) -> Tensor:
-    return part.change.to_ours(tensor).contiguous()

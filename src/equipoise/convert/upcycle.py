@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from equipoise.convert.fields import ConversionError
-from equipoise.convert.read import Progress, new_folder, state_shapes, write_config
-from equipoise.disk.checkpoint import CHECKPOINTS, draft, group_file, latest_checkpoint, publish
+from equipoise.convert.read import Progress, new_folder, newest_checkpoint, state_shapes, write_config
+from equipoise.disk.checkpoint import CHECKPOINTS, draft, group_file, publish
 from equipoise.disk.rows import lay_out, read_rows, shapes, writing
 from equipoise.models.block import Block
 from equipoise.models.config import DecoderConfig, MoEConfig
@@ -187,9 +187,7 @@ def upcycle_run(
     """
     dense = read_config(source)
     config = upcycled_config(dense, options)
-    checkpoint = latest_checkpoint(source / CHECKPOINTS)
-    if checkpoint is None:
-        raise ConversionError(f"{source}: expected a whole checkpoint in {source / CHECKPOINTS}, found none")
+    checkpoint = newest_checkpoint(source)
     path, wanted = group_file(checkpoint, "model"), state_shapes(config)
     dtype = read_rows(path, "embed_tokens.weight", [0]).dtype
     described = {

@@ -19,8 +19,8 @@ from torch import Tensor
 from equipoise.convert.families import family_for
 from equipoise.convert.fields import ConversionError
 from equipoise.convert.parts import Part
-from equipoise.convert.read import Progress, new_folder, state_shapes
-from equipoise.disk.checkpoint import CHECKPOINTS, CheckpointError, group_file, latest_checkpoint, verify
+from equipoise.convert.read import Progress, new_folder, newest_checkpoint, state_shapes
+from equipoise.disk.checkpoint import CheckpointError, group_file, verify
 from equipoise.disk.rows import shapes
 from equipoise.models.dtypes import DTYPES
 from equipoise.models.run_files import read_config
@@ -61,9 +61,7 @@ def export_checkpoint(
     """
     config = read_config(source)
     chosen = family_for(config, family)
-    checkpoint = latest_checkpoint(source / CHECKPOINTS)
-    if checkpoint is None:
-        raise ConversionError(f"{source}: expected a whole checkpoint in {source / CHECKPOINTS}, found none")
+    checkpoint = newest_checkpoint(source)
     try:
         verify(checkpoint)
     except CheckpointError as error:

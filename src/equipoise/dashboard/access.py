@@ -51,7 +51,7 @@ class Access:
 
 
 def check_binding(host: str, port: int, token: str | None) -> None:
-    """Raise ValueError for a host that others can reach without a token, and for a token that is easily guessed."""
+    """Raise ValueError for no port, a token that is easily guessed, and a host that others can reach without one."""
     if not 0 <= port <= 65535:
         raise ValueError(f"port: expected 0 (any that is free) to 65535, got {port}")
     if token is not None and (len(token) < MIN_TOKEN or not token.isascii() or not token.isprintable()):

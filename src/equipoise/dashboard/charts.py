@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,17 +30,13 @@ FORMATS = {"number": "eqp.number", "share": "eqp.share"}
 
 def heat_map(frame: Frame, palette: Palette) -> Options:
     """Load of every expert (across) in every layer (down) at one flush, relative to fair."""
-    numbered = frame.num_experts <= NUMBERED_EXPERTS
     load_LE = np.full((len(frame.layers), frame.num_experts), np.nan)  # NaN where a layer has fewer experts
     for row, stats in enumerate(frame.layers):
         load_LE[row, : stats.num_experts] = stats.load_E
     names = short_names([stats.layer for stats in frame.layers])
-    data = {"data": _numbered(load_LE, palette)} if numbered else _packed(heat_values(load_LE), 100)
-    options = _map(list(map(str, range(frame.num_experts))), names, data, palette, "eqp.heatTip")
-    options["visualMap"] |= {"min": -HEAT_SPAN, "max": HEAT_SPAN, "inRange": {"color": list(palette.heat)}}
-    options["series"][0]["label"] = {"show": numbered, "fontSize": 12 if frame.num_experts <= 8 else 10}
-    options["xAxis"] |= {"name": "expert", "nameLocation": "middle", "nameGap": 24}
-    return options
+    return _map_of_ratios(
+        _numbers(frame.num_experts), names, _cells(load_LE, palette, _load_text), palette, "eqp.heatTip"
+    )
 
 
 def expert_history(history: Sequence[RoutingStats], palette: Palette, marks: Sequence[Incident] = ()) -> Options:
@@ -51,9 +47,8 @@ def expert_history(history: Sequence[RoutingStats], palette: Palette, marks: Seq
         load_ES[: stats.num_experts, column] = stats.load_E
     steps = [stats.step for stats in history]
     data = _packed(heat_values(load_ES), 100)
-    options = _map(list(map(str, steps)), list(map(str, range(num_experts))), data, palette, "eqp.historyTip")
-    options["visualMap"] |= {"min": -HEAT_SPAN, "max": HEAT_SPAN, "inRange": {"color": list(palette.heat)}}
-    options["xAxis"] |= {"name": "step", "nameLocation": "middle", "nameGap": 24}
+    columns, rows = list(map(str, steps)), _numbers(num_experts)
+    options = _map_of_ratios(columns, rows, data, palette, "eqp.historyTip", below="step")
     options["series"][0] |= _marks_on_steps(steps, marks, palette)
     return options
 
@@ -61,28 +56,21 @@ def expert_history(history: Sequence[RoutingStats], palette: Palette, marks: Seq
 def evenness_map(even: Evenness, palette: Palette) -> Options:
     """Effective experts relative to E, of every layer (down) over the steps (across)."""
     data = _packed(even.share_LS, 1000)
-    options = _map(list(map(str, even.steps)), short_names(even.layers), data, palette, "eqp.evenTip")
+    options = _map(list(map(str, even.steps)), short_names(even.layers), data, palette, "eqp.evenTip", "step")
     options["visualMap"] |= {"min": 0, "max": 1, "inRange": {"color": list(palette.unevenness)}}
-    options["xAxis"] |= {"name": "step", "nameLocation": "middle", "nameGap": 24}
     return options
 
 
-def value_map(times_RE: np.ndarray, rows: Sequence[str], palette: Palette, tip: str) -> Options:
-    """Experts (across) against rows (down), coloured by how many times of chance or of fair a cell is."""
-    names = list(map(str, range(times_RE.shape[1])))
-    options = _map(names, list(rows), _packed(heat_values(times_RE), 100), palette, tip)
-    options["visualMap"] |= {"min": -HEAT_SPAN, "max": HEAT_SPAN, "inRange": {"color": list(palette.heat)}}
-    options["xAxis"] |= {"name": "expert", "nameLocation": "middle", "nameGap": 24}
-    return options
+def served_map(lift_GE: np.ndarray, groups: Sequence[str], palette: Palette) -> Options:
+    """How much more often than chance each expert (across) serves each group of tokens (down)."""
+    data = _cells(lift_GE, palette, "{:.1f}".format)
+    return _map_of_ratios(_numbers(lift_GE.shape[1]), list(groups), data, palette, "eqp.servedTip")
 
 
 def together_map(pairs: Together, palette: Palette) -> Options:
     """How often each two experts are chosen together, relative to chance."""
     names = list(map(str, pairs.experts))
-    options = _map(names, names, _packed(heat_values(pairs.lift_EE), 100), palette, "eqp.togetherTip")
-    options["visualMap"] |= {"min": -HEAT_SPAN, "max": HEAT_SPAN, "inRange": {"color": list(palette.heat)}}
-    options["xAxis"] |= {"name": "expert", "nameLocation": "middle", "nameGap": 24}
-    return options
+    return _map_of_ratios(names, names, _packed(heat_values(pairs.lift_EE), 100), palette, "eqp.togetherTip")
 
 
 def against_map(pairs: Together, palette: Palette) -> Options:
@@ -174,6 +162,17 @@ def expert_bars(times: ExpertTimes, palette: Palette) -> Options:
     }
 
 
+def nothing(palette: Palette) -> Options:
+    """An empty chart."""
+    return {"series": []}
+
+
+def map_height(num_rows: int, largest: int, smallest: int) -> int:
+    """Height of a map in pixels: rows get smaller, from largest to smallest, as there are more of them."""
+    row = max(smallest, min(largest, 560 // max(1, num_rows)))
+    return 44 + max(2, num_rows) * row
+
+
 def short_names(names: Sequence[str]) -> list[str]:
     """Short layer names, without what all share: model.blocks.0.moe, model.blocks.1.moe -> blocks.0, blocks.1.
 
@@ -197,8 +196,21 @@ def points(history: Sequence[RoutingStats], name: str, values: Sequence[float]) 
 # ------------------------------------------------------------------------------------------------------- pieces
 
 
-def _map(columns: list[str], rows: list[str], data: Options, palette: Palette, tip: str) -> Options:
-    """A map of cells. data: the series' key "data" or, packed, ":data"."""
+def _numbers(count: int) -> list[str]:
+    return list(map(str, range(count)))
+
+
+def _map_of_ratios(
+    columns: list[str], rows: list[str], data: Options, palette: Palette, tip: str, below: str = "expert"
+) -> Options:
+    """A map whose cells are ratios to fair or to chance, as `heat_value` has them."""
+    options = _map(columns, rows, data, palette, tip, below)
+    options["visualMap"] |= {"min": -HEAT_SPAN, "max": HEAT_SPAN, "inRange": {"color": list(palette.heat)}}
+    return options
+
+
+def _map(columns: list[str], rows: list[str], data: Options, palette: Palette, tip: str, below: str) -> Options:
+    """A map of cells. data: the series' key "data" or, packed, ":data". below: what the columns are."""
     label = {"color": palette.muted, "fontSize": 11}
     axis = {"type": "category", "axisTick": {"show": False}, "axisLine": {"show": False}, "splitArea": {"show": False}}
     interval = math.ceil(len(rows) * LABEL_PIXELS / MAP_PIXELS) - 1 if rows else 0
@@ -208,7 +220,9 @@ def _map(columns: list[str], rows: list[str], data: Options, palette: Palette, t
         "grid": {"left": 14 + 7 * max(map(len, rows), default=1), "right": 10, "top": 8, "bottom": 44},
         "tooltip": _tooltip(palette) | {"trigger": "item", ":formatter": tip},
         "visualMap": {"show": False, "dimension": 2, "type": "continuous"},
-        "xAxis": axis | {"data": columns, "axisLabel": label, "nameTextStyle": {"color": palette.muted}},
+        "xAxis": axis
+        | {"data": columns, "axisLabel": label, "nameTextStyle": {"color": palette.muted}}
+        | {"name": below, "nameLocation": "middle", "nameGap": 24},
         "yAxis": axis | {"data": rows, "inverse": True, "axisLabel": label | {"interval": interval}},
         "series": [
             {
@@ -235,20 +249,27 @@ def _packed(values_RC: np.ndarray, scale: int) -> Options:
     return {":data": f'eqp.cells("{text}",{values_RC.shape[1]},{scale})'}
 
 
-def _numbered(load_LE: np.ndarray, palette: Palette) -> list[Options]:
-    """Cells with their number in them, and a cross for the dead."""
-    cells = []
-    for (row, expert), load in np.ndenumerate(load_LE):
-        if math.isnan(load):
-            continue
-        value = [expert, row, heat_value(load)]
-        text = DEAD_SIGN if load < DEAD_LOAD else f"{load:.1f}" if load < 9.95 else f"{load:.0f}"
-        cells.append({"value": value, "label": cell_label(text, abs(value[2]) > 0.6 * HEAT_SPAN, palette)})
-    return cells
+def _cells(ratios_RE: np.ndarray, palette: Palette, text: Callable[[float], str]) -> Options:
+    """Cells with their number in them where few experts leave room for it, else packed. NaN is no cell."""
+    num_experts = ratios_RE.shape[1]
+    if num_experts > NUMBERED_EXPERTS:
+        return _packed(heat_values(ratios_RE), 100)
+    values = {place: float(ratio) for place, ratio in np.ndenumerate(ratios_RE) if not math.isnan(ratio)}
+    cells = [
+        {"value": [expert, row, heat_value(ratio)], "label": _label(text(ratio), heat_value(ratio), palette)}
+        for (row, expert), ratio in values.items()
+    ]
+    return {"data": cells, "label": {"show": True, "fontSize": 12 if num_experts <= 8 else 10}}
 
 
-def cell_label(text: str, at_the_end: bool, palette: Palette) -> Options:
-    """What stands in a cell; at_the_end: of the ramp, which is dark in the light theme and bright in the other."""
+def _load_text(load: float) -> str:
+    """A cross for the dead."""
+    return DEAD_SIGN if load < DEAD_LOAD else f"{load:.1f}" if load < 9.95 else f"{load:.0f}"
+
+
+def _label(text: str, value: float, palette: Palette) -> Options:
+    """What stands in a cell. The ends of the ramp are dark in the light theme and bright in the other."""
+    at_the_end = abs(value) > 0.6 * HEAT_SPAN
     colour = ("#ffffff" if palette is LIGHT else "#0d1015") if at_the_end else palette.ink
     return {"color": colour, "formatter": text}
 

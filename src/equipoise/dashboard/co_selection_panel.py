@@ -10,7 +10,7 @@ import numpy as np
 from equipoise.dashboard import charts
 from equipoise.dashboard.palette import SMALLEST_LOAD
 from equipoise.dashboard.records import Together
-from equipoise.dashboard.widgets import Chart, View, el, legend, set_text
+from equipoise.dashboard.widgets import Chart, View, chance_legend, el, legend, set_text
 from equipoise.monitor.stats_selections import co_selection_lift
 from equipoise.types import CoSelection
 
@@ -20,7 +20,6 @@ NOT_RECORDED = (
     "Watch.co_select does."
 )
 AGAINST_CHANCE = "How often a token gets both, relative to chance with the same loads; blank: too few to tell."
-CHANCE_TICKS = ("¼ or less", "½", "1 = chance", "2", "4 or more")
 SAME_NUMBERS = (
     "The second run's number divided by the first's. Experts of one number are the same only where the runs began with "
     "the same weights."
@@ -36,14 +35,9 @@ class CoSelectionPanel:
         with el("section", "", aria_labelledby="co-selection"):
             el("h2", text="Co-selection", id="co-selection")
             self.note = el("p", "card empty", NOT_RECORDED)
-            self.map = Chart(
-                view,
-                "Experts chosen together",
-                420,
-                hint=AGAINST_CHANCE,
-            )
+            self.map = Chart(view, "Experts chosen together", 420, hint=AGAINST_CHANCE)
             with self.map.box:
-                legend("heat", CHANCE_TICKS)
+                chance_legend()
 
     def show(self, found: CoSelection | None) -> None:
         """Show a record; None: there is none."""
@@ -70,7 +64,7 @@ class CoSelectionComparison:
                 legend("heat", ("¼ or less", "½", "1 = as in the first", "2", "4 or more"))
             for each in self.maps:
                 with each.box:
-                    legend("heat", CHANCE_TICKS)
+                    chance_legend()
 
     def show(self, found: Sequence[CoSelection | None], labels: Sequence[str]) -> None:
         """Show the two runs' records."""

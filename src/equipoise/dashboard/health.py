@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from equipoise.dashboard.records import SEVERITIES, Head
+from equipoise.dashboard.records import Head
+from equipoise.dashboard.words import plural
 from equipoise.monitor.incidents import Incident
 from equipoise.monitor.store import StoreError
 
@@ -14,13 +15,13 @@ SILENT_SECONDS = 300.0  # a run that says it is running, and has written nothing
 
 @dataclass(frozen=True)
 class Health:
-    """word: what is shown. kind: "critical", "warning", "good", "quiet" or "broken", for colour and order."""
+    """word: what is shown. kind: one of `KINDS`, for colour and order."""
 
     word: str
     kind: str
 
 
-ORDER = ("critical", "broken", "warning", "good", "quiet")
+KINDS = ("critical", "broken", "warning", "good", "quiet")  # what needs a person first
 
 
 def health(head: Head | StoreError, now: float | None = None) -> Health:
@@ -30,9 +31,8 @@ def health(head: Head | StoreError, now: float | None = None) -> Health:
     if head.status == "failed":
         return Health("failed", "critical")
     if head.firing:
-        worst = max(SEVERITIES.index(incident.finding.severity) for incident in head.firing)
-        count = len(head.firing)
-        return Health(f"{count} alert{'s' * (count > 1)} firing", "critical" if worst == 2 else "warning")
+        critical = any(incident.finding.severity == "critical" for incident in head.firing)
+        return Health(f"{plural(len(head.firing), 'alert')} firing", "critical" if critical else "warning")
     if head.status == "running":
         quiet_for = (time.time() if now is None else now) - head.flush_time
         return Health("silent", "warning") if quiet_for > SILENT_SECONDS else Health("running", "good")

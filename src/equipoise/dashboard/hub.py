@@ -20,10 +20,12 @@ from equipoise.monitor.store import RunStore, StoreError, store_path
 T = TypeVar("T")
 LOOK_SECONDS = 0.4  # between looks at the files
 SEARCH_SECONDS = 3.0  # between searches for new runs
+REST = 4.0  # a read that took t seconds is followed by at least REST * t without one
 RETRY_SECONDS = 3.0  # a run that could not be read is tried again, changed or not
 MAX_READS = 4  # at the same time
 
-Fingerprint = tuple[tuple[int, int, int], ...]
+Mark = tuple[int, int, int]
+Fingerprint = tuple[Mark, ...]
 
 
 class Hub:
@@ -60,9 +62,9 @@ class Hub:
             self._searched = now
             self._replace(await asyncio.to_thread(find_runs, self.paths))
         seen = await asyncio.to_thread(lambda: {ref.id: fingerprint(ref.path) for ref in list(self.runs.values())})
-        for run_id, marks in seen.items():
-            if self._fingerprints.get(run_id) != marks or self._to_retry(run_id, now):
-                self._fingerprints[run_id] = marks
+        for run_id, found in seen.items():
+            if self._fingerprints.get(run_id) != found or self._to_retry(run_id, now):
+                self._fingerprints[run_id] = found
                 self._versions[run_id] = self.version(run_id) + 1
 
     async def head(self, run_id: str) -> Head | StoreError:
@@ -110,10 +112,11 @@ class Hub:
 def fingerprint(path: Path) -> Fingerprint:
     """Size, time and inode of the file and of its WAL; it differs after every commit."""
     file = store_path(path)
-    return tuple(_mark(each) for each in (file, file.with_name(file.name + "-wal")))
+    return tuple(mark(each) for each in (file, file.with_name(file.name + "-wal")))
 
 
-def _mark(file: Path) -> tuple[int, int, int]:
+def mark(file: Path) -> Mark:
+    """Size, time and inode of a file; it differs after every change, and where the file is not there."""
     try:
         found = file.stat()
     except OSError:

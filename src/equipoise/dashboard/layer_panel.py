@@ -17,11 +17,11 @@ from equipoise.dashboard.widgets import (
     el,
     fill_chooser,
     heat_legend,
-    percent,
     set_class,
     set_prop,
     set_text,
 )
+from equipoise.dashboard.words import percent
 from equipoise.monitor.incidents import Incident
 from equipoise.types import RoutingStats
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from urllib.parse import urlencode
 
 import numpy as np
 
 from equipoise.dashboard import charts, reader
 from equipoise.dashboard.co_selection_panel import CoSelectionComparison
-from equipoise.dashboard.hub import RETRY_SECONDS
-from equipoise.dashboard.page_run import REST, map_height
-from equipoise.dashboard.palette import DEAD_NOTE, Palette
+from equipoise.dashboard.hub import REST, RETRY_SECONDS
+from equipoise.dashboard.palette import DEAD_NOTE
 from equipoise.dashboard.records import Evenness, Frame, Head, Series
+from equipoise.dashboard.run_data import thinned
 from equipoise.dashboard.runs import RunRef
 from equipoise.dashboard.slider import Slider
-from equipoise.dashboard.widgets import Chart, View, chooser, el, fill_chooser, heat_legend, link, number, page, percent
+from equipoise.dashboard.widgets import Chart, View, chooser, el, fill_chooser, heat_legend, link, page, set_address
+from equipoise.dashboard.words import number, percent
 from equipoise.monitor.incidents import incidents
 from equipoise.monitor.store import RunStore, StoreError
 from equipoise.types import CoSelection, RoutingStats
@@ -51,9 +51,9 @@ def read_side(run: RunStore, ref: RunRef, layer: int, step: int | None) -> Side:
         head=reader.head(run, ref.path),
         steps=tuple(steps),
         layers=tuple(layers),
-        frame=reader.frame(run) if step is None else reader.frame(run, step),
+        frame=reader.frame(run, step),
         history=tuple(reader.history(run, name, steps)),
-        evenness=reader.evenness(run, steps[:: max(1, len(steps) // reader.MAX_COLUMNS)], layers),
+        evenness=reader.evenness(run, thinned(steps, reader.MAX_COLUMNS), layers),
         scalars={name: reader.scalar(run, name) for name in ("loss", "val_perplexity")},
         num_alerts=len(incidents(reader.alerts(run), [])),
         together=run.latest_co_selection(name, step),
@@ -116,14 +116,11 @@ class Comparison:
 
     async def choose(self, side: int, run_id: str) -> None:
         """Take another run for one side."""
-        from nicegui import ui
-
         if run_id not in self.view.hub.runs:
             return
         self.ids[side] = run_id
         self.step, self.versions = None, ()
-        address = "/compare?" + urlencode({"a": self.ids[0], "b": self.ids[1]})
-        ui.run_javascript(f"history.replaceState(history.state, '', {json.dumps(address)})")
+        set_address("/compare", a=self.ids[0], b=self.ids[1])
         await self.refresh()
 
     async def choose_layer(self, value: str) -> None:
@@ -138,21 +135,20 @@ class Comparison:
 
     async def tick(self) -> None:
         """Read again when one of the two has changed."""
-        loop_time = asyncio.get_running_loop().time()
-        if self._versions() != self.versions and loop_time >= self.rest_until:
+        if self._versions() != self.versions and time.monotonic() >= self.rest_until:
             await self.refresh()
 
     async def refresh(self) -> None:
         """Read both and show them, or why one cannot be read."""
-        asked, clock = (tuple(self.ids), self.layer, self.step), asyncio.get_running_loop().time
-        began, versions = clock(), self._versions()
+        asked = (tuple(self.ids), self.layer, self.step)
+        began, versions = time.monotonic(), self._versions()
         refs = [self.view.hub.runs.get(run_id) for run_id in self.ids]
         sides = await asyncio.gather(*(self._read(ref) for ref in refs))
         if asked != (tuple(self.ids), self.layer, self.step):
             return
-        self.versions, self.rest_until = versions, clock() + REST * (clock() - began)
+        self.versions, self.rest_until = versions, time.monotonic() + REST * (time.monotonic() - began)
         if not all(isinstance(side, Side) for side in sides):
-            self.versions, self.rest_until = (), clock() + RETRY_SECONDS
+            self.versions, self.rest_until = (), time.monotonic() + RETRY_SECONDS
         wrong = [str(side) for side in sides if not isinstance(side, Side)]
         self.error.set_visibility(bool(wrong))
         self.error.set_text(" ".join(wrong))
@@ -169,12 +165,8 @@ class Comparison:
         return tuple(self.view.hub.version(run_id) for run_id in self.ids)
 
     def _labels(self) -> list[str]:
-        labels = [self.view.hub.runs[run_id].label for run_id in self.ids]
-        return (
-            labels
-            if labels[0] != labels[1]
-            else [f"{label} ({word})" for label, word in zip(labels, "ab", strict=True)]
-        )
+        first, second = (self.view.hub.runs[run_id].label for run_id in self.ids)
+        return [first, second] if first != second else [f"{first} (a)", f"{second} (b)"]
 
     def _show(self, sides: Sequence[Side]) -> None:
         labels = self._labels()
@@ -186,9 +178,9 @@ class Comparison:
         self.slider.show(steps, (), self.step if self.step is not None else max(steps, default=0), self.step is None)
         for chart, side, label in zip(self.maps, sides, labels, strict=True):
             frame = side.frame
-            chart.set_height(map_height(max(len(side.layers) for side in sides), 30, 10))
+            chart.set_height(charts.map_height(max(len(side.layers) for side in sides), 30, 10))
             chart.show(
-                partial(charts.heat_map, frame) if frame else nothing,
+                partial(charts.heat_map, frame) if frame else charts.nothing,
                 f"{label}, step {frame.step}" if frame else label,
                 empty=frame is None,
             )
@@ -258,11 +250,6 @@ class Comparison:
                         el("th", "", name, scope="row")
                         for text in texts:
                             el("td", "", text)
-
-
-def nothing(palette: Palette) -> charts.Options:
-    """An empty chart."""
-    return {"series": []}
 
 
 def worst_over_time(even: Evenness, name: str) -> Series:

@@ -10,13 +10,13 @@ from functools import partial
 
 from equipoise.dashboard import charts, reader
 from equipoise.dashboard.health import lasted, subject
-from equipoise.dashboard.page_run import map_height
 from equipoise.dashboard.palette import DEAD_NOTE
 from equipoise.dashboard.records import Frame
 from equipoise.dashboard.runs import RunRef
 from equipoise.dashboard.story import story_of
 from equipoise.dashboard.timeline import incident_address
-from equipoise.dashboard.widgets import Chart, View, button, el, heat_legend, link, page, percent
+from equipoise.dashboard.widgets import Chart, View, button, el, heat_legend, link, page
+from equipoise.dashboard.words import percent
 from equipoise.monitor.incidents import EXHAUSTED, REPAIR_COLUMNS, Incident, incidents, pages_of, repair_row
 from equipoise.monitor.store import RunStore, StoreError
 from equipoise.types import RoutingStats
@@ -62,13 +62,8 @@ async def incident_page(view: View, ref: RunRef, key: str, since: int) -> None:
             if isinstance(data, IncidentData):
                 _draw(view, ref, data)
             else:
-                reason = f"This run cannot be read: {data}" if isinstance(data, StoreError) else ""
-                el(
-                    "p",
-                    "card error",
-                    reason or f"There is no alert {key} since step {since} in this run.",
-                    role="alert",
-                )
+                absent = f"There is no alert {key} since step {since} in this run."
+                el("p", "card error", f"This run cannot be read: {data}" if data else absent, role="alert")
                 link(f"Back to {ref.label}", f"/run/{ref.id}")
         if isinstance(data, StoreError):
             shown_version = -1  # try again
@@ -128,7 +123,7 @@ def _draw(view: View, ref: RunRef, data: IncidentData) -> None:
     el("h2", text="Load of the experts, before and after")
     with el("div", "charts three"):
         for name, frame in data.frames.items():
-            chart = Chart(view, name.capitalize(), map_height(len(frame.layers), 30, 9))
+            chart = Chart(view, name.capitalize(), charts.map_height(len(frame.layers), 30, 9))
             chart.show(partial(charts.heat_map, frame), f"step {frame.step}")
     heat_legend(DEAD_NOTE)
     experts = Chart(view, f"Experts of {finding.layer} around it", 300)
@@ -183,7 +178,7 @@ def _repairs(incident: Incident) -> None:
 
 def _numbers(data: IncidentData) -> None:
     """The layer's statistics at the three moments."""
-    layer, num_experts = data.incident.finding.layer, 0
+    layer = data.incident.finding.layer
     columns = {name: frame.find(layer) for name, frame in data.frames.items()}
     num_experts = max((stats.num_experts for stats in columns.values() if stats), default=0)
     expert = data.incident.finding.expert

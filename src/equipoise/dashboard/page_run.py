@@ -5,21 +5,19 @@ It reads again when the run's files change, and sends the browser what differs.
 
 from __future__ import annotations
 
-import json
 import time
 from functools import partial
 from typing import TYPE_CHECKING
-from urllib.parse import urlencode
 
 import numpy as np
 
 from equipoise.dashboard import charts, reader
 from equipoise.dashboard.co_selection_panel import CoSelectionPanel
-from equipoise.dashboard.health import ORDER, health, lasted
-from equipoise.dashboard.hub import RETRY_SECONDS
+from equipoise.dashboard.health import health, lasted
+from equipoise.dashboard.hub import REST, RETRY_SECONDS
 from equipoise.dashboard.layer_panel import LayerPanel, LayerTable
 from equipoise.dashboard.palette import DEAD_NOTE
-from equipoise.dashboard.records import Evenness, Frame, Head
+from equipoise.dashboard.records import Evenness, Frame, Head, evenness_of
 from equipoise.dashboard.run_data import MAIN_SCALARS, Choice, RunData, read_run
 from equipoise.dashboard.runs import RunRef
 from equipoise.dashboard.slider import Slider
@@ -28,19 +26,18 @@ from equipoise.dashboard.timeline import Timeline, incident_address
 from equipoise.dashboard.widgets import (
     Chart,
     View,
-    age,
     chooser,
     el,
     fill_chooser,
     heat_legend,
     legend,
     link,
-    number,
     page,
-    plural,
-    set_class,
+    set_address,
     set_text,
+    show_health,
 )
+from equipoise.dashboard.words import age, number, plural
 from equipoise.monitor.incidents import Incident, told
 from equipoise.monitor.store import StoreError
 
@@ -48,7 +45,6 @@ if TYPE_CHECKING:
     from nicegui.elements.mixins.text_element import TextElement
 
 TICK_SECONDS = 0.4
-REST = 4.0  # a read that took t seconds is followed by at least REST * t without one
 FIGURES = ("step", "loss", "val. perplexity", "tokens/s", "first token p99", "waiting", "worst layer", "last flush")
 OF_TRAINING, OF_SERVING = ("loss", "val. perplexity"), ("first token p99", "waiting")
 MAX_BANNERS = 4
@@ -170,13 +166,8 @@ class RunPage:
         await self.refresh()
 
     def _keep_address(self) -> None:
-        """Put the choice into the address, so that it can be shared or reloaded."""
-        from nicegui import ui
-
-        chosen = {"layer": self.choice.layer, "step": "" if self.choice.step is None else str(self.choice.step)}
-        query = urlencode({key: value for key, value in chosen.items() if value})
-        address = f"/run/{self.ref.id}" + (f"?{query}" if query else "")
-        ui.run_javascript(f"history.replaceState(history.state, '', {json.dumps(address)})")
+        step = "" if self.choice.step is None else str(self.choice.step)
+        set_address(f"/run/{self.ref.id}", layer=self.choice.layer, step=step)
 
     # -------------------------------------------------------------------------------------------------- showing
 
@@ -198,7 +189,7 @@ class RunPage:
             self.version, self.rest_until = -1, time.monotonic() + RETRY_SECONDS
             set_text(self.error, f"This run cannot be read: {data}")
             self.body.set_visibility(self.data is not None)  # what was read before stays
-            self._show_pill(data)
+            show_health(self.pill, health(data))
             return
         self.data = data
         self.body.set_visibility(True)
@@ -213,8 +204,8 @@ class RunPage:
         self.slider.show(data.steps, data.incidents, data.frame.step if data.frame else None, self.choice.step is None)
         if data.frame:
             self._show_frame(data.frame)
-        self.heat.set_height(map_height(len(data.layers), 30, 13))
-        self.even.set_height(map_height(len(data.layers), 16, 8))
+        self.heat.set_height(charts.map_height(len(data.layers), 30, 13))
+        self.even.set_height(charts.map_height(len(data.layers), 16, 8))
         self.even.show(
             partial(charts.evenness_map, data.evenness),
             even_reading(data.evenness),
@@ -226,15 +217,8 @@ class RunPage:
         self.timeline.show(data.incidents, data.repairs, head.step)
         self.together.show(data.together)
 
-    def _show_pill(self, head: Head | StoreError) -> None:
-        state = health(head)
-        set_text(self.pill, state.word)
-        for kind in ORDER:
-            set_class(self.pill, kind, kind == state.kind)
-
     def _show_head(self, data: RunData) -> None:
         head, names = data.head, dict(zip(data.layers, charts.short_names(data.layers), strict=True))
-        self._show_pill(head)
         set_text(
             self.subtitle,
             f"{head.name} · {plural(head.num_layers, 'MoE layer')} · {plural(head.num_repairs, 'repair')}",
@@ -259,7 +243,7 @@ class RunPage:
 
     def _show_age(self, head: Head) -> None:
         set_text(self.figures["last flush"], age(head.flush_time))
-        self._show_pill(head)
+        show_health(self.pill, health(head))
 
     def _show_banners(self, head: Head) -> None:
         wanted = [(incident.key, incident.since, last_repair(incident)) for incident in head.firing]
@@ -280,7 +264,7 @@ class RunPage:
                 el("p", "muted", f"and {len(head.firing) - MAX_BANNERS} more alerts, below")
 
     def _show_frame(self, frame: Frame) -> None:
-        uneven = min(frame.layers, key=lambda stats: stats.effective_experts / stats.num_experts)
+        uneven = min(frame.layers, key=evenness_of)
         self.heat.show(
             partial(charts.heat_map, frame),
             f"step {frame.step}; most uneven: {uneven.layer}, {uneven.effective_experts:.1f} of {uneven.num_experts}",
@@ -314,12 +298,6 @@ class RunPage:
 def last_repair(incident: Incident) -> str:
     """The newest repair made for it, in a line; "" without one."""
     return told(incident.actions[-1]) if incident.actions else ""
-
-
-def map_height(num_rows: int, largest: int, smallest: int) -> int:
-    """Height of a map in pixels: rows get smaller as there are more of them."""
-    row = max(smallest, min(largest, 560 // max(1, num_rows)))
-    return 44 + max(2, num_rows) * row
 
 
 def even_reading(even: Evenness) -> str:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from equipoise.dashboard.health import ORDER, health
+from equipoise.dashboard.health import KINDS, health
 from equipoise.dashboard.records import Head
 from equipoise.dashboard.runs import RunRef
-from equipoise.dashboard.widgets import View, age, el, link, number, page, plural, set_class, set_prop, set_text
+from equipoise.dashboard.widgets import View, el, link, page, set_class, set_prop, set_text, show_health
+from equipoise.dashboard.words import age, number, plural
 from equipoise.monitor.store import StoreError
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 TICK_SECONDS = 0.5
 SPARK_WIDTH, SPARK_HEIGHT = 120.0, 32.0
+CELLS = ("step", "loss", "tokens/s", "worst layer", "repairs", "last flush")  # loss of training, tokens/s of serving
 
 
 async def runs_page(view: View) -> None:
@@ -65,14 +67,10 @@ async def runs_page(view: View) -> None:
     ui.timer(TICK_SECONDS, tick)
 
 
-# "loss" for what trains, "tokens/s" for what serves.
-CELLS = ("step", "loss", "tokens/s", "worst layer", "repairs", "last flush")
-
-
 def urgency(head: Head | StoreError) -> tuple[int, float]:
     """What is sorted by: what needs a person first, then the newest."""
     when = 0.0 if isinstance(head, StoreError) else head.flush_time
-    return ORDER.index(health(head).kind), -when
+    return KINDS.index(health(head).kind), -when
 
 
 class RunRow:
@@ -126,10 +124,7 @@ class RunRow:
 
     def grow_old(self) -> None:
         """Renew what changes with time alone."""
-        state = health(self.head)
-        set_text(self.health, state.word)
-        for kind in ORDER:
-            set_class(self.health, kind, kind == state.kind)
+        show_health(self.health, health(self.head))
         if isinstance(self.head, Head):
             set_text(self.cells["last flush"].value, age(self.head.flush_time))
 

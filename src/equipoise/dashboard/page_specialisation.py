@@ -6,24 +6,32 @@ It shows specialisation.json of the run folder, again when the file changes, or 
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import shlex
 from functools import partial
-from pathlib import Path
-from urllib.parse import urlencode
 
 from equipoise.dashboard import specialisation_charts as drawn
-from equipoise.dashboard.charts import short_names
-from equipoise.dashboard.page_run import map_height
+from equipoise.dashboard.charts import map_height, served_map, short_names
+from equipoise.dashboard.hub import Mark, mark
 from equipoise.dashboard.runs import RunRef
-from equipoise.dashboard.widgets import Chart, View, chooser, el, fill_chooser, legend, link, page, percent, set_text
+from equipoise.dashboard.widgets import (
+    Chart,
+    View,
+    chance_legend,
+    chooser,
+    el,
+    fill_chooser,
+    link,
+    page,
+    set_address,
+    set_text,
+)
+from equipoise.dashboard.words import percent
 from equipoise.monitor.specialisation import FILE_NAME, POSITION, SPLITS, LayerRoles, Roles, Served, read_roles
 from equipoise.monitor.store import store_path
 
 TICK_SECONDS = 2.0
 MAX_CARDS = 32  # experts with a card each; the busiest
-CHANCE_TICKS = ("¼ or less", "½", "1 = chance", "2", "4 or more")
 NOTABLE = 1.05  # times chance: nearer to it is not worth a line
 SIZES = 5  # of words, by how often they come
 TITLES = {"domain": "Domains", "token class": "Kinds of tokens", "position": "Positions in the text"}
@@ -32,6 +40,7 @@ HINTS = {
     "token class": "By what a token stands for, judged by its own letters.",
     "position": "By the place of a token in what the model sees at once, in doublings.",
 }
+SATURATION = "Of the last checkpoint's choices, the share that an earlier one makes for the same tokens."
 CONTROLS = "The control of domains swaps whole documents; the others turn each window's labels round."
 
 
@@ -52,8 +61,9 @@ class SpecialisationPage:
     def __init__(self, view: View, ref: RunRef, layer: str) -> None:
         self.view, self.ref, self.layer = view, ref, layer
         self.folder = store_path(ref.path).parent
+        self.file = self.folder / FILE_NAME
         self.roles: Roles | None = None
-        self.mark: tuple[int, int] | None = None
+        self.mark: Mark | None = None
 
     def build(self) -> None:
         """Lay the page out, without numbers."""
@@ -72,7 +82,7 @@ class SpecialisationPage:
             self.maps = {name: Chart(self.view, TITLES[name], 260, hint=HINTS[name]) for name in SPLITS}
             for chart in self.maps.values():
                 with chart.box:
-                    legend("heat", CHANCE_TICKS)
+                    chance_legend()
             el("p", "muted small", CONTROLS)
             with el("section", "", aria_labelledby="experts"):
                 el("h2", text="What each expert serves", id="experts")
@@ -80,28 +90,22 @@ class SpecialisationPage:
                 self.cards = el("div", "role-cards")
             with el("section", "", aria_labelledby="saturation"):
                 el("h2", text="Saturation", id="saturation")
-                self.saturation = Chart(
-                    self.view, "Choices that are as they end", 260,
-                    hint="Of the last checkpoint's choices, the share that an earlier one makes for the same tokens.",
-                )  # fmt: skip
+                self.saturation = Chart(self.view, "Choices that are as they end", 260, hint=SATURATION)
 
     async def choose_layer(self, layer: str) -> None:
         """Look at another layer."""
-        from nicegui import ui
-
         self.layer = layer
         self._show()
-        address = f"/run/{self.ref.id}/specialisation?{urlencode({'layer': layer})}"
-        ui.run_javascript(f"history.replaceState(history.state, '', {json.dumps(address)})")
+        set_address(f"/run/{self.ref.id}/specialisation", layer=layer)
 
     async def tick(self) -> None:
         """Read again when the file has changed."""
-        if await asyncio.to_thread(mark_of, self.folder) != self.mark:
+        if await asyncio.to_thread(mark, self.file) != self.mark:
             await self.refresh()
 
     async def refresh(self) -> None:
         """Read, and show what was read or why it could not be."""
-        self.mark = await asyncio.to_thread(mark_of, self.folder)
+        self.mark = await asyncio.to_thread(mark, self.file)
         try:
             self.roles = await asyncio.to_thread(read_roles, self.folder)
             set_text(self.error, "")
@@ -133,7 +137,7 @@ class SpecialisationPage:
             if name in layer.splits:
                 found = layer.splits[name]
                 chart.set_height(map_height(len(found.groups), 30, 16))
-                chart.show(partial(drawn.lift_map, found), drawn.strongest(layer, name))
+                chart.show(partial(served_map, found.lift_GE, found.groups), drawn.strongest(layer, name))
         self._show_experts(layer)
         curve, by_chance = roles.saturation, roles.saturation.chance.get(layer.layer, ())
         self.saturation.show(
@@ -198,12 +202,3 @@ def part_of(word: Served) -> int:
 def shown(word: Served) -> str:
     """The word, with its spaces as signs that can be seen."""
     return word.text.replace(" ", "·")
-
-
-def mark_of(folder: Path) -> tuple[int, int] | None:
-    """Size and time of the file; None where there is none."""
-    try:
-        found = (folder / FILE_NAME).stat()
-    except OSError:
-        return None
-    return (found.st_size, found.st_mtime_ns)

@@ -40,14 +40,14 @@ def reading(path: Path) -> Iterator[RunStore]:
 def head(run: RunStore, path: Path) -> Head:
     """The run at a glance."""
     meta, loss, newest = run.meta(), _newest(run, "loss"), frame(run)
-    flush_step = newest.step if newest else None
+    flush_step = newest.step if newest else 0
     found = incidents(alerts(run), actions(run))
     worst = min(newest.layers, key=evenness_of, default=None) if newest else None
     spark = scalar(run, "loss", SPARK_POINTS)
     return Head(
         name=str(meta.get("name", store_path(path).parent.name)),
         status=str(meta.get("status", "running")),
-        step=max(loss[0] if loss else 0, flush_step or 0),
+        step=max(loss[0] if loss else 0, flush_step),
         total_steps=_whole(meta.get("total_steps")),
         loss=loss[1] if loss else None,
         val_perplexity=(_newest(run, "val_perplexity") or (0, None))[1],
@@ -57,8 +57,7 @@ def head(run: RunStore, path: Path) -> Head:
         num_layers=len(newest.layers) if newest else 0,
         firing=tuple(incident for incident in found if incident.firing),
         num_repairs=_num_repairs(run),
-        flush_step=flush_step,
-        flush_time=run.flushed_at(flush_step or 0),
+        flush_time=run.flushed_at(flush_step),
         is_server=meta.get("kind") == "server",
         first_token_ms=(_newest(run, "time_to_first_token_ms.p99") or (0, None))[1],
         queue_depth=(_newest(run, "queue_depth") or (0, None))[1],

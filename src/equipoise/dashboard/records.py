@@ -12,8 +12,6 @@ import numpy as np
 from equipoise.monitor.incidents import Incident
 from equipoise.types import RoutingStats
 
-SEVERITIES = ("info", "warning", "critical")  # rising
-
 
 @dataclass(frozen=True, eq=False)
 class Head:
@@ -37,7 +35,6 @@ class Head:
     num_layers: int
     firing: tuple[Incident, ...]
     num_repairs: int
-    flush_step: int | None
     flush_time: float
     is_server: bool = False
     first_token_ms: float | None = None

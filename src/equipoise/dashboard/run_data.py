@@ -81,7 +81,7 @@ def read_run(run: RunStore, ref: RunRef, choice: Choice) -> RunData:
         head=head,
         steps=tuple(steps),
         layers=tuple(layers),
-        frame=reader.frame(run) if choice.step is None else reader.frame(run, choice.step),
+        frame=reader.frame(run, choice.step),
         layer=layer,
         history=tuple(history),
         map_history=tuple(stats for stats in history if stats.step in near),

@@ -7,7 +7,8 @@ from functools import partial
 from equipoise.dashboard import charts
 from equipoise.dashboard.records import Series
 from equipoise.dashboard.run_data import SPEED_CHARTS, RunData
-from equipoise.dashboard.widgets import Chart, View, el, number, set_text
+from equipoise.dashboard.widgets import Chart, View, el, set_text
+from equipoise.dashboard.words import number
 
 
 class SpeedPanel:

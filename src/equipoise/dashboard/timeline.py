@@ -11,7 +11,8 @@ from urllib.parse import urlencode
 from equipoise.dashboard.health import lasted, subject
 from equipoise.dashboard.runs import RunRef
 from equipoise.dashboard.story import MARKS, offsets
-from equipoise.dashboard.widgets import el, link, plural, set_text
+from equipoise.dashboard.widgets import el, link, set_text
+from equipoise.dashboard.words import plural
 from equipoise.monitor.incidents import PAGE, Incident, state_text, tally, target, without_alert
 from equipoise.types import Action
 

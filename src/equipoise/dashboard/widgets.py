@@ -5,14 +5,15 @@ Text reaches the browser as text, never as HTML. NiceGUI is imported where it is
 
 from __future__ import annotations
 
-import math
-import time
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
-from equipoise.dashboard.charts import Options
+from equipoise.dashboard.charts import Options, nothing
+from equipoise.dashboard.health import KINDS, Health
 from equipoise.dashboard.hub import Hub
 from equipoise.dashboard.palette import THEMES, Palette
 
@@ -52,7 +53,7 @@ class Chart:
         from nicegui import ui
 
         self.view = view
-        self._build: Callable[[Palette], Options] = lambda palette: {"series": []}
+        self._build: Callable[[Palette], Options] = nothing
         self._shown: Options | None = None
         with el("figure", f"card chart {classes}") as self.box:
             with el("figcaption"):
@@ -60,7 +61,7 @@ class Chart:
                 self.reading = el("span", "reading")
             if hint:
                 el("p", "hint", hint)
-            self.echart = ui.echart({"series": []}).classes("echart")
+            self.echart = ui.echart(nothing(view.palette)).classes("echart")
             self.empty = el("p", "empty", "Nothing recorded yet.")
         self.echart.props["role"] = "img"
         self.echart.props["aria-label"] = title
@@ -122,6 +123,25 @@ def set_prop(element: Element, name: str, value: str) -> None:
     """Set an attribute, and send it only if it differs."""
     if element.props.get(name) != value:
         element.props[name] = value
+
+
+def show_health(pill: TextElement, state: Health) -> None:
+    """The word and the colour of a run's health."""
+    set_text(pill, state.word)
+    for kind in KINDS:
+        set_class(pill, kind, kind == state.kind)
+
+
+def set_address(path: str, **query: str) -> None:
+    """Change what the browser's address says, without a visit, so that what is shown can be shared or reloaded.
+
+    query: what is empty is left out.
+    """
+    from nicegui import ui
+
+    given = {key: value for key, value in query.items() if value}
+    address = path + (f"?{urlencode(given)}" if given else "")
+    ui.run_javascript(f"history.replaceState(history.state, '', {json.dumps(address)})")
 
 
 def link(text: str, target: str, classes: str = "") -> TextElement:
@@ -191,36 +211,11 @@ def legend(kind: str, ticks: tuple[str, ...], note: str = "") -> None:
             el("span", "note", note)
 
 
+def chance_legend() -> None:
+    """The legend of ratios to chance."""
+    legend("heat", ("¼ or less", "½", "1 = chance", "2", "4 or more"))
+
+
 def heat_legend(note: str = "") -> None:
     """The legend of relative loads."""
     legend("heat", ("¼ or less", "½", "1 = fair", "2", "4 or more"), note)
-
-
-def plural(count: int, noun: str) -> str:
-    """A count with its noun: 1 repair, 2 repairs."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
-def number(value: float | None, form: str = ".4g") -> str:
-    """A number as text; a dash for None."""
-    return "-" if value is None else format(value, form)
-
-
-def percent(value: float) -> str:
-    """A share in [0, 1] as text."""
-    return "-" if math.isnan(value) else "0 %" if value == 0 else f"{100 * value:.3g} %"
-
-
-def age(when: float) -> str:
-    """How long ago, roughly, so that the text changes rarely."""
-    if when <= 0:
-        return "-"
-    seconds = max(0.0, time.time() - when)
-    if seconds < 10:
-        return "just now"
-    if seconds < 60:
-        return f"{10 * int(seconds / 10)} s ago"
-    for size, limit, unit in ((60, 3600, "min"), (3600, 86400, "h"), (86400, math.inf, "d")):
-        if seconds < limit:
-            return f"{int(seconds / size)} {unit} ago"
-    return "-"

@@ -1,7 +1,7 @@
 """Statistics of routing as pure functions, written once for NumPy, torch and JAX arrays (array API standard).
 
 They judge nothing (detectors.py does) and collect nothing (recorder.py does). What tokens choose together, by domain,
-before and after: stats_selections.py. Margins, biases, drift: stats_drift.py. Definitions: H is Shannon's entropy in
+before and after: stats_selections.py. Near ties, biases, drift: stats_drift.py. Definitions: H is Shannon's entropy in
 nats, 0 ln 0 = 0. Without any token there is nothing to say, and every function answers as for an even, undecided
 router: load shares 1/E, entropies ln E, mutual information 0, logit moments 0. So emptiness never looks like collapse.
 """

@@ -1,4 +1,4 @@
-"""Statistics of how sure a router is, what a selection bias does to it, and how far it is from a baseline.
+"""Statistics of what could change a router's choices, rounding or a selection bias, and of drift from a baseline.
 
 Pure functions for NumPy, torch and JAX arrays, all of which trace under `jax.jit`. They judge nothing: what a router
 shows by chance is `drift_floor`, and what text does beyond chance has to be measured on a healthy run.
@@ -17,42 +17,24 @@ from equipoise.monitor.stats import load_share
 Array = Any  # a NumPy, torch or JAX array: the standard has no common type to name
 
 BF16_EPS = 2.0**-7  # relative spacing of bfloat16 numbers
-FP16_EPS = 2.0**-10  # and of float16
 
 
-# -------------------------------------------------------------------------------------------- how sure a router is
-
-
-def top_ratio(logits_TE: Array) -> Array:
-    """Geometric mean over tokens of p_1 / p_2, the two largest softmax probabilities, in [1, inf); 1 is a coin toss.
-
-    exp(mean_t(z_1 - z_2)) of the logits. Grows without bound as a router saturates. 1 without tokens.
-    Raises ValueError for fewer than two experts.
-    """
-    return array_namespace(logits_TE).exp(_mean(selection_margins(logits_TE, 1), empty=0.0))
-
-
-def selection_margins(scores_TE: Array, k: int) -> Array:
-    """The k-th largest score minus the next, for each token: (T, E) -> (T,), at least 0, in units of the scores.
-
-    scores_TE: what top-k is taken of, selection bias included. This much noise on a score changes who is chosen.
-    Raises ValueError unless 1 <= k < E: there is no margin when everyone is chosen.
-    """
-    xp = array_namespace(scores_TE)
-    ordered_TE = _sorted(scores_TE, k)
-    split = scores_TE.shape[-1] - k
-    return xp.asarray(ordered_TE[:, split] - ordered_TE[:, split - 1])
+# ------------------------------------------------------------------------------------------------------ near ties
 
 
 def fragile_share(scores_TE: Array, k: int, eps: float = BF16_EPS) -> Array:
     """Share of tokens whose margin is below eps times the larger of the two scores' magnitudes, in [0, 1].
 
     Rounding alone, of the scores or of what they are made of, can change who is chosen for these: between training and
-    serving, or between two kernels. eps: relative spacing of the format, 2^-7 for bfloat16. 0 without tokens.
+    serving, or between two kernels. scores_TE: what top-k is taken of, selection bias included. eps: relative spacing
+    of the format, 2^-7 for bfloat16, 2^-10 for float16. 0 without tokens. Raises ValueError unless 1 <= k < E.
     """
+    num_experts = _num_experts(scores_TE)
+    if not 1 <= k < num_experts:
+        raise ValueError(f"k: expected at least 1 and less than {num_experts}, the number of experts, got {k}")
     xp = array_namespace(scores_TE)
-    ordered_TE = _sorted(scores_TE, k)
-    split = scores_TE.shape[-1] - k
+    ordered_TE = xp.sort(scores_TE, axis=-1)
+    split = num_experts - k
     chosen_T, next_T = ordered_TE[:, split], ordered_TE[:, split - 1]
     fragile_T = chosen_T - next_T < eps * xp.maximum(xp.abs(chosen_T), xp.abs(next_T))
     return _mean(xp.astype(fragile_T, scores_TE.dtype), empty=0.0)
@@ -100,45 +82,20 @@ def bias_health(bias_E: Array, scores_TE: Array, k: int) -> BiasHealth:
 # ----------------------------------------------------------------------------------------- drift from a baseline
 
 
-class LogitDrift(NamedTuple):
-    """z: (mean - mean0) / std0, in standard deviations of the baseline. std_ratio: std / std0; 1 is unchanged."""
-
-    z: float
-    std_ratio: float
-
-
-def logit_drift(mean: float, std: float, mean0: float, std0: float) -> LogitDrift:
-    """How far router logits moved from a baseline: their mean in its standard deviations, their spread relative to it.
-
-    Adding one number to all logits moves z and no choice; std_ratio tells sharpening (above 1) from flattening.
-    Raises ValueError for a baseline without spread.
-    """
-    if not std0 > 0:
-        raise ValueError(f"std0: expected more than 0, got {std0}; take the baseline from a window with tokens")
-    return LogitDrift((mean - mean0) / std0, std / std0)
-
-
 def population_stability_index(counts_E: Array, baseline_E: Array, pseudo_count: float = 0.5) -> Array:
     """PSI = sum (f - g) ln(f / g) of the load shares f, g of two windows: (..., E) -> (...), at least 0, in nats.
 
-    Symmetric: KL(f, g) + KL(g, f). pseudo_count is added to every expert's count in both, so that an expert without
-    assignments does not make it infinite. In credit scoring 0.1 is called a small and 0.25 a large shift; but see
-    `drift_floor` for what two small windows of the same router show.
+    Symmetric: KL(f, g) + KL(g, f), with KL(f, g) = sum f ln(f / g). pseudo_count is added to every expert's count in
+    both, so that an expert without assignments does not make it infinite. In credit scoring 0.1 is called a small and
+    0.25 a large shift; but see `drift_floor` for what two small windows of the same router show.
     """
     f, g = _smoothed(counts_E, pseudo_count), _smoothed(baseline_E, pseudo_count)
     xp = array_namespace(f, g)
     return xp.sum((f - g) * (xp.log(f) - xp.log(g)), axis=-1)
 
 
-def load_divergence(counts_E: Array, baseline_E: Array, pseudo_count: float = 0.5) -> Array:
-    """KL(f, g) = sum f ln(f / g) of the load shares f against the baseline's g: (..., E) -> (...), >= 0, in nats."""
-    f, g = _smoothed(counts_E, pseudo_count), _smoothed(baseline_E, pseudo_count)
-    xp = array_namespace(f, g)
-    return xp.sum(f * (xp.log(f) - xp.log(g)), axis=-1)
-
-
 def drift_floor(num_experts: int, assignments: float, baseline_assignments: float, quantile: float = 0.99) -> float:
-    """The PSI that two samples of one load stay below with this probability; half of it for `load_divergence`.
+    """The PSI that two samples of one load stay below with this probability.
 
     PSI is about chi^2 with E - 1 degrees of freedom times (1/n + 1/m), for n and m assignments (B. Yurdakul,
     "Statistical Properties of Population Stability Index", 2018), when each expert has about ten or more. Quantiles of
@@ -164,13 +121,6 @@ def drift_floor(num_experts: int, assignments: float, baseline_assignments: floa
 def _smoothed(counts_E: Array, pseudo_count: float) -> Array:
     """Load shares after adding pseudo_count to every expert."""
     return load_share(counts_E + pseudo_count)
-
-
-def _sorted(scores_TE: Array, k: int) -> Array:
-    num_experts = _num_experts(scores_TE)
-    if not 1 <= k < num_experts:
-        raise ValueError(f"k: expected at least 1 and less than {num_experts}, the number of experts, got {k}")
-    return array_namespace(scores_TE).sort(scores_TE, axis=-1)
 
 
 def _chosen(scores_TE: Array, k: int) -> Array:

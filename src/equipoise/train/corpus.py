@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from equipoise.host.extras import require
 from equipoise.train import sources
-from equipoise.train.sources import DataError, Text, require
+from equipoise.train.sources import DataError, Text
 
 # Scripture, whole, is just below this. One cap for all keeps the domains within a factor of two of each other, so
 # that experts have more than one domain to divide between them.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 
+from equipoise.host.interrupt import interruptible
 from equipoise.parallel import Ranks
 from equipoise.train.alerts import NOWHERE, Alerts, delivering
 from equipoise.train.config import TrainConfig
@@ -121,23 +119,3 @@ def _train(
             return RunResult(out, trainer.step_number, None, evaluation, sample, tuple(layers))
     finally:
         trainer.close(status)
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], int | None]]:
-    """Inside, the first SIGINT or SIGTERM is noted and can be asked for; the second has its usual effect."""
-    seen: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        for each, handler in before.items():
-            signal.signal(each, handler)
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield lambda: seen[0] if seen else None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

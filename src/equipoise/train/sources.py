@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import importlib
 import importlib.util
 import inspect
 import json
@@ -21,8 +20,9 @@ import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import closing
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
+
+from equipoise.host.extras import require
 
 # Tables and generated files teach a language model nothing; pydoc_data is the prose domain's own text.
 _STDLIB_SKIP = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"}
@@ -46,17 +46,6 @@ class Text(NamedTuple):
 
     source: str
     text: str
-
-
-def require(module: str, extra: str) -> ModuleType:
-    """Import an optional module. Raises DataError that names the extra to install when it is absent."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise DataError(
-            f"this needs the package '{module}', which is not installed. "
-            f"Install it with: pip install 'equipoise[{extra}]'"
-        ) from error
 
 
 def package_folder(package: str) -> Path | None:
@@ -158,8 +147,8 @@ def extra(folder: Path, domain: str) -> list[Text] | None:
 def wikitext2(endpoint: str = "https://huggingface.co", timeout_s: float = 5.0) -> list[Text]:
     """WikiText-2 (raw), all three splits, one document per article, through the package `datasets`.
 
-    Raises DataError when the package is absent, or when `endpoint` does not answer within `timeout_s` seconds: the
-    package's own retries would take minutes.
+    Raises ValueError when the package is absent, and DataError when `endpoint` does not answer within `timeout_s`
+    seconds: the package's own retries would take minutes.
     """
     datasets = require("datasets", "data")
     remedy = "Use the corpus 'embedded', or save the text as .txt, .jsonl or .parquet and pass its path."

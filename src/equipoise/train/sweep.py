@@ -21,6 +21,7 @@ from rich.text import Text
 
 from equipoise.disk.atomic import atomic_write
 from equipoise.disk.checkpoint import CHECKPOINTS
+from equipoise.host.interrupt import interruptible
 from equipoise.models.run_files import CONFIG
 from equipoise.monitor.store import RunStore
 from equipoise.train.config import TrainConfig
@@ -29,7 +30,7 @@ from equipoise.train.diagnose import DivergenceError
 from equipoise.train.grid import LAST_WINDOWS, Cell, Grid, cell_config
 from equipoise.train.loop import Trainer, load_config
 from equipoise.train.report import Silent
-from equipoise.train.run import interruptible, open_data
+from equipoise.train.run import open_data
 from equipoise.train.specialisation import num_domains
 
 RESULT = "result.json"

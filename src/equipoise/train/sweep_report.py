@@ -19,7 +19,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from equipoise.disk.atomic import atomic_write
-from equipoise.train.sources import require
+from equipoise.host.extras import require
 from equipoise.train.sweep import CellResult, SweepResult
 
 # name of the field: heading of its column, format of the mean, of the spread (None: not shown, a clock's is no news)

@@ -60,7 +60,7 @@ class Comparison:
 
     @property
     def num_pieces(self) -> int:
-        """Of work, for a progress bar."""
+        """Of work, each of which is told to `Tick`."""
         return len(self.all_names) * (self.seeds + len(self.batches)) + 1 + len(self.contexts)
 
 

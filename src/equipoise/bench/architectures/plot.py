@@ -6,7 +6,7 @@ from pathlib import Path
 
 from equipoise.bench.architectures.arms import BASELINE
 from equipoise.bench.architectures.compare import Found
-from equipoise.train.sources import require
+from equipoise.host.extras import require
 from equipoise.train.sweep_report import paired_difference
 
 _INK, _ACCENT = "#22313f", "#1b6ca8"

@@ -12,7 +12,7 @@ from equipoise.bench.claims.claim import Arm, Bench
 from equipoise.bench.claims.pictures import INK
 from equipoise.bench.claims.statistics import Interval, exact, student
 from equipoise.disk.atomic import atomic_path
-from equipoise.train.sources import require
+from equipoise.host.extras import require
 
 COLOURS = ("#1f5fa8", "#c8321e", "#1d7a3a", "#b86e00", "#6b3fa0", "#333333")
 MARKERS = "osD^vx"

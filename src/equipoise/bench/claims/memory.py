@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from equipoise.bench.claims.arms import BASE
 from equipoise.bench.claims.balance import PRODUCTION
 from equipoise.bench.claims.claim import Bench, Claim, Reading
 from equipoise.bench.claims.statistics import Range
+from equipoise.bench.saved import saved_for_backward
 from equipoise.layer import MoE
 from equipoise.models.decoder import Decoder, cross_entropy_sum
 from equipoise.plan.fit.architecture import Architecture
@@ -28,23 +28,6 @@ class Held:
 
     recompute: bool
     whole: bool = True
-
-
-def saved_for_backward(forward: Callable[[], object], weights: Iterable[Tensor]) -> int:
-    """Bytes of storage that the graph of forward() keeps alive, beyond the weights."""
-    known = {weight.untyped_storage().data_ptr() for weight in weights}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()  # held until the end: a freed storage's address could be taken by another
-    del result
-    return sum(kept.values())
 
 
 def _bytes(held: Held, seed: int) -> int:

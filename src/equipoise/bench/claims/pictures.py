@@ -9,7 +9,7 @@ from typing import Any
 
 from equipoise.bench.claims.claim import Found, Reading
 from equipoise.disk.atomic import atomic_path
-from equipoise.train.sources import require
+from equipoise.host.extras import require
 
 COLOURS = {"supported": "#1d7a3a", "contradicted": "#c8321e", "open": "#b86e00"}
 INK, GREY, SHADE = "#333333", "#8a8a8a", "#dfe9f3"

@@ -26,13 +26,15 @@ from rich.text import Text
 from equipoise.bench.claims.all_probes import PROBES, sources_of
 from equipoise.bench.claims.claim import Arm, Claim, NotRunError
 from equipoise.bench.claims.statistics import noise_floor
+from equipoise.bench.progress import Pieces
 from equipoise.disk.atomic import atomic_write
+from equipoise.host.interrupt import interruptible
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import TokenData
 from equipoise.train.diagnose import DivergenceError
 from equipoise.train.loop import Trainer
 from equipoise.train.report import Silent
-from equipoise.train.run import interruptible, open_data
+from equipoise.train.run import open_data
 
 DEPENDS_ON = ("ops", "routing", "layer", "models", "train", "bench/claims/probes.py")
 EXCEPT = "ops/triton/"  # kernels for GPUs: these trainings run on the CPU
@@ -108,7 +110,7 @@ class Runs:
         return (self._folder(job) / RESULT).exists() and read_numbers(self._folder(job) / RESULT) is not None
 
     def run(self, jobs: Sequence[Job], console: Console) -> int | None:
-        """Run what is missing; return the number of the signal that stopped it, or None.
+        """Run what is missing; return the number of the signal that stopped it, or None. console: for a line per run.
 
         Raises ValueError (DivergenceError) with the run's name when a loss is no longer finite.
         """
@@ -116,8 +118,10 @@ class Runs:
             total = sum(job.arm.config.steps for job in jobs)
             task = progress.add_task("", total=total)
             pending, data = list(jobs), _Data()
+            missing = sum(not self.has(job) for job in jobs)
+            told = Pieces(missing, lambda line: progress.console.print(line, highlight=False))
             while pending and interrupted() is None:
-                left = [job for job in pending if not self._tried(job, data, progress, interrupted)]
+                left = [job for job in pending if not self._tried(job, data, progress, told, interrupted)]
                 done = total - sum(job.arm.config.steps for job in left)
                 progress.update(task, completed=done)
                 if len(left) == len(pending):
@@ -125,7 +129,9 @@ class Runs:
                 pending = left
             return interrupted()
 
-    def _tried(self, job: Job, data: _Data, progress: Progress, interrupted: Callable[[], int | None]) -> bool:
+    def _tried(
+        self, job: Job, data: _Data, progress: Progress, told: Pieces, interrupted: Callable[[], int | None]
+    ) -> bool:
         """Whether the job is done, perhaps now."""
         task = progress.task_ids[0]
         if self.has(job):
@@ -146,7 +152,7 @@ class Runs:
                 return False
             numbers = self.result(job.arm, job.seed)
             shown = ", ".join(f"{name} {numbers[name]:.3f}" for name in ("loss", "max_violation") if name in numbers)
-            progress.console.print(f"{job}: {shown or 'done'} ({time.monotonic() - began:.0f} s)", highlight=False)
+            told.done(f"{job}: {shown or 'measured'}, {time.monotonic() - began:.0f} s")
             return True
 
     def _folder(self, job: Job) -> Path:

@@ -63,12 +63,9 @@ window.eqp = (() => {
   const heatTip = (p) => `${row(p)}, expert ${p.value[0]}\n${load(p.value[2])}`;
   const historyTip = (p) => `step ${p.name}, expert ${p.value[1]}\n${load(p.value[2])}`;
   const evenTip = (p) => `${row(p)}, step ${p.name}\n${share(p.value[2])} of its experts in effect`;
-  const togetherTip = (p) =>
-    `experts ${row(p)} and ${p.name}\n${p.value[2] <= -6 ? "never, or below 1/64" : number(2 ** p.value[2])} × chance`;
-  const servedTip = (p) => {
-    const times = p.value[2] <= -6 ? "never, or below 1/64" : number(2 ** p.value[2]);
-    return `${row(p)}, expert ${p.value[0]}\n${times} × chance`;
-  };
+  const lift = (log) => `${log <= -6 ? "never, or below 1/64" : number(2 ** log)} × chance`;
+  const togetherTip = (p) => `experts ${row(p)} and ${p.name}\n${lift(p.value[2])}`;
+  const servedTip = (p) => `${row(p)}, expert ${p.value[0]}\n${lift(p.value[2])}`;
   const againstTip = (p) => `experts ${row(p)} and ${p.name}\n${number(2 ** p.value[2])} × as in the first`;
   // Cells of a map, packed by charts.py as little-endian int16 in base64. Raw: Vue need not watch thousands of arrays.
   const cells = (packed, columns, scale) => {
@@ -100,5 +97,5 @@ window.eqp = (() => {
     button.textContent = "Copied";
     setTimeout(() => (button.textContent = before), 1500);
   };
-  return { cells, copyLink, cycle, show, theme, number, share, heatTip, historyTip, evenTip, togetherTip, againstTip, servedTip, slide };
+  return { cells, copyLink, cycle, show, number, share, heatTip, historyTip, evenTip, togetherTip, againstTip, servedTip, slide };
 })();

@@ -185,11 +185,11 @@ def _training(model: Architecture, setup: Setup) -> Iterator[Moment]:
     logits = act.logits_in_training(model, setup)
     parts = {"activations": below.total, "logits": logits, "gradients": whole if stay else 0, "temporaries": gathered}
     yield "the loss", parts, below.rows
-    done = share.of(0 if model.tied else counts.head) + share.of(counts.embedding if model.tied else 0)
+    done = share.of(counts.embedding if model.tied else counts.head)
     below = act.Sizes(below.fixed - act.head_kept(model, setup), below.rows)
     for layer in reversed(range(model.layers)):
         again = _recomputed(model, layer, setup, mode)
-        temporary = act.backward_temporaries(model, layer, setup, "lean" if mode.startswith("check") else mode) + again
+        temporary = act.backward_temporaries(model, layer, setup, "naive" if mode == "naive" else "lean") + again
         attention, rest, experts = _layer_parameters(model, layer, counts)
         here = share.of(rest if layer in model.moe_layers else rest // model.matrices, experts)  # so far
         there = whole if stay else done + here

@@ -9,7 +9,7 @@ from equipoise.plan.fit.advice import Advice, advise
 from equipoise.plan.fit.architecture import Architecture
 from equipoise.plan.fit.communication import Communication, Machine
 from equipoise.plan.fit.facts import Facts
-from equipoise.plan.fit.folklore import Claim, claims
+from equipoise.plan.fit.folklore import RuleOfThumb, rules_of_thumb
 from equipoise.plan.fit.memory import Memory
 from equipoise.plan.fit.parameters import Parameters
 from equipoise.plan.fit.remedies import Remedy, remedies
@@ -29,7 +29,7 @@ class Plan:
     communication: Communication
     remedies: tuple[Remedy, ...]
     advice: tuple[Advice, ...]
-    claims: tuple[Claim, ...]
+    rules_of_thumb: tuple[RuleOfThumb, ...]
 
     @property
     def fits(self) -> bool | None:
@@ -53,7 +53,7 @@ class Plan:
             "communication": self.communication.fields(),
             "remedies": [each.fields() for each in self.remedies],
             "advice": [each.fields() for each in self.advice],
-            "rules_of_thumb": [each.fields() for each in self.claims],
+            "rules_of_thumb": [each.fields() for each in self.rules_of_thumb],
         }
 
 
@@ -83,5 +83,5 @@ def make_plan(
         communication=facts.communication,
         remedies=changes,
         advice=tuple(advise(facts)),
-        claims=tuple(claims(facts)),
+        rules_of_thumb=tuple(rules_of_thumb(facts)),
     )

@@ -81,8 +81,8 @@ def tables(plan: Plan) -> list[Table]:
     if plan.remedies:
         found.append(remedy_table(plan))
     found.append(advice_table(plan))
-    if plan.claims:
-        found.append(claim_table(plan))
+    if plan.rules_of_thumb:
+        found.append(rule_table(plan))
     return found
 
 
@@ -165,11 +165,11 @@ def advice_table(plan: Plan) -> Table:
     return table
 
 
-def claim_table(plan: Plan) -> Table:
+def rule_table(plan: Plan) -> Table:
     """Rules of thumb beside what they come to."""
     table = _table("Rules of thumb, and what they come to here", "rule", "says", "is", "because", left=1)
     table.columns[3].justify = "left"
-    for each in plan.claims:
+    for each in plan.rules_of_thumb:
         table.add_row(each.rule, each.claimed, each.computed, each.verdict)
     return table
 

@@ -1,11 +1,31 @@
-"""Ranks as real processes that talk over loopback."""
+"""Ranks as real processes that talk over loopback: how a test starts them, and what each does first and last."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+import torch
+import torch.distributed as dist
+
+ROOT = Path(__file__).parents[1]
+
+
+@contextmanager
+def process_group(meet: Path, rank: int, world: int) -> Iterator[None]:
+    """Gloo, on one thread; ranks find each other by the file. Taken down also by a rank that fails.
+
+    A process that ends with its group's threads still up may abort: "terminate called without an active exception".
+    """
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=world)
+    try:
+        yield
+        dist.barrier()  # no rank takes its threads down while another still talks to them
+    finally:
+        dist.destroy_process_group()
 
 
 def run_ranks(script: Path, folder: Path, world: int, *arguments: str, timeout: float = 300) -> list[str]:
