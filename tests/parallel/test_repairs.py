@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.parallel.conftest import run_ranks
+from tests.ranks import run_ranks
 from tests.parallel.repairs import END, LAYER, TRAINED, ask, config, story, train
 
 from equipoise.disk.checkpoint import list_checkpoints, load_checkpoint
