@@ -13,6 +13,7 @@ from tests.monitor.prometheus.cases import promtool, run_promtool, scrape, windo
 from tests.monitor.prometheus.worlds import END, LAYER, NUM_TOKENS, World, series, shares
 
 from equipoise.cli import COMMANDS
+from equipoise.monitor.alert_names import RULES, alert_name
 from equipoise.monitor.detectors import CollapseDetector
 from equipoise.monitor.prometheus.alertmanager import export_alertmanager, inhibit_rules
 from equipoise.monitor.prometheus.live import LiveSource
@@ -58,7 +59,19 @@ def test_every_alert_says_what_it_is_and_what_to_do(profile):
 def test_the_runbook_has_a_section_for_each_alert_and_no_others():
     sections = re.findall(r"^## (Equipoise\w+)$", RUNBOOKS.read_text(encoding="utf-8"), re.MULTILINE)
     names = {rule.name for profile in PROFILES for rule in alert_rules(profile, Timing())}
-    assert sorted(sections) == sorted(names)
+    assert sorted(sections) == sorted(names | RULES.keys())
+
+
+def test_what_prometheus_and_the_sinks_find_has_one_name():
+    """Each alert of the exported rules is that of a rule of the monitor, but those that the monitor has no rule for."""
+    names = {rule.name for profile in PROFILES for rule in alert_rules(profile, Timing())}
+    without = {"EquipoiseExpertCold", "EquipoiseExpertHot"}  # of single experts
+    without |= {f"Equipoise{name}" for name in ("MonitorAlert", "MonitorStalled", "ExporterDown", "SeriesDropped")}
+    assert names - RULES.keys() == without | {"EquipoiseSourceUnreadable"}
+    for profile in PROFILES:
+        for rule in alert_rules(profile, Timing()):
+            if rule.name in RULES:  # the monitor's finding of that rule and severity
+                assert alert_name(RULES[rule.name], rule.severity) == rule.name
 
 
 def test_the_runbook_names_commands_that_exist():

@@ -107,7 +107,7 @@ def test_an_alert_fires_and_is_resolved(alertmanager, receiver):
     assert (fired["version"], fired["status"], over["status"]) == ("4", "firing", "resolved")
     [was], [now] = fired["alerts"], over["alerts"]
     assert was["labels"] == now["labels"]
-    assert (was["labels"]["alertname"], was["labels"]["expert"]) == ("EquipoiseCollapse", "5")
+    assert (was["labels"]["alertname"], was["labels"]["expert"]) == ("EquipoiseLayerCollapse", "5")
     assert was["annotations"]["description"] == alert().finding.message
     assert (was["startsAt"], was["fingerprint"]) == (now["startsAt"], now["fingerprint"])
     assert datetime.fromisoformat(now["endsAt"]) > datetime.fromisoformat(now["startsAt"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from equipoise.monitor.alert_names import alert_name, anchor_of
 from equipoise.monitor.profiles import Profile
 from equipoise.monitor.prometheus.recording import BY, recording_rules
 from equipoise.monitor.prometheus.timing import Timing, duration
@@ -51,7 +52,7 @@ class AlertRule:
                 "summary": self.summary,
                 "description": self.description,
                 "remedy": self.remedy,
-                "runbook_url": f"{runbooks}#{self.name.lower()}",
+                "runbook_url": f"{runbooks}#{anchor_of(self.name)}",
             },
         }
 
@@ -94,7 +95,7 @@ def _balance(timing: Timing) -> list[AlertRule]:
     ratio = "run_layer:equipoise_effective_experts:ratio"
     return [
         AlertRule(
-            name="EquipoiseLayerCollapse",
+            name=alert_name("collapse"),
             severity="critical",
             # the value is the share of experts that the load is worth: it exists whichever condition holds
             expr=f"({ratio} and ({share} > {limit} or {ratio} < 0.5)) and {_ENOUGH} and {_RUNNING}",
@@ -106,7 +107,7 @@ def _balance(timing: Timing) -> list[AlertRule]:
             "coefficient or go back to the last good checkpoint.",
         ),
         AlertRule(
-            name="EquipoiseDeadExperts",
+            name=alert_name("dead_experts"),
             severity="warning",
             expr=f"(run_layer:equipoise_dead_experts:count > 0) and {_ENOUGH} and {_RUNNING}",
             seconds=timing.hold,
@@ -149,7 +150,7 @@ def _drops(timing: Timing, z: float, least: int) -> list[AlertRule]:
     levels: tuple[tuple[float, Severity], ...] = ((0.05, "critical"), (0.01, "warning"), (0.001, "info"))
     return [
         AlertRule(
-            name="EquipoiseDropRate",
+            name=alert_name("drops"),
             severity=severity,
             expr=(
                 f"({rate} > {limit} + {z * (limit * (1 - limit)) ** 0.5:.6g} / sqrt({total})) "
@@ -168,7 +169,7 @@ def _logits(timing: Timing) -> list[AlertRule]:
     lse, ratio = f"max by ({BY}) (equipoise_layer_logit_logsumexp)", "run_layer:equipoise_logit_std_baseline:ratio"
     return [
         AlertRule(
-            name="EquipoiseLogitBlowUp",
+            name=alert_name("logits", "critical"),
             severity="critical",
             expr=f"({lse} > 100 or {lse} == -Inf) and {_RUNNING}",
             seconds=timing.hold,
@@ -177,7 +178,7 @@ def _logits(timing: Timing) -> list[AlertRule]:
             remedy="Add a z-loss, lower the router's learning rate, or go back to the last good checkpoint.",
         ),
         AlertRule(
-            name="EquipoiseLogitStdDrift",
+            name=alert_name("logits", "warning"),
             severity="warning",
             expr=f"({ratio} > 3 or {ratio} < {1 / 3:.6g}) and {_RUNNING}",
             seconds=timing.hold,
@@ -198,18 +199,18 @@ def _checklist(timing: Timing) -> list[AlertRule]:
     share, std = "run_layer:equipoise_max_token_share:ratio", "run_layer:equipoise_logit_std_baseline:ratio"
     percent, times = "{{ $value | humanizePercentage }}", "{{ $value | humanize }} times"
     table: list[tuple[str, Severity, str, str]] = [
-        ("UtilisationLow", "warning", f"{least} / {experts} < 0.05", f"An expert gets {percent} of the assignments."),
-        ("UtilisationHigh", "critical", f"{share} > 0.8", f"An expert gets {percent} of the tokens."),
-        ("OneBin", "critical", f"{most} / {experts} > 0.5", f"An expert gets {percent} of the assignments."),
-        ("EntropyLow", "critical", f"{entropy} < 0.5", f"The entropy of the load is {percent} of the most."),
-        ("EntropyBelowTarget", "warning", f"{entropy} < 0.8", f"The entropy of the load is {percent} of the most."),
-        ("ColdExpert", "warning", f"{least} < 0.1", f"The load of the least loaded expert is {times} the fair one."),
-        ("HotExpert", "warning", f"{most} > 1.25", f"The load of the busiest expert is {times} the fair one."),
-        ("LogitStd", "critical", f"{std} > 5", f"The spread of the router's logits is {times} the baseline's."),
+        ("utilisation_low", "warning", f"{least} / {experts} < 0.05", f"An expert gets {percent} of the assignments."),
+        ("utilisation_high", "critical", f"{share} > 0.8", f"An expert gets {percent} of the tokens."),
+        ("one_bin", "critical", f"{most} / {experts} > 0.5", f"An expert gets {percent} of the assignments."),
+        ("entropy", "critical", f"{entropy} < 0.5", f"The entropy of the load is {percent} of the most."),
+        ("entropy_target", "warning", f"{entropy} < 0.8", f"The entropy of the load is {percent} of the most."),
+        ("cold_expert", "warning", f"{least} < 0.1", f"The load of the least loaded expert is {times} the fair one."),
+        ("hot_expert", "warning", f"{most} > 1.25", f"The load of the busiest expert is {times} the fair one."),
+        ("logit_std", "critical", f"{std} > 5", f"The spread of the router's logits is {times} the baseline's."),
     ]
     return [
         AlertRule(
-            name=f"Equipoise{name}",
+            name=alert_name(rule),
             severity=severity,
             expr=f"({condition}) and {_RUNNING}",
             seconds=timing.hold,
@@ -217,7 +218,7 @@ def _checklist(timing: Timing) -> list[AlertRule]:
             description=description,
             remedy="Look at it under the profile relative before acting: a fixed limit knows no fair share.",
         )
-        for name, severity, condition, description in table
+        for rule, severity, condition, description in table
     ]
 
 
