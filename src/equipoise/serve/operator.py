@@ -16,6 +16,7 @@ from equipoise.monitor.alerts import alert_key
 from equipoise.recovery.canary import Canary
 from equipoise.recovery.catalogue import REPAIRS
 from equipoise.serve.care import Care
+from equipoise.serve.delivery import delivery_state, queues_of
 from equipoise.serve.weights import MOST_WORSE, Version, Weights
 from equipoise.types import Action, Alert, Finding
 
@@ -155,6 +156,7 @@ class Operator:
             "faults": list(self.faults),
             "degraded": list(care.reasons()),
             "notes": list(care.notes),
+            "delivery": delivery_state(queues_of(care.sinks)),
         }
 
     def _loss(self) -> float:
