@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from equipoise.models.run_files import Loaded
+from equipoise.monitor.baseline import Baseline
 from equipoise.monitor.prometheus.collector import Detail, RoutingCollector
 from equipoise.monitor.prometheus.live import LiveSource
 from equipoise.recovery.gate import Gate
@@ -84,19 +85,21 @@ class Server:
         self.loop = EngineLoop(self.engine, running=gate.running)
         self._told = tuple(sinks)
         self._live = live = LiveSource(config.name)
-        self.metrics.registry.register(RoutingCollector(live, detail=config.detail))
         self.offload = offload_of(model)
         if self.offload is not None:
             self.metrics.registry.register(ExpertCacheCollector(self.offload.counts))
         if queues := queues_of(sinks):
             self.metrics.registry.register(DeliveryCollector(queues))
         self.care, self.operator = None, None
+        normal: Mapping[str, Baseline] = {}
         if layers:
             equipment = equip(loaded, config.folder)
+            normal = equipment.baselines
             shared = Shared(gate, lambda: self.loop.progress().num_steps, self.loop.forget_cache)
             told: tuple[Sink, ...] = (self.record, live, *sinks)
             self.care = Care(loaded, equipment, shared, config.care, told, self._after_look)
             self.operator = Operator(loaded, self.care, equipment.canary)
+        self.metrics.registry.register(RoutingCollector(live, detail=config.detail, baselines=normal))
         self.served = self._served(layers)
         self.token = admin_token(config.folder, environment)
 
