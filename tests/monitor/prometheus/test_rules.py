@@ -128,7 +128,10 @@ def test_prometheus_derives_what_the_detector_derives(detail, tmp_path):
             "expr": f"round(run_layer:equipoise_{name}, 0.000001)",
             "eval_time": f"{END - 1}m",
             "exp_samples": [
-                {"labels": '{job="equipoise",run="run",layer="blocks.0"}', "value": float(np.round(number, 6))}
+                {
+                    "labels": '{job="equipoise",instance="127.0.0.1:9469",run="run",layer="blocks.0"}',
+                    "value": float(np.round(number, 6)),
+                }
             ],
         }
         for name, number in expected.items()

@@ -50,12 +50,13 @@ class World:
     running: bool = True
 
 
-def series(world, detail):
-    """promtool's input_series."""
+def series(world, detail, job=JOB):
+    """promtool's input_series. job: the labels that Prometheus adds to those of the target."""
     history = list(_scrapes(world, detail))
     keys = dict.fromkeys(key for scraped in history for key in scraped)
     return [
-        {"series": _selector(*key), "values": " ".join(_text(scraped.get(key)) for scraped in history)} for key in keys
+        {"series": _selector(*key, job), "values": " ".join(_text(scraped.get(key)) for scraped in history)}
+        for key in keys
     ]
 
 
@@ -78,8 +79,8 @@ def _scrapes(world, detail):
         yield (scraped if now.up else {}) | {("up", ()): float(now.up)}
 
 
-def _selector(name, pairs):
-    labels = ",".join(f"{key}={json.dumps(text)}" for key, text in sorted({**dict(pairs), **JOB}.items()))
+def _selector(name, pairs, job):
+    labels = ",".join(f"{key}={json.dumps(text)}" for key, text in sorted({**dict(pairs), **job}.items()))
     return f"{name}{{{labels}}}"
 
 

@@ -11,7 +11,7 @@ from equipoise.monitor.incidents import EXHAUSTED
 from equipoise.monitor.prometheus.yaml_text import to_yaml
 
 _NO_SYMPTOM = f'rule!~"collapse|{EXHAUSTED}"'  # that no repair is left is no symptom: it calls a human
-_SAME_LAYER = ["run", "layer"]
+_SAME_LAYER = ["instance", "replica", "run", "layer"]  # of one target; where neither alert has a label, it is equal
 _COLLAPSED = "|".join(map(alert_name, ("collapse", "utilisation_high")))
 _DEAD, _DROPS = alert_name("dead_experts"), alert_name("drops")
 _TWINS = (("drops",), ("logits", "logit_std"), ("dead_experts",))  # rules whose alerts Prometheus finds, too
@@ -23,7 +23,7 @@ def export_alertmanager() -> str:
 
 
 def inhibit_rules() -> list[dict[str, list[str]]]:
-    """Sources silence targets of the same run and layer; an inhibited source still silences."""
+    """Sources silence targets about the same layer of the same process; an inhibited source still silences."""
     return [
         # the monitor says that a layer has collapsed: all else about the layer is a symptom, or says the same later
         _rule(

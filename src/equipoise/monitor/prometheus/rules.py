@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from equipoise.monitor.alert_names import alert_name, anchor_of
 from equipoise.monitor.profiles import Profile
-from equipoise.monitor.prometheus.recording import BY, recording_rules
+from equipoise.monitor.prometheus.recording import BY, TARGET, recording_rules
 from equipoise.monitor.prometheus.timing import Timing, duration
 from equipoise.monitor.prometheus.yaml_text import to_yaml
 from equipoise.types import Severity
@@ -20,7 +20,7 @@ JOB = "equipoise"  # what the scrape job has to be called for ExporterDown to kn
 RUNBOOKS = "docs/runbooks.md"
 # Standard errors: the normal form of `DropRule`'s bound, sqrt(2 ln(61 layers * 3 levels / a false alarm in a million))
 DROP_Z = 6.2
-_RUNNING = "on (job, run) (run:equipoise_run_running:max == 1)"
+_RUNNING = f"on ({TARGET}) (run:equipoise_run_running:max == 1)"
 _ENOUGH = f"on ({BY}) (run_layer:equipoise_judged_assignments:per_expert >= 100)"
 _LAYER = "{{ $labels.run }}: {{ $labels.layer }}"
 _EXPERT = f"{_LAYER}, expert {{{{ $labels.expert }}}}"
@@ -227,7 +227,7 @@ def _checklist(timing: Timing) -> list[AlertRule]:
 
 def _health(timing: Timing) -> list[AlertRule]:
     fired = f"equipoise_alert_firing[{duration(timing.window)}]"
-    age = "time() - max by (job, run) (equipoise_last_flush_timestamp_seconds)"
+    age = f"time() - max by ({TARGET}) (equipoise_last_flush_timestamp_seconds)"
     return [
         AlertRule(
             name="EquipoiseMonitorAlert",
@@ -260,7 +260,7 @@ def _health(timing: Timing) -> list[AlertRule]:
         AlertRule(
             name="EquipoiseSourceUnreadable",
             severity="warning",
-            expr="min by (job, run) (equipoise_source_up) == 0",
+            expr=f"min by ({TARGET}) (equipoise_source_up) == 0",
             seconds=timing.hold,
             summary="{{ $labels.run }}: the exporter cannot read the run",
             description="It exports the last numbers that it could read.",
@@ -269,7 +269,7 @@ def _health(timing: Timing) -> list[AlertRule]:
         AlertRule(
             name="EquipoiseSeriesDropped",
             severity="info",
-            expr="max by (job, run) (equipoise_series_dropped) > 0",
+            expr=f"max by ({TARGET}) (equipoise_series_dropped) > 0",
             seconds=timing.hold,
             summary="{{ $labels.run }}: metrics are missing",
             description="{{ $value }} series did not fit the exporter's budget; its level of detail was lowered.",
