@@ -49,6 +49,7 @@ def routing_families(detail="expert"):
     source = LiveSource("run")
     source.routing([window(losses={"switch": 1.0}, rerouted={"next_choice": 1}, dropped={"capacity": 1, "tokens": 1})])
     source.alert(alert())
+    source.left([alert("logits").finding])
     source.action(Action("quantile_bias", "blocks.0", 100, "blocks.0:collapse"))
     registry = CollectorRegistry()
     registry.register(RoutingCollector(source, detail=detail, baselines=baselines_of([window()])))

@@ -153,6 +153,7 @@ class Operator:
             },
             "modes": {name: layer.mode.to_json() for name, layer in care.layers.items() if layer.mode != NORMAL},
             "alerts": [vars(alert.finding) | {"since_step": alert.since_step} for alert in care.watch.alerts],
+            "aftermath": [vars(finding) for finding in care.aftermath.findings],
             "faults": list(self.faults),
             "degraded": list(care.reasons()),
             "notes": list(care.notes),

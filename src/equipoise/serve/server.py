@@ -183,6 +183,7 @@ class Server:
         assert self.care is not None
         assert self.operator is not None
         self.operator.advance_faults()
+        self._live.left(self.care.aftermath.findings)
         guard, scalars = self.care.guard, self.metrics.scalars()
         times = {} if guard is None else guard.times()
         scalars |= experts_ms(times)

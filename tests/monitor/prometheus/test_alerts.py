@@ -71,6 +71,7 @@ RELATIVE = {
         [],
     ),
     "wide logits": (World(record=(("logit_std", 8.0),)), layer("EquipoiseLogitStdDrift", "warning"), []),
+    "wide logits that a repair has left": (World(record=(("logit_std", 8.0),), left=("logits",)), [], []),
     "narrow logits": (World(record=(("logit_std", 0.5),)), layer("EquipoiseLogitStdDrift", "warning"), []),
     "too few tokens for an opinion": (World(counts=shares(0, 1, 1, 1, 1, 1, 1, 1) // 200, num_experts=8), [], []),
 }

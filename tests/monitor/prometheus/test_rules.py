@@ -96,7 +96,12 @@ def test_exported_metrics_and_recorded_ones_cannot_be_mixed_up():
     source = LiveSource("run")
     source.routing([window(losses={"switch": 1.0})])
     exported = {name for name, _ in scrape(source, detail="expert")}
-    exported |= {"up", "equipoise_alert_firing", "equipoise_layer_baseline_logit_std"}  # not there in this scrape
+    exported |= {
+        "up",
+        "equipoise_alert_firing",
+        "equipoise_aftermath",
+        "equipoise_layer_baseline_logit_std",
+    }  # not there in this scrape
     for profile in PROFILES:
         recorded, alerts = parsed(profile)
         known = set(exported)

@@ -33,14 +33,15 @@ def shares(*parts, top_k=K):
 class World:
     """What is different from health between BEGIN and END.
 
-    counts: of the layer's experts. record: changes of the record. firing: the monitor's own alerts. flushes: whether
-    there are any. up, readable: of the exporter and its source. max_series: of the exporter, all the time.
-    num_experts, top_k: in health.
+    counts: of the layer's experts. record: changes of the record. firing: the monitor's own alerts. left: rules of
+    findings that a repair has left. flushes: whether there are any. up, readable: of the exporter and its source.
+    max_series: of the exporter, all the time. num_experts, top_k: in health.
     """
 
     counts: tuple | None = None
     record: tuple = ()
     firing: tuple = ()
+    left: tuple = ()
     flushes: bool = True
     up: bool = True
     readable: bool = True
@@ -62,7 +63,7 @@ def series(world, detail, job=JOB):
 
 def _scrapes(world, detail):
     source = LiveSource("run", clock=lambda: 60.0 * minute)
-    healthy = replace(world, counts=None, record=(), firing=(), flushes=True, up=True, readable=True)
+    healthy = replace(world, counts=None, record=(), firing=(), left=(), flushes=True, up=True, readable=True)
     for minute in range(MINUTES):
         now = world if BEGIN <= minute < END else healthy
         if now.flushes:
@@ -71,6 +72,7 @@ def _scrapes(world, detail):
         if minute in (BEGIN, END):
             for rule, severity in world.firing:
                 source.alert(alert(rule, LAYER, "firing" if minute == BEGIN else "resolved", severity))
+        source.left([alert(rule, LAYER).finding for rule in now.left])
         snapshot = replace(source.read(), readable=now.readable, running=world.running)
         normal = baselines_of([window(LAYER)])
         collector = RoutingCollector(Fixed(snapshot), detail=detail, max_series=world.max_series, baselines=normal)

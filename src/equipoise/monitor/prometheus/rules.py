@@ -167,6 +167,7 @@ def _drops(timing: Timing, z: float, least: int) -> list[AlertRule]:
 
 def _logits(timing: Timing) -> list[AlertRule]:
     lse, ratio = f"max by ({BY}) (equipoise_layer_logit_logsumexp)", "run_layer:equipoise_logit_std_baseline:ratio"
+    left = f'max by ({BY}) (equipoise_aftermath{{rule="logits"}}) == 1'  # by a repair: its incident has told of it
     return [
         AlertRule(
             name=alert_name("logits", "critical"),
@@ -180,7 +181,7 @@ def _logits(timing: Timing) -> list[AlertRule]:
         AlertRule(
             name=alert_name("logits", "warning"),
             severity="warning",
-            expr=f"({ratio} > 3 or {ratio} < {1 / 3:.6g}) and {_RUNNING}",
+            expr=f"(({ratio} > 3 or {ratio} < {1 / 3:.6g}) unless on ({BY}) {left}) and {_RUNNING}",
             seconds=timing.hold,
             summary=f"{_LAYER}: the spread of the router's logits has moved",
             description="Their standard deviation is {{ $value | humanize }} times the baseline's.",
