@@ -15,9 +15,9 @@ from equipoise.host.extras import require
 from equipoise.host.interrupt import interruptible
 from equipoise.monitor.incidents import repairs
 from equipoise.monitor.plot import plot_layer_load
+from equipoise.monitor.sinks.options import NOWHERE, Alerts, delivering
 from equipoise.monitor.store import RunStore
 from equipoise.recovery.rehearsal import Rehearsal
-from equipoise.train.alerts import NOWHERE, Alerts, delivering
 from equipoise.train.config import TrainConfig
 from equipoise.train.data import TokenData
 from equipoise.train.evaluate import sample_text
@@ -105,7 +105,7 @@ def demonstration(quick: bool = False, seed: int = 0) -> Demonstration:
 def run_demo(plan: Demonstration, out: Path, reporter: Reporter, alerts: Alerts = NOWHERE) -> DemoResult:
     """Run it in the folder `out`, which must not hold a run yet. alerts: where they go beside it."""
     require("matplotlib", "plot")
-    with delivering(alerts, out, reporter) as sinks:
+    with delivering(alerts, out, reporter.say) as sinks:
         return _run_demo(plan, out, reporter, sinks)
 
 

@@ -17,6 +17,8 @@ from equipoise.monitor.prometheus.live import LiveSource
 from equipoise.monitor.prometheus.recording import recording_rules
 from equipoise.monitor.prometheus.rules import alert_rules
 from equipoise.monitor.prometheus.timing import Timing, duration
+from equipoise.monitor.sinks.background import Background
+from equipoise.serve.delivery import DeliveryCollector
 from equipoise.serve.engine import Occupancy
 from equipoise.serve.expert_cache import ExpertCacheCollector
 from equipoise.serve.metrics import ServingMetrics
@@ -47,6 +49,7 @@ def routing_families(detail="expert"):
     source = LiveSource("run")
     source.routing([window(losses={"switch": 1.0}, rerouted={"next_choice": 1}, dropped={"capacity": 1, "tokens": 1})])
     source.alert(alert())
+    source.left([alert("logits").finding])
     source.action(Action("quantile_bias", "blocks.0", 100, "blocks.0:collapse"))
     registry = CollectorRegistry()
     registry.register(RoutingCollector(source, detail=detail, baselines=baselines_of([window()])))
@@ -54,13 +57,15 @@ def routing_families(detail="expert"):
 
 
 def serving_families():
-    """Those that a server adds; the cache's where experts are read from a file."""
+    """Those that a server adds; the cache's where experts are read from a file, deliveries where alerts are sent."""
     metrics = ServingMetrics(("layer",), lambda: 0, lambda: Occupancy(0, 0, 1, 1))
     found = []
     for collector in list(metrics.registry._collector_to_names):
         [family] = collector.collect()
         found.append((family, list(collector._labelnames)))
-    return found + [(family, []) for family in ExpertCacheCollector(CacheCounts).collect()]
+    found += [(family, []) for family in ExpertCacheCollector(CacheCounts).collect()]
+    with Background(LiveSource("run"), name="slack") as queue:
+        return found + [(family, _sample_labels(family)) for family in DeliveryCollector([queue]).collect()]
 
 
 def _sample_labels(family):

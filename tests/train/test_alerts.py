@@ -14,8 +14,8 @@ from tests.monitor.sinks.cases import PATIENCE_S, Answer, Server
 
 from equipoise.faults import Collapse, inject
 from equipoise.monitor.sinks.jsonl import read_json_lines
+from equipoise.monitor.sinks.options import DEAD_LETTERS, Alerts, delivering
 from equipoise.routing import SwitchLoss, TopK
-from equipoise.train.alerts import DEAD_LETTERS, Alerts, delivering
 from equipoise.train.loop import Trainer, load_config
 from equipoise.train.report import Silent
 from equipoise.train.run import open_data, train
@@ -130,7 +130,7 @@ def test_a_resume_tells_what_still_fires_once_and_its_end_has_the_same_key(run_f
     config, data = open_data(load_config(out))
 
     def going_on(until, mend=False):
-        with delivering(pagerduty(server, webhook=f"{server.url}/hook"), out, Silent()) as sinks:
+        with delivering(pagerduty(server, webhook=f"{server.url}/hook"), out, Silent().say) as sinks:
             trainer = Trainer(config, data, out, Silent(), resume=True, sinks=sinks)
             if mend:
                 registry = trainer.repairs.known_good
@@ -161,7 +161,7 @@ def test_a_resume_tells_what_still_fires_once_and_its_end_has_the_same_key(run_f
 
 
 def test_a_receiver_that_hangs_is_given_up_and_its_messages_are_kept(run_folder, server, monkeypatch):
-    monkeypatch.setattr("equipoise.train.alerts.CLOSE_S", 0.01)
+    monkeypatch.setattr("equipoise.monitor.sinks.options.CLOSE_S", 0.01)
     out, lines = run_folder(recover=False), Lines()
     server.hold.set()
     result = train(None, out, lines, resume=True, alerts=pagerduty(server))

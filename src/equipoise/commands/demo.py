@@ -11,7 +11,7 @@ import tyro
 from equipoise.commands.shown import Json
 from equipoise.commands.train import reporter_of
 from equipoise.disk.files import free_folder
-from equipoise.train.alerts import NOWHERE, Alerts
+from equipoise.monitor.sinks.options import NOWHERE, Alerts
 
 
 def demo(

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ import tyro
 
 from equipoise.disk.files import free_folder
 from equipoise.monitor.profiles import Profile
+from equipoise.monitor.sinks.options import NOWHERE, Alerts, delivering
 from equipoise.recovery.policy import PolicyName
 
 if TYPE_CHECKING:
@@ -100,8 +102,8 @@ class ServeOptions:
     drain_s: float = 30.0
     """Seconds that open requests get after SIGTERM or Ctrl-C."""
     ray: int | None = None
-    """So many replicas behind Ray Serve, on the cluster of RAY_ADDRESS or one on this machine; without admin port and
-    dashboard. Needs the extra `ray`."""
+    """So many replicas behind Ray Serve, on the cluster of RAY_ADDRESS or one on this machine; without admin port,
+    dashboard and --alerts. Needs the extra `ray`."""
 
 
 def serve(
@@ -109,6 +111,7 @@ def serve(
     /,
     *,
     options: Annotated[ServeOptions, tyro.conf.OmitArgPrefixes] = ServeOptions(),
+    alerts: Alerts = NOWHERE,
 ) -> int:
     """Serve a model that was trained here: an OpenAI-compatible API, with the router under watch.
 
@@ -119,11 +122,16 @@ def serve(
 
     Args:
         run: A run folder (its newest whole checkpoint), or a checkpoint in one.
+        alerts: Where alerts and repairs go, beside the server's own records.
     """
     from equipoise.serve.server import Server
 
     if options.ray is not None and (options.expert_precision != "full" or options.expert_memory is not None):
         raise ValueError("ray: replicas serve experts as they were trained; leave out --ray, or the options of experts")
+    if options.ray is not None and alerts != NOWHERE:
+        raise ValueError(
+            "alerts: replicas would answer for each other; leave out --ray, or --alerts and have Prometheus tell"
+        )
     if sys.stderr.isatty():  # of a large model both take a while
         print(f"loading {run}", file=sys.stderr)
     loaded, config = _prepare(run, options)
@@ -137,8 +145,8 @@ def serve(
         return serve_replicas(weights, config, fleet)
     if sys.stderr.isatty():
         print("measuring its health on held-out text, making stand-ins for its experts", file=sys.stderr)
-    server = Server(loaded, config, os.environ)
-    return Front(server, options).run()
+    with delivering(alerts, config.folder, partial(print, flush=True), config.name) as sinks:
+        return Front(Server(loaded, config, os.environ, sinks), options).run()
 
 
 def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:

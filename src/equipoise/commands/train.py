@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 import tyro
 
 from equipoise.commands.shown import Json
+from equipoise.monitor.sinks.options import NOWHERE, Alerts
 from equipoise.parallel import ParallelConfig
-from equipoise.train.alerts import NOWHERE, Alerts
 from equipoise.train.config import Overrides
 from equipoise.train.finetune.config import FinetuneConfig
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,7 +16,10 @@ from equipoise.monitor.profiles import Profile, rules_of
 from equipoise.monitor.recorder import Recorder, observable_layers
 from equipoise.monitor.stats import RoutingSums, all_routing_stats
 from equipoise.monitor.window import TimeWindow
-from equipoise.types import Alert, CoSelection, CoSelectionSink, Detector, RoutingStats, Sink
+from equipoise.types import Alert, CoSelection, CoSelectionSink, Detector, Finding, RoutingStats, Sink
+
+# (findings of a flush, alerts that fire, layers without an opinion) -> those of the findings that count
+Sift = Callable[[Sequence[Finding], Sequence[Alert], Collection[str]], Sequence[Finding]]
 
 
 class Watch:
@@ -58,6 +61,7 @@ class Watch:
         self._every = every
         self._sinks = tuple(sinks)
         self._book = AlertBook()
+        self._sift: Sift | None = None
         self._window: list[RoutingStats] = []
 
     def step(self, step: int) -> list[Alert]:
@@ -79,6 +83,8 @@ class Watch:
             for finding in detector(self._window if getattr(detector, "per_flush", False) else judged)
         ]
         unjudged = set() if self._literal else layers_without_opinion(judged)
+        if self._sift is not None:
+            findings = list(self._sift(findings, self._book.firing, unjudged))
         changed = self._book.observe(step, findings, unjudged=unjudged)
         self._tell(changed)
         return changed
@@ -124,6 +130,10 @@ class Watch:
                 "; record them on this model, or rename them"
             )
         self._detectors = (rules_of(self._profile, baselines, learning=learning) if self._profile else ()) + self._rules
+
+    def sift(self, by: Sift) -> None:
+        """From the next flush on, only what `by` leaves of the findings can become, or end, an alert."""
+        self._sift = by
 
     def co_select(self, tokens: int = 256) -> None:
         """From now on, also count which experts at most so many tokens of each forward choose together, in every layer.

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from equipoise.disk.atomic import atomic_write
+from equipoise.monitor.alert_names import RULES
+from equipoise.recovery.policy import SERVING_RUNGS
 from equipoise.serve.api.endpoints import Call, Endpoint, Reply
 from equipoise.serve.api.errors import ApiError, invalid
 from equipoise.serve.api.read import read
@@ -30,16 +32,6 @@ T = TypeVar("T")
 TOKEN_FILE, VARIABLE, MIN_TOKEN = "admin_token", "EQUIPOISE_ADMIN_TOKEN", 16
 _STATUSES = (400, 401, 408, 409, 413, 415, 500, 503)
 
-
-# Alerts of `equipoise export rules`, by the rule of the monitor whose repairs may help; those that are not here, and
-# alerts without a layer, are none that a change of the model would end.
-RULES = {
-    "EquipoiseLayerCollapse": "collapse",
-    "EquipoiseDeadExperts": "dead_experts",
-    "EquipoiseLogitBlowUp": "logits",
-    "EquipoiseLogitStdDrift": "logits",
-    "EquipoiseDropRate": "drops",
-}
 Handler = Callable[[Served, Call], Awaitable[Reply]]
 
 
@@ -80,7 +72,9 @@ class FaultBody:
 
 @dataclass(frozen=True, kw_only=True)
 class AlertsBody:
-    """What Alertmanager posts (webhook, version 4). Of each alert the label `layer` is used, and `rule` or the name."""
+    """What Alertmanager posts (webhook, version 4). Of each alert the label `layer` is used, and `rule` or the name.
+
+    One without a layer, or of a rule that no repair is for, is ignored."""
 
     alerts: tuple[Mapping[str, Any], ...]
 
@@ -218,7 +212,7 @@ def _firing(body: AlertsBody) -> tuple[list[tuple[str, str, str]], int]:
         if not isinstance(labels, Mapping) or not isinstance(notes, Mapping):
             raise invalid(f"alerts[{number}].labels", "expected an object, as Alertmanager sends it")
         layer, rule = str(labels.get("layer", "")), str(labels.get("rule", RULES.get(str(labels.get("alertname")), "")))
-        if layer and rule:
+        if layer and rule in SERVING_RUNGS:
             found.append((layer, rule, str(notes.get("summary", "an alert manager says so"))))
         else:
             others += 1

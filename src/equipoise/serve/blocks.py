@@ -6,10 +6,12 @@ tokens themselves, block by block, not by a hash: two prefixes cannot be mistake
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 
 ROOT = 0  # the prefix of no tokens
+Key = tuple[int, bytes]  # (prefix, tokens after it)
 
 
 class BlockPool:
@@ -24,8 +26,8 @@ class BlockPool:
         self.num_blocks, self.block_size, self._reuse = num_blocks, block_size, reuse
         self._references = [0] * num_blocks
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # the next to be taken first
-        self._block_of: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # (prefix, tokens) -> (prefix, block)
-        self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._block_of: dict[Key, tuple[int, int]] = {}  # -> (prefix, block)
+        self._key_of: dict[int, Key] = {}
         self._next_prefix = ROOT + 1
 
     @property
@@ -46,7 +48,7 @@ class BlockPool:
         """(blocks whose content is the beginning of `tokens`, the prefix they make). Not taken yet: see `take`."""
         blocks, prefix = [], ROOT
         for start in range(0, len(tokens) - self.block_size + 1, self.block_size):
-            found = self._block_of.get((prefix, tuple(tokens[start : start + self.block_size])))
+            found = self._block_of.get((prefix, _packed(tokens[start : start + self.block_size])))
             if found is None:
                 break
             prefix, block = found
@@ -89,7 +91,7 @@ class BlockPool:
         """Say that a full block holds `tokens` after `prefix`; the prefix that they make together."""
         if not self._reuse:
             return ROOT
-        key = (prefix, tuple(tokens))
+        key = (prefix, _packed(tokens))
         known = self._block_of.get(key)
         if known is not None:  # somebody else was faster: theirs is found from now on, this one is used up
             return known[0]
@@ -112,3 +114,9 @@ class BlockPool:
         key = self._key_of.pop(block, None)
         if key is not None:
             del self._block_of[key]
+
+
+def _packed(tokens: Sequence[int]) -> bytes:
+    """In 4 bytes each, in one piece: a pool keeps these for long, and objects of which each token is one are many small
+    ones among the short-lived ones of requests, which keep the allocator from giving memory back."""
+    return array("i", tokens).tobytes()

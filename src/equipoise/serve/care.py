@@ -30,6 +30,7 @@ from equipoise.recovery.policy import PolicyName, policy_of
 from equipoise.recovery.recent import RecentScores
 from equipoise.recovery.recovery import Recovery
 from equipoise.recovery.weights import reload_weights
+from equipoise.serve.aftermath import Aftermath
 from equipoise.serve.equipment import Equipment
 from equipoise.serve.posted import fulfil
 from equipoise.types import Action, Alert, Finding, RoutingStats, Sink
@@ -86,7 +87,8 @@ class Care:
         sinks: Sequence[Sink] = (),
         after_look: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self.config, self.engine, self.sinks = config, engine, tuple(sinks)
+        self.aftermath = Aftermath()
+        self.config, self.engine, self.sinks = config, engine, (self.aftermath, *sinks)
         self.model, self.layers = loaded.model, loaded.model.routed_layers
         self.notes = list(equipment.notes)
         self.guard: LatencyGuard | None = None
@@ -98,6 +100,7 @@ class Care:
             rules=(self._slow,),
             sinks=self.sinks,
         )
+        self.watch.sift(self.aftermath.sift)
         if equipment.baselines:
             self.watch.use_baselines(equipment.baselines)
         self._recent = RecentScores(self.layers)
@@ -184,6 +187,10 @@ class Care:
         step = self.engine.num_steps()
         changed, moved = self._flush(step)
         done = self.recovery.after_flush(step, self.watch.alerts, self.watch.stats(), changed)
+        for proposed in self.aftermath.proposals(step):
+            done = [*done, proposed]
+            for sink in self.sinks:
+                sink.action(proposed)
         self.after_look(step)
         self._last_look = time.monotonic()
         return [*moved, *done]

@@ -16,6 +16,7 @@ from equipoise.monitor.alerts import alert_key
 from equipoise.recovery.canary import Canary
 from equipoise.recovery.catalogue import REPAIRS
 from equipoise.serve.care import Care
+from equipoise.serve.delivery import delivery_state, queues_of
 from equipoise.serve.weights import MOST_WORSE, Version, Weights
 from equipoise.types import Action, Alert, Finding
 
@@ -152,9 +153,11 @@ class Operator:
             },
             "modes": {name: layer.mode.to_json() for name, layer in care.layers.items() if layer.mode != NORMAL},
             "alerts": [vars(alert.finding) | {"since_step": alert.since_step} for alert in care.watch.alerts],
+            "aftermath": [vars(finding) for finding in care.aftermath.findings],
             "faults": list(self.faults),
             "degraded": list(care.reasons()),
             "notes": list(care.notes),
+            "delivery": delivery_state(queues_of(care.sinks)),
         }
 
     def _loss(self) -> float:

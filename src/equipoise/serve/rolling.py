@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -15,7 +14,9 @@ class Rolling:
 
     def __init__(self, window_s: float = 60.0, most: int = 10_000, clock: Callable[[], float] = time.monotonic) -> None:
         self._window_s, self._clock = window_s, clock
-        self._values: deque[tuple[float, float]] = deque(maxlen=most)
+        # rings, and no objects that live for a minute among those of requests: they keep memory from being given back
+        self._times, self._values = np.empty(most), np.empty(most)
+        self._num_added = 0
         self._lock = threading.Lock()
         self._began = clock()
 
@@ -23,7 +24,10 @@ class Rolling:
         """New ones, now."""
         now = self._clock()
         with self._lock:
-            self._values.extend((now, value) for value in values)
+            for value in values:
+                place = self._num_added % len(self._values)
+                self._times[place], self._values[place] = now, value
+                self._num_added += 1
 
     def quantiles(self, *shares: float) -> list[float]:
         """Of the values in the window; NaN where there are none."""
@@ -41,8 +45,9 @@ class Rolling:
         return float(values.mean()) if len(values) else float("nan")
 
     def _recent(self) -> np.ndarray:
+        """In no order."""
         since = self._clock() - self._window_s
         with self._lock:
-            while self._values and self._values[0][0] < since:
-                self._values.popleft()
-            return np.array([value for _, value in self._values])
+            kept = min(self._num_added, len(self._values))
+            found: np.ndarray = self._values[:kept][self._times[:kept] >= since]  # a copy
+            return found

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from equipoise.models.run_files import Loaded
+from equipoise.monitor.baseline import Baseline
 from equipoise.monitor.prometheus.collector import Detail, RoutingCollector
 from equipoise.monitor.prometheus.live import LiveSource
 from equipoise.recovery.gate import Gate
@@ -21,6 +22,7 @@ from equipoise.serve.api.endpoints import ENDPOINTS
 from equipoise.serve.api.served import Bounds, Served
 from equipoise.serve.api.template import BUILT_IN, ChatTemplate
 from equipoise.serve.care import Care, CareConfig, Shared
+from equipoise.serve.delivery import DeliveryCollector, queues_of
 from equipoise.serve.engine import Engine, blocks_that_fit
 from equipoise.serve.equipment import equip
 from equipoise.serve.evidence import Witness
@@ -57,7 +59,11 @@ class ServerConfig:
 
 
 class Server:
-    """Built, then `start`, then `stop`. sinks: get alerts and repairs besides the server's own record."""
+    """Built, then `start`, then `stop`.
+
+    sinks: get routing, alerts and repairs besides the server's own record; how those behind a `Background` fare is
+    exported.
+    """
 
     def __init__(
         self, loaded: Loaded, config: ServerConfig, environment: Mapping[str, str], sinks: Sequence[Sink] = ()
@@ -77,18 +83,23 @@ class Server:
             on_step=self.metrics.on_step,
         )
         self.loop = EngineLoop(self.engine, running=gate.running)
-        live = LiveSource(config.name)
-        self.metrics.registry.register(RoutingCollector(live, detail=config.detail))
+        self._told = tuple(sinks)
+        self._live = live = LiveSource(config.name)
         self.offload = offload_of(model)
         if self.offload is not None:
             self.metrics.registry.register(ExpertCacheCollector(self.offload.counts))
+        if queues := queues_of(sinks):
+            self.metrics.registry.register(DeliveryCollector(queues))
         self.care, self.operator = None, None
+        normal: Mapping[str, Baseline] = {}
         if layers:
             equipment = equip(loaded, config.folder)
+            normal = equipment.baselines
             shared = Shared(gate, lambda: self.loop.progress().num_steps, self.loop.forget_cache)
             told: tuple[Sink, ...] = (self.record, live, *sinks)
             self.care = Care(loaded, equipment, shared, config.care, told, self._after_look)
             self.operator = Operator(loaded, self.care, equipment.canary)
+        self.metrics.registry.register(RoutingCollector(live, detail=config.detail, baselines=normal))
         self.served = self._served(layers)
         self.token = admin_token(config.folder, environment)
 
@@ -119,6 +130,7 @@ class Server:
         if self.care is not None:
             self.care.call(self.record.close)
             self.care.stop()
+            self._end_alerts()
         self.engine.close()
         if self.offload is not None:
             self.offload.close()
@@ -138,6 +150,13 @@ class Server:
     def metrics_text(self) -> tuple[bytes, str]:
         """(for Prometheus, its content type)."""
         return self.metrics.exposition()
+
+    def _end_alerts(self) -> None:
+        """What still fires is about a model that is served no more: nobody else would end it where it was told."""
+        for alert in self._live.read().firing:
+            finding = replace(alert.finding, message=f"the server has ended; until then: {alert.finding.message}")
+            for sink in self._told:
+                sink.alert(replace(alert, state="resolved", finding=finding))
 
     def _num_open(self) -> int:
         return self.loop.progress().num_open
@@ -164,6 +183,7 @@ class Server:
         assert self.care is not None
         assert self.operator is not None
         self.operator.advance_faults()
+        self._live.left(self.care.aftermath.findings)
         guard, scalars = self.care.guard, self.metrics.scalars()
         times = {} if guard is None else guard.times()
         scalars |= experts_ms(times)

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from equipoise.host.interrupt import interruptible
+from equipoise.monitor.sinks.options import NOWHERE, Alerts, delivering
 from equipoise.parallel import Ranks
-from equipoise.train.alerts import NOWHERE, Alerts, delivering
 from equipoise.train.config import TrainConfig
 from equipoise.train.corpus import corpus
 from equipoise.train.data import TokenData, prepare
@@ -81,7 +81,7 @@ def train(
     """
     config = load_config(out) if config is None else config
     is_main = ranks is None or ranks.is_main
-    with delivering(alerts if is_main else NOWHERE, out, reporter) as sinks:
+    with delivering(alerts if is_main else NOWHERE, out, reporter.say) as sinks:
         opened, data = open_data(config, out if resume else None) if ranks is None else _open_together(config, ranks)
         return _train(opened, data, out, reporter, resume, sinks, ranks)
 

@@ -6,7 +6,7 @@ The set of alerts that fire is compared as a whole, so a rule that is too eager 
 import pytest
 import yaml
 from tests.monitor.prometheus.cases import run_promtool
-from tests.monitor.prometheus.worlds import BEGIN, END, LAYER, MINUTES, World, series, shares
+from tests.monitor.prometheus.worlds import BEGIN, END, JOB, LAYER, MINUTES, World, series, shares
 
 from equipoise.monitor.prometheus.rules import export_rules
 
@@ -71,6 +71,7 @@ RELATIVE = {
         [],
     ),
     "wide logits": (World(record=(("logit_std", 8.0),)), layer("EquipoiseLogitStdDrift", "warning"), []),
+    "wide logits that a repair has left": (World(record=(("logit_std", 8.0),), left=("logits",)), [], []),
     "narrow logits": (World(record=(("logit_std", 0.5),)), layer("EquipoiseLogitStdDrift", "warning"), []),
     "too few tokens for an opinion": (World(counts=shares(0, 1, 1, 1, 1, 1, 1, 1) // 200, num_experts=8), [], []),
 }
@@ -129,7 +130,7 @@ ANY_PROFILE = {
     "no flushes": (World(flushes=False), layer("EquipoiseMonitorStalled", "warning", **NO_LAYER), []),
     "an exporter that is down": (
         World(up=False),
-        [("EquipoiseExporterDown", "critical", {"layer": None, "run": None, "instance": "127.0.0.1:9469"})],
+        [("EquipoiseExporterDown", "critical", {"layer": None, "run": None})],
         [],
     ),
     "an unreadable folder": (
@@ -147,7 +148,7 @@ TROUBLE = {"relative": RELATIVE | ANY_PROFILE, "absolute": CHECKLIST | ANY_PROFI
 
 
 def firing_labels(name, severity, labels):
-    every = {"alertname": name, "alertstate": "firing", "job": "equipoise", "run": "run", "layer": LAYER}
+    every = {"alertname": name, "alertstate": "firing", "run": "run", "layer": LAYER, **JOB}
     every |= {"severity": severity} | labels
     return "ALERTS{" + ",".join(f'{key}="{text}"' for key, text in sorted(every.items()) if text is not None) + "}"
 
@@ -195,6 +196,37 @@ def test_every_alert_of_the_file_is_among_them(profile):
 
 
 SERIES_DROPPED = ("EquipoiseSeriesDropped", "info", NO_LAYER)
+
+
+THERE = {"job": "equipoise", "instance": "10.0.0.2:8000"}
+FIRST, SECOND = ({**THERE, "replica": replica} for replica in ("a", "b"))
+
+
+@pytest.mark.parametrize("detail", ["layer", "expert"])
+@pytest.mark.parametrize(
+    ("broken", "others"),
+    [
+        pytest.param((World(counts=COLLAPSE), JOB), [(World(), THERE)], id="two servers of a run"),
+        pytest.param(
+            (World(counts=COLLAPSE), FIRST), [(World(), SECOND), (World(), JOB)], id="replicas at one address"
+        ),
+    ],
+)
+def test_targets_of_one_run_are_judged_apart(broken, others, detail, tmp_path):
+    """One of them collapses: it alone is named, and the others' even loads hide nothing of it."""
+    test = promtool_test(broken[0], detail, [("EquipoiseLayerCollapse", "critical", broken[1])])
+    test["input_series"] = [each for world, job in [broken, *others] for each in series(world, detail, job)]
+    done = run_promtool(tmp_path, "relative", [test])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_run_that_has_ended_is_not_judged_because_it_is_served(tmp_path):
+    """Its exporter still has the collapse that it ended in; the server of the same name is in health."""
+    ended = World(counts=COLLAPSE, record=lost(0.08), running=False)
+    test = promtool_test(ended, "layer", [])
+    test["input_series"] += series(World(), "layer", THERE)
+    done = run_promtool(tmp_path, "relative", [test])
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_missing_series_are_said_all_the_time(tmp_path):

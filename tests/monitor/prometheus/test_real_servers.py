@@ -7,8 +7,6 @@ router of the second layer collapses onto two of eight experts and is repaired. 
 import contextlib
 import json
 import shutil
-import socket
-import subprocess
 import threading
 import time
 import urllib.error
@@ -20,6 +18,7 @@ import pytest
 import torch
 import yaml
 from tests.monitor.debian import binary
+from tests.monitor.prometheus.real import TIMING, free_port, prometheus, running
 from tests.monitor.sinks.cases import Server
 from torch import nn
 
@@ -31,14 +30,12 @@ from equipoise.monitor.prometheus.grafana import export_grafana
 from equipoise.monitor.prometheus.http import Exporter
 from equipoise.monitor.prometheus.live import LiveSource
 from equipoise.monitor.prometheus.rules import export_rules
-from equipoise.monitor.prometheus.timing import Timing
 from equipoise.monitor.watch import watch
 from equipoise.routing import SwitchLoss, TopK
 
 pytestmark = pytest.mark.slow
 D, E, K, T = 16, 8, 2, 512  # T K / E = 128 assignments per expert and flush: enough for an opinion
 LAYER, FAVOURITES = "1", (5, 6)
-TIMING = Timing(window=5, hold=1, stalled=900, evaluate=1)
 PATIENCE_S = 60
 
 
@@ -125,27 +122,6 @@ class Stack:
         ]
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return probe.getsockname()[1]
-
-
-@contextlib.contextmanager
-def running(command, folder):
-    """A server of ours, ended by its own id."""
-    with (folder / "log.txt").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            yield
-        finally:
-            process.terminate()
-            try:
-                process.wait(timeout=20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
 def alertmanager_program(folder):
     """Debian's Alertmanager, which reads its templates from where its package is installed: here, from `folder`.
 
@@ -185,24 +161,6 @@ def alertmanager(folder, webhook):
         yield f"http://{address}"
 
 
-@contextlib.contextmanager
-def prometheus(folder, alerts_to, targets):
-    folder.mkdir()
-    config = {
-        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
-        "rule_files": ["rules.yml"],
-        "alerting": {"alertmanagers": [{"static_configs": [{"targets": [alerts_to.removeprefix("http://")]}]}]},
-        "scrape_configs": [{"job_name": "equipoise", "static_configs": [{"targets": targets}]}],
-    }
-    (folder / "config.yml").write_text(yaml.safe_dump(config))
-    (folder / "rules.yml").write_text(export_rules("relative", timing=TIMING))
-    address = f"127.0.0.1:{free_port()}"
-    program = binary("prometheus", "usr/bin/prometheus")
-    options = [f"--web.listen-address={address}", f"--storage.tsdb.path={folder}/data"]
-    with running([program, "--config.file=config.yml", *options], folder):
-        yield f"http://{address}"
-
-
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
     folder = tmp_path_factory.mktemp("servers")
@@ -214,7 +172,7 @@ def stack(tmp_path_factory):
             open_things.callback(patient.close)
         alerts = open_things.enter_context(alertmanager(folder / "alertmanager", webhook))
         targets = [f"127.0.0.1:{patient.exporter.port}" for patient in patients]
-        url = open_things.enter_context(prometheus(folder / "prometheus", alerts, targets))
+        url = open_things.enter_context(prometheus(folder / "prometheus", targets, alerts))
         stack = Stack(url, alerts, webhook, patients)
         live_through(stack)
         yield stack

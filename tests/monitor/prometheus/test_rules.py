@@ -13,6 +13,7 @@ from tests.monitor.prometheus.cases import promtool, run_promtool, scrape, windo
 from tests.monitor.prometheus.worlds import END, LAYER, NUM_TOKENS, World, series, shares
 
 from equipoise.cli import COMMANDS
+from equipoise.monitor.alert_names import RULES, alert_name
 from equipoise.monitor.detectors import CollapseDetector
 from equipoise.monitor.prometheus.alertmanager import export_alertmanager, inhibit_rules
 from equipoise.monitor.prometheus.live import LiveSource
@@ -58,7 +59,19 @@ def test_every_alert_says_what_it_is_and_what_to_do(profile):
 def test_the_runbook_has_a_section_for_each_alert_and_no_others():
     sections = re.findall(r"^## (Equipoise\w+)$", RUNBOOKS.read_text(encoding="utf-8"), re.MULTILINE)
     names = {rule.name for profile in PROFILES for rule in alert_rules(profile, Timing())}
-    assert sorted(sections) == sorted(names)
+    assert sorted(sections) == sorted(names | RULES.keys())
+
+
+def test_what_prometheus_and_the_sinks_find_has_one_name():
+    """Each alert of the exported rules is that of a rule of the monitor, but those that the monitor has no rule for."""
+    names = {rule.name for profile in PROFILES for rule in alert_rules(profile, Timing())}
+    without = {"EquipoiseExpertCold", "EquipoiseExpertHot"}  # of single experts
+    without |= {f"Equipoise{name}" for name in ("MonitorAlert", "MonitorStalled", "ExporterDown", "SeriesDropped")}
+    assert names - RULES.keys() == without | {"EquipoiseSourceUnreadable"}
+    for profile in PROFILES:
+        for rule in alert_rules(profile, Timing()):
+            if rule.name in RULES:  # the monitor's finding of that rule and severity
+                assert alert_name(RULES[rule.name], rule.severity) == rule.name
 
 
 def test_the_runbook_names_commands_that_exist():
@@ -83,7 +96,12 @@ def test_exported_metrics_and_recorded_ones_cannot_be_mixed_up():
     source = LiveSource("run")
     source.routing([window(losses={"switch": 1.0})])
     exported = {name for name, _ in scrape(source, detail="expert")}
-    exported |= {"up", "equipoise_alert_firing", "equipoise_layer_baseline_logit_std"}  # not there in this scrape
+    exported |= {
+        "up",
+        "equipoise_alert_firing",
+        "equipoise_aftermath",
+        "equipoise_layer_baseline_logit_std",
+    }  # not there in this scrape
     for profile in PROFILES:
         recorded, alerts = parsed(profile)
         known = set(exported)
@@ -115,7 +133,10 @@ def test_prometheus_derives_what_the_detector_derives(detail, tmp_path):
             "expr": f"round(run_layer:equipoise_{name}, 0.000001)",
             "eval_time": f"{END - 1}m",
             "exp_samples": [
-                {"labels": '{job="equipoise",run="run",layer="blocks.0"}', "value": float(np.round(number, 6))}
+                {
+                    "labels": '{job="equipoise",instance="127.0.0.1:9469",run="run",layer="blocks.0"}',
+                    "value": float(np.round(number, 6)),
+                }
             ],
         }
         for name, number in expected.items()

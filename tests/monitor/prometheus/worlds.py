@@ -33,14 +33,15 @@ def shares(*parts, top_k=K):
 class World:
     """What is different from health between BEGIN and END.
 
-    counts: of the layer's experts. record: changes of the record. firing: the monitor's own alerts. flushes: whether
-    there are any. up, readable: of the exporter and its source. max_series: of the exporter, all the time.
-    num_experts, top_k: in health.
+    counts: of the layer's experts. record: changes of the record. firing: the monitor's own alerts. left: rules of
+    findings that a repair has left. flushes: whether there are any. up, readable: of the exporter and its source.
+    max_series: of the exporter, all the time. num_experts, top_k: in health.
     """
 
     counts: tuple | None = None
     record: tuple = ()
     firing: tuple = ()
+    left: tuple = ()
     flushes: bool = True
     up: bool = True
     readable: bool = True
@@ -50,18 +51,19 @@ class World:
     running: bool = True
 
 
-def series(world, detail):
-    """promtool's input_series."""
+def series(world, detail, job=JOB):
+    """promtool's input_series. job: the labels that Prometheus adds to those of the target."""
     history = list(_scrapes(world, detail))
     keys = dict.fromkeys(key for scraped in history for key in scraped)
     return [
-        {"series": _selector(*key), "values": " ".join(_text(scraped.get(key)) for scraped in history)} for key in keys
+        {"series": _selector(*key, job), "values": " ".join(_text(scraped.get(key)) for scraped in history)}
+        for key in keys
     ]
 
 
 def _scrapes(world, detail):
     source = LiveSource("run", clock=lambda: 60.0 * minute)
-    healthy = replace(world, counts=None, record=(), firing=(), flushes=True, up=True, readable=True)
+    healthy = replace(world, counts=None, record=(), firing=(), left=(), flushes=True, up=True, readable=True)
     for minute in range(MINUTES):
         now = world if BEGIN <= minute < END else healthy
         if now.flushes:
@@ -70,6 +72,7 @@ def _scrapes(world, detail):
         if minute in (BEGIN, END):
             for rule, severity in world.firing:
                 source.alert(alert(rule, LAYER, "firing" if minute == BEGIN else "resolved", severity))
+        source.left([alert(rule, LAYER).finding for rule in now.left])
         snapshot = replace(source.read(), readable=now.readable, running=world.running)
         normal = baselines_of([window(LAYER)])
         collector = RoutingCollector(Fixed(snapshot), detail=detail, max_series=world.max_series, baselines=normal)
@@ -78,8 +81,8 @@ def _scrapes(world, detail):
         yield (scraped if now.up else {}) | {("up", ()): float(now.up)}
 
 
-def _selector(name, pairs):
-    labels = ",".join(f"{key}={json.dumps(text)}" for key, text in sorted({**dict(pairs), **JOB}.items()))
+def _selector(name, pairs, job):
+    labels = ",".join(f"{key}={json.dumps(text)}" for key, text in sorted({**dict(pairs), **job}.items()))
     return f"{name}{{{labels}}}"
 
 

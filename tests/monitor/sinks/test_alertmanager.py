@@ -18,7 +18,7 @@ from equipoise.monitor.sinks.delivery import DeliveryError
 from equipoise.monitor.sinks.labels import MAX_LABEL, Naming, Standings, fingerprint, labels_of
 
 RFC3339 = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
-NAMING = Naming("run 7", {"team": "moe"}, "https://runbook.example/alerts#{rule}")
+NAMING = Naming("run 7", {"team": "moe"}, "https://runbook.example/runbooks#{alert}")
 NOW = 1_790_000_000.0
 
 
@@ -40,7 +40,7 @@ def test_a_firing_alert_has_the_fields_of_the_schema(server):
     [posted] = got.body
     assert posted == {
         "labels": {
-            "alertname": "EquipoiseCollapse",
+            "alertname": "EquipoiseLayerCollapse",
             "rule": "collapse",
             "layer": "blocks.3.moe",
             "expert": "5",
@@ -56,7 +56,7 @@ def test_a_firing_alert_has_the_fields_of_the_schema(server):
             "threshold": "0.5",
             "since_step": "50",
             "step": "100",
-            "runbook_url": "https://runbook.example/alerts#collapse",
+            "runbook_url": "https://runbook.example/runbooks#equipoiselayercollapse",
         },
         "startsAt": posted["startsAt"],
         "endsAt": posted["endsAt"],

@@ -53,6 +53,7 @@ def test_trigger_has_the_fields_of_the_schema(server):
             "group": "run 7",
             "class": "collapse",
             "custom_details": {
+                "alert": "EquipoiseLayerCollapse",
                 "layer": "blocks.3.moe",
                 "expert": "5",
                 "value": 0.97,

@@ -4,16 +4,14 @@ The Debian package is fetched into a cache, not installed (tests/monitor/debian.
 """
 
 import json
-import queue
-import re
 import subprocess
-import threading
 import urllib.request
 from datetime import datetime
 
 import pytest
-from tests.monitor.debian import binary, relocated
+from tests.monitor.debian import binary
 from tests.monitor.sinks.cases import PATIENCE_S, Clock, Server, alert, deliver, quick
+from tests.monitor.sinks.real_alertmanager import PACKAGE, running_alertmanager
 
 from equipoise.monitor.sinks.alertmanager import Alertmanager
 from equipoise.monitor.sinks.background import Background
@@ -21,21 +19,6 @@ from equipoise.monitor.sinks.labels import Naming, Standings, fingerprint
 from equipoise.monitor.sinks.webhook import Webhook, payload
 from equipoise.types import Action
 
-PACKAGE = "prometheus-alertmanager"
-TEMPLATES = "/usr/share/prometheus/alertmanager"
-CONFIG = """
-route:
-  receiver: test
-  group_by: [alertname, layer, run]
-  group_wait: 10ms
-  group_interval: 50ms
-  repeat_interval: 1h
-receivers:
-  - name: test
-    webhook_configs:
-      - url: {url}/from-alertmanager
-        send_resolved: true
-"""
 HOSTILE = 'blocks.0.moe"} or {x=~".*\\ <!channel> é\n'
 
 
@@ -49,31 +32,8 @@ def receiver():
 @pytest.fixture(scope="module")
 def alertmanager(receiver, tmp_path_factory):
     """The URL of one that runs for this file, and the path of its configuration."""
-    program = relocated(PACKAGE, "usr/bin/prometheus-alertmanager", folder=TEMPLATES)
-    templates = binary(PACKAGE, f"{TEMPLATES[1:]}/default.tmpl").parent
-    folder = tmp_path_factory.mktemp("alertmanager")
-    config = folder / "alertmanager.yml"
-    config.write_text(CONFIG.format(url=receiver.url))
-    command = [program, f"--config.file={config}", f"--storage.path={folder / 'data'}"]
-    command += ["--cluster.listen-address=", "--web.listen-address=127.0.0.1:0", "--web.external-url=http://am.example"]
-    out, err = subprocess.DEVNULL, subprocess.PIPE
-    process = subprocess.Popen(command, cwd=templates, stdout=out, stderr=err, text=True)
-    said = queue.Queue()
-    reader = threading.Thread(target=lambda: [said.put(line) for line in process.stderr] + [said.put("")], daemon=True)
-    reader.start()
-    try:
-        port = None
-        while port is None:  # it says which port it was given
-            line = said.get(timeout=PATIENCE_S)
-            assert line, f"Alertmanager ended with code {process.wait()}"
-            match = re.search(r'address="?127\.0\.0\.1:(\d+)', line)
-            port = match and match[1]
-        yield f"http://127.0.0.1:{port}", config
-    finally:
-        process.terminate()
-        process.wait(PATIENCE_S)
-        reader.join(PATIENCE_S)
-        process.stderr.close()
+    with running_alertmanager(tmp_path_factory.mktemp("alertmanager"), receiver) as started:
+        yield started
 
 
 def sink(url, run, **changes):
@@ -107,7 +67,7 @@ def test_an_alert_fires_and_is_resolved(alertmanager, receiver):
     assert (fired["version"], fired["status"], over["status"]) == ("4", "firing", "resolved")
     [was], [now] = fired["alerts"], over["alerts"]
     assert was["labels"] == now["labels"]
-    assert (was["labels"]["alertname"], was["labels"]["expert"]) == ("EquipoiseCollapse", "5")
+    assert (was["labels"]["alertname"], was["labels"]["expert"]) == ("EquipoiseLayerCollapse", "5")
     assert was["annotations"]["description"] == alert().finding.message
     assert (was["startsAt"], was["fingerprint"]) == (now["startsAt"], now["fingerprint"])
     assert datetime.fromisoformat(now["endsAt"]) > datetime.fromisoformat(now["startsAt"])

@@ -27,7 +27,7 @@ def test_firing_and_resolved(server):
     ours.alert(alert("resolved", expert=1))
     fired, resolved = (got.body for got in server.all())
     labels = {
-        "alertname": "EquipoiseCollapse",
+        "alertname": "EquipoiseLayerCollapse",
         "rule": "collapse",
         "layer": "blocks.3.moe",
         "expert": "5",
@@ -38,11 +38,11 @@ def test_firing_and_resolved(server):
     assert annotations["summary"] == "run 7: collapse in blocks.3.moe, expert 5"
     assert fired == {
         "version": "4",
-        "groupKey": '{}:{alertname="EquipoiseCollapse", layer="blocks.3.moe", run="run 7"}',
+        "groupKey": '{}:{alertname="EquipoiseLayerCollapse", layer="blocks.3.moe", run="run 7"}',
         "truncatedAlerts": 0,
         "status": "firing",
         "receiver": "pager",
-        "groupLabels": {"alertname": "EquipoiseCollapse", "layer": "blocks.3.moe", "run": "run 7"},
+        "groupLabels": {"alertname": "EquipoiseLayerCollapse", "layer": "blocks.3.moe", "run": "run 7"},
         "commonLabels": labels,
         "commonAnnotations": annotations,
         "externalURL": "https://runs.example/7",
@@ -121,4 +121,4 @@ def test_hostile_names_stay_inside_their_quotes(server):
     sink(server, Clock(NOW)).alert(alert(layer=layer, expert=None))
     body = server.next().body
     assert body["groupLabels"]["layer"] == layer
-    assert body["groupKey"] == '{}:{alertname="EquipoiseCollapse", layer="a\\"} evil{x=\\"\\\\", run="run 7"}'
+    assert body["groupKey"] == '{}:{alertname="EquipoiseLayerCollapse", layer="a\\"} evil{x=\\"\\\\", run="run 7"}'

@@ -5,8 +5,9 @@ import threading
 import numpy as np
 import pytest
 
-from equipoise.faults import Collapse, inject
+from equipoise.faults import Collapse, LogitBlowUp, inject
 from equipoise.layer.mode import NORMAL, Mode
+from equipoise.monitor.incidents import incidents
 from equipoise.serve.care import CareConfig
 
 LAYER = "layers.1.mlp"
@@ -45,6 +46,40 @@ def test_collapse_is_noticed_repaired_and_resolved(serve):
     assert served.heard.alerts[0].finding.rule == "collapse"
     assert {action.state for action in served.heard.actions} >= {"applied", "kept"}
     assert served.forgotten, "keys and values of the broken router were kept"
+
+
+def test_wide_logits_under_the_repair_are_the_same_incident(serve):
+    """The collapse's own row makes the logits wide, and the bias does not change that: one alert, and a proposal."""
+    served = serve(CareConfig(recover=True, lift_after_s=0))
+    break_router(served)
+
+    def look(times, until=lambda: False):
+        for _ in range(times):
+            served.traffic()
+            served.care.look()
+            if until():
+                return True
+        return False
+
+    assert look(8, lambda: any(alert.state == "resolved" for alert in served.heard.alerts))
+    look(14)  # longer than a warning waits for its repair
+    told = [(alert.key, alert.state) for alert in served.heard.alerts]
+    assert told == [(f"{LAYER}:collapse", "firing"), (f"{LAYER}:collapse", "resolved")]
+    [left] = served.care.aftermath.findings
+    assert (left.rule, left.layer) == ("logits", LAYER)
+    assert served.operator.state()["aftermath"] == [vars(left)]
+    [incident] = incidents(served.heard.alerts, served.heard.actions)
+    done = [(each.kind, each.state) for each in incident.actions]
+    assert done == [("quantile_bias", "kept"), ("router_rollback", "proposed")]
+    assert "times the baseline's" in incident.actions[-1].note
+    # whoever mends the router ends it; wide logits later on are news
+    served.operator.rollback_router(LAYER)
+    look(3)
+    assert served.care.aftermath.findings == ()
+    with served.care.quietly():
+        inject(served.loaded.model, LogitBlowUp(LAYER, 5.0), served.equipment.canary.run)
+    assert look(6, lambda: len(served.heard.alerts) > 2)
+    assert served.heard.alerts[2].key == f"{LAYER}:logits"
 
 
 def test_without_leave_it_only_proposes(serve):

@@ -51,7 +51,7 @@ class TestRolling:
             thread.start()
         for thread in threads:
             thread.join()
-        assert len(rolling._values) == 2000
+        assert len(rolling._recent()) == 2000
 
 
 def report(**changes):

@@ -6,17 +6,15 @@ also by rule where a receiver pages once per group: when no repair is left, that
 
 from __future__ import annotations
 
+from equipoise.monitor.alert_names import RULES, alert_name
 from equipoise.monitor.incidents import EXHAUSTED
 from equipoise.monitor.prometheus.yaml_text import to_yaml
 
 _NO_SYMPTOM = f'rule!~"collapse|{EXHAUSTED}"'  # that no repair is left is no symptom: it calls a human
-_SAME_LAYER = ["run", "layer"]
-# the monitor's rule -> the alerts that say the same from Prometheus' side
-_TWINS = {
-    "drops": "EquipoiseDropRate",
-    "logits": "EquipoiseLogit(BlowUp|StdDrift|Std)",
-    "dead_experts": "EquipoiseDeadExperts",
-}
+_SAME_LAYER = ["instance", "replica", "run", "layer"]  # of one target; where neither alert has a label, it is equal
+_COLLAPSED = "|".join(map(alert_name, ("collapse", "utilisation_high")))
+_DEAD, _DROPS = alert_name("dead_experts"), alert_name("drops")
+_TWINS = (("drops",), ("logits", "logit_std"), ("dead_experts",))  # rules whose alerts Prometheus finds, too
 
 
 def export_alertmanager() -> str:
@@ -25,8 +23,7 @@ def export_alertmanager() -> str:
 
 
 def inhibit_rules() -> list[dict[str, list[str]]]:
-    """Sources silence targets of the same run and layer; an inhibited source still silences."""
-    collapsed = 'alertname=~"EquipoiseLayerCollapse|EquipoiseUtilisationHigh"'
+    """Sources silence targets about the same layer of the same process; an inhibited source still silences."""
     return [
         # the monitor says that a layer has collapsed: all else about the layer is a symptom, or says the same later
         _rule(
@@ -35,35 +32,33 @@ def inhibit_rules() -> list[dict[str, list[str]]]:
         ),
         # so does Prometheus
         _rule(
-            [collapsed],
+            [f'alertname=~"{_COLLAPSED}"'],
             [
                 'alertname=~"Equipoise.*"',
-                'alertname!~"EquipoiseLayerCollapse|EquipoiseUtilisationHigh"',
+                f'alertname!~"{_COLLAPSED}"',
                 'layer!=""',
                 _NO_SYMPTOM,
             ],
         ),
         *(
             _rule(
-                ['alertname="EquipoiseMonitorAlert"', f'rule="{rule}"'],
-                [f'alertname=~"{twins}"'],
+                ['alertname="EquipoiseMonitorAlert"', f'rule=~"{"|".join(rules)}"'],
+                [f'alertname=~"{"|".join(name for name, rule in RULES.items() if rule in rules)}"'],
                 [*_SAME_LAYER, "severity"],
             )
-            for rule, twins in _TWINS.items()
+            for rules in _TWINS
         ),
         # a layer's alert silences those about its experts
-        _rule(['alertname="EquipoiseDeadExperts"'], ['alertname="EquipoiseExpertCold"']),
+        _rule([f'alertname="{_DEAD}"'], ['alertname="EquipoiseExpertCold"']),
         _rule(['alertname="EquipoiseMonitorAlert"', 'rule="dead_experts"'], ['alertname="EquipoiseExpertCold"']),
-        _rule(['alertname="EquipoiseEntropyLow"'], ['alertname="EquipoiseEntropyBelowTarget"']),
+        _rule([f'alertname="{alert_name("entropy")}"'], [f'alertname="{alert_name("entropy_target")}"']),
         # of one alert at several severities the highest counts
         _rule(
             ['severity="critical"'],
-            ['alertname="EquipoiseDropRate"', 'severity=~"warning|info"'],
+            [f'alertname="{_DROPS}"', 'severity=~"warning|info"'],
             [*_SAME_LAYER, "alertname"],
         ),
-        _rule(
-            ['severity="warning"'], ['alertname="EquipoiseDropRate"', 'severity="info"'], [*_SAME_LAYER, "alertname"]
-        ),
+        _rule(['severity="warning"'], [f'alertname="{_DROPS}"', 'severity="info"'], [*_SAME_LAYER, "alertname"]),
     ]
 
 

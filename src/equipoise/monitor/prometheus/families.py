@@ -89,6 +89,12 @@ def alert_families(snapshot: Snapshot) -> list[Metric]:
             "run layer rule severity",
             [((run, *_about(alert)), 1) for alert in firing],
         ),
+        _gauge(
+            "aftermath",
+            "1 for each finding that a repair in force has left as it was: part of an incident that is over, no alert.",
+            "run layer rule",
+            [((run, clean(each.layer), clean(each.rule)), 1) for each in snapshot.aftermath],
+        ),
         _counter(
             "alerts_fired",
             "Alerts of the monitor's own rules, each counted when it began to fire.",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from equipoise.monitor.prometheus.source import LayerTotals, Snapshot
-from equipoise.types import Action, Alert, RoutingStats
+from equipoise.types import Action, Alert, Finding, RoutingStats
 
 
 class LiveSource:
@@ -38,6 +38,7 @@ class LiveSource:
         self._lock = threading.Lock()
         self._layers: dict[str, LayerTotals] = {}
         self._firing: dict[str, Alert] = {alert.key: alert for alert in firing}
+        self._aftermath: tuple[Finding, ...] = ()
         self._fired: dict[tuple[str, str], int] = {}
         self._actions: dict[tuple[str, str], int] = {}
         self._seconds: dict[str, float] = {"sink": 0.0}
@@ -79,6 +80,11 @@ class LiveSource:
             if change in self._actions or self._has_room(self._actions):
                 self._actions[change] = self._actions.get(change, 0) + 1
 
+    def left(self, findings: Iterable[Finding]) -> None:
+        """What repairs have left as it was, by now: no alerts, but to be known to who judges by the numbers alone."""
+        with self._timed():
+            self._aftermath = tuple(findings)[: self._max_keys]
+
     def close(self) -> None:
         """The run is over: say so, and keep what is known."""
         with self._lock:
@@ -93,6 +99,7 @@ class LiveSource:
                 run=self.run,
                 layers=dict(self._layers),
                 firing=tuple(self._firing.values()),
+                aftermath=self._aftermath,
                 fired=dict(self._fired),
                 actions=dict(self._actions),
                 num_flushes=self._num_flushes,

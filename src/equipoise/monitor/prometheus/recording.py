@@ -1,6 +1,7 @@
 """Recording rules: what Prometheus derives from the exported metrics, so that alerts share one definition.
 
-Names are level:metric:operation (prometheus.io/docs/practices/rules). Where the exporter has the detail "expert",
+Names are level:metric:operation (prometheus.io/docs/practices/rules), each of one target: what two of them say about
+the same run is never added up. Where the exporter has the detail "expert",
 loads are exact over the window, from counters; at "layer" they are those of the newest flush.
 """
 
@@ -10,7 +11,8 @@ from equipoise.monitor.detectors import CollapseDetector
 from equipoise.monitor.prometheus.timing import Timing, duration
 from equipoise.monitor.stats import DEAD_LOAD
 
-BY = "job, run, layer"
+TARGET = "job, instance, replica, run"  # replica: of those behind one address; two that train or serve one run are two
+BY = f"{TARGET}, layer"
 RULE = CollapseDetector()  # whose thresholds these are
 
 Rule = dict[str, object]
@@ -22,7 +24,7 @@ def recording_rules(timing: Timing) -> list[Rule]:
         **_traffic(timing),
         **_loads(timing),
         **_collapse(),
-        "run:equipoise_run_running:max": "max by (job, run) (equipoise_run_running)",
+        "run:equipoise_run_running:max": f"max by ({TARGET}) (equipoise_run_running)",
         # of the router's logits against the same layer in health, where a baseline is exported
         "run_layer:equipoise_logit_std_baseline:ratio": (
             f"max by ({BY}) (equipoise_layer_logit_std) / max by ({BY}) (equipoise_layer_baseline_logit_std)"

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from equipoise.monitor.alert_names import alert_name, anchor_of
 from equipoise.monitor.profiles import Profile
-from equipoise.monitor.prometheus.recording import BY, recording_rules
+from equipoise.monitor.prometheus.recording import BY, TARGET, recording_rules
 from equipoise.monitor.prometheus.timing import Timing, duration
 from equipoise.monitor.prometheus.yaml_text import to_yaml
 from equipoise.types import Severity
@@ -19,7 +20,7 @@ JOB = "equipoise"  # what the scrape job has to be called for ExporterDown to kn
 RUNBOOKS = "docs/runbooks.md"
 # Standard errors: the normal form of `DropRule`'s bound, sqrt(2 ln(61 layers * 3 levels / a false alarm in a million))
 DROP_Z = 6.2
-_RUNNING = "on (job, run) (run:equipoise_run_running:max == 1)"
+_RUNNING = f"on ({TARGET}) (run:equipoise_run_running:max == 1)"
 _ENOUGH = f"on ({BY}) (run_layer:equipoise_judged_assignments:per_expert >= 100)"
 _LAYER = "{{ $labels.run }}: {{ $labels.layer }}"
 _EXPERT = f"{_LAYER}, expert {{{{ $labels.expert }}}}"
@@ -51,7 +52,7 @@ class AlertRule:
                 "summary": self.summary,
                 "description": self.description,
                 "remedy": self.remedy,
-                "runbook_url": f"{runbooks}#{self.name.lower()}",
+                "runbook_url": f"{runbooks}#{anchor_of(self.name)}",
             },
         }
 
@@ -94,7 +95,7 @@ def _balance(timing: Timing) -> list[AlertRule]:
     ratio = "run_layer:equipoise_effective_experts:ratio"
     return [
         AlertRule(
-            name="EquipoiseLayerCollapse",
+            name=alert_name("collapse"),
             severity="critical",
             # the value is the share of experts that the load is worth: it exists whichever condition holds
             expr=f"({ratio} and ({share} > {limit} or {ratio} < 0.5)) and {_ENOUGH} and {_RUNNING}",
@@ -106,7 +107,7 @@ def _balance(timing: Timing) -> list[AlertRule]:
             "coefficient or go back to the last good checkpoint.",
         ),
         AlertRule(
-            name="EquipoiseDeadExperts",
+            name=alert_name("dead_experts"),
             severity="warning",
             expr=f"(run_layer:equipoise_dead_experts:count > 0) and {_ENOUGH} and {_RUNNING}",
             seconds=timing.hold,
@@ -149,7 +150,7 @@ def _drops(timing: Timing, z: float, least: int) -> list[AlertRule]:
     levels: tuple[tuple[float, Severity], ...] = ((0.05, "critical"), (0.01, "warning"), (0.001, "info"))
     return [
         AlertRule(
-            name="EquipoiseDropRate",
+            name=alert_name("drops"),
             severity=severity,
             expr=(
                 f"({rate} > {limit} + {z * (limit * (1 - limit)) ** 0.5:.6g} / sqrt({total})) "
@@ -166,9 +167,10 @@ def _drops(timing: Timing, z: float, least: int) -> list[AlertRule]:
 
 def _logits(timing: Timing) -> list[AlertRule]:
     lse, ratio = f"max by ({BY}) (equipoise_layer_logit_logsumexp)", "run_layer:equipoise_logit_std_baseline:ratio"
+    left = f'max by ({BY}) (equipoise_aftermath{{rule="logits"}}) == 1'  # by a repair: its incident has told of it
     return [
         AlertRule(
-            name="EquipoiseLogitBlowUp",
+            name=alert_name("logits", "critical"),
             severity="critical",
             expr=f"({lse} > 100 or {lse} == -Inf) and {_RUNNING}",
             seconds=timing.hold,
@@ -177,9 +179,9 @@ def _logits(timing: Timing) -> list[AlertRule]:
             remedy="Add a z-loss, lower the router's learning rate, or go back to the last good checkpoint.",
         ),
         AlertRule(
-            name="EquipoiseLogitStdDrift",
+            name=alert_name("logits", "warning"),
             severity="warning",
-            expr=f"({ratio} > 3 or {ratio} < {1 / 3:.6g}) and {_RUNNING}",
+            expr=f"(({ratio} > 3 or {ratio} < {1 / 3:.6g}) unless on ({BY}) {left}) and {_RUNNING}",
             seconds=timing.hold,
             summary=f"{_LAYER}: the spread of the router's logits has moved",
             description="Their standard deviation is {{ $value | humanize }} times the baseline's.",
@@ -198,18 +200,18 @@ def _checklist(timing: Timing) -> list[AlertRule]:
     share, std = "run_layer:equipoise_max_token_share:ratio", "run_layer:equipoise_logit_std_baseline:ratio"
     percent, times = "{{ $value | humanizePercentage }}", "{{ $value | humanize }} times"
     table: list[tuple[str, Severity, str, str]] = [
-        ("UtilisationLow", "warning", f"{least} / {experts} < 0.05", f"An expert gets {percent} of the assignments."),
-        ("UtilisationHigh", "critical", f"{share} > 0.8", f"An expert gets {percent} of the tokens."),
-        ("OneBin", "critical", f"{most} / {experts} > 0.5", f"An expert gets {percent} of the assignments."),
-        ("EntropyLow", "critical", f"{entropy} < 0.5", f"The entropy of the load is {percent} of the most."),
-        ("EntropyBelowTarget", "warning", f"{entropy} < 0.8", f"The entropy of the load is {percent} of the most."),
-        ("ColdExpert", "warning", f"{least} < 0.1", f"The load of the least loaded expert is {times} the fair one."),
-        ("HotExpert", "warning", f"{most} > 1.25", f"The load of the busiest expert is {times} the fair one."),
-        ("LogitStd", "critical", f"{std} > 5", f"The spread of the router's logits is {times} the baseline's."),
+        ("utilisation_low", "warning", f"{least} / {experts} < 0.05", f"An expert gets {percent} of the assignments."),
+        ("utilisation_high", "critical", f"{share} > 0.8", f"An expert gets {percent} of the tokens."),
+        ("one_bin", "critical", f"{most} / {experts} > 0.5", f"An expert gets {percent} of the assignments."),
+        ("entropy", "critical", f"{entropy} < 0.5", f"The entropy of the load is {percent} of the most."),
+        ("entropy_target", "warning", f"{entropy} < 0.8", f"The entropy of the load is {percent} of the most."),
+        ("cold_expert", "warning", f"{least} < 0.1", f"The load of the least loaded expert is {times} the fair one."),
+        ("hot_expert", "warning", f"{most} > 1.25", f"The load of the busiest expert is {times} the fair one."),
+        ("logit_std", "critical", f"{std} > 5", f"The spread of the router's logits is {times} the baseline's."),
     ]
     return [
         AlertRule(
-            name=f"Equipoise{name}",
+            name=alert_name(rule),
             severity=severity,
             expr=f"({condition}) and {_RUNNING}",
             seconds=timing.hold,
@@ -217,7 +219,7 @@ def _checklist(timing: Timing) -> list[AlertRule]:
             description=description,
             remedy="Look at it under the profile relative before acting: a fixed limit knows no fair share.",
         )
-        for name, severity, condition, description in table
+        for rule, severity, condition, description in table
     ]
 
 
@@ -226,7 +228,7 @@ def _checklist(timing: Timing) -> list[AlertRule]:
 
 def _health(timing: Timing) -> list[AlertRule]:
     fired = f"equipoise_alert_firing[{duration(timing.window)}]"
-    age = "time() - max by (job, run) (equipoise_last_flush_timestamp_seconds)"
+    age = f"time() - max by ({TARGET}) (equipoise_last_flush_timestamp_seconds)"
     return [
         AlertRule(
             name="EquipoiseMonitorAlert",
@@ -259,7 +261,7 @@ def _health(timing: Timing) -> list[AlertRule]:
         AlertRule(
             name="EquipoiseSourceUnreadable",
             severity="warning",
-            expr="min by (job, run) (equipoise_source_up) == 0",
+            expr=f"min by ({TARGET}) (equipoise_source_up) == 0",
             seconds=timing.hold,
             summary="{{ $labels.run }}: the exporter cannot read the run",
             description="It exports the last numbers that it could read.",
@@ -268,7 +270,7 @@ def _health(timing: Timing) -> list[AlertRule]:
         AlertRule(
             name="EquipoiseSeriesDropped",
             severity="info",
-            expr="max by (job, run) (equipoise_series_dropped) > 0",
+            expr=f"max by ({TARGET}) (equipoise_series_dropped) > 0",
             seconds=timing.hold,
             summary="{{ $labels.run }}: metrics are missing",
             description="{{ $value }} series did not fit the exporter's budget; its level of detail was lowered.",

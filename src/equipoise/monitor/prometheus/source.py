@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from equipoise.types import DROP_REASONS, REROUTE_REASONS, Alert, RoutingStats
+from equipoise.types import DROP_REASONS, REROUTE_REASONS, Alert, Finding, RoutingStats
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,8 @@ class LayerTotals:
 class Snapshot:
     """A run at one moment.
 
-    layers: in the order of the model. firing: alerts, oldest first. fired: how often alerts began to fire, by (rule,
+    layers: in the order of the model. firing: alerts, oldest first. aftermath: findings that repairs have left as they
+    were, which are no alerts. fired: how often alerts began to fire, by (rule,
     severity). actions: changes of repairs, by (kind, state). num_flushes, step: so far, and of the newest flush.
     flushed_at: seconds since 1970, None before the first flush or where it is not known. running: the run goes on.
     readable: False when the source could not be read and this is an older picture. seconds: what watching has cost, by
@@ -66,6 +67,7 @@ class Snapshot:
     run: str
     layers: Mapping[str, LayerTotals] = field(default_factory=dict)
     firing: tuple[Alert, ...] = ()
+    aftermath: tuple[Finding, ...] = ()
     fired: Mapping[tuple[str, str], int] = field(default_factory=dict)
     actions: Mapping[tuple[str, str], int] = field(default_factory=dict)
     num_flushes: int = 0

@@ -74,15 +74,15 @@ class Background:
     The sink belongs to this object from now on: it is called from one thread, and closed at the end. (`RunStore` can't
     be used here: SQLite wants the thread that opened it.) In a forked child the queue starts empty, with a thread of
     its own: what was waiting is the parent's to deliver. What waits when the interpreter ends gets 5 seconds.
-    Raises ValueError for a `max_pending` below 1 or a `tick_s` that is not positive.
+    name: for whoever shows its state. Raises ValueError for a `max_pending` below 1 or a `tick_s` that is not positive.
     """
 
-    def __init__(self, sink: Sink, *, max_pending: int = 1000, tick_s: float = 15.0) -> None:
+    def __init__(self, sink: Sink, *, max_pending: int = 1000, tick_s: float = 15.0, name: str = "") -> None:
         if max_pending < 1:
             raise ValueError(f"max_pending: expected room for at least 1 record, got {max_pending}")
         if not tick_s > 0:
             raise ValueError(f"tick_s: expected a time above 0 seconds, got {tick_s}")
-        self._sink = sink
+        self._sink, self.name = sink, name
         self._max_pending = max_pending
         self._tick_s = tick_s if isinstance(sink, Ticks) else None
         self._owner = os.getpid()

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from urllib.parse import quote
 
+from equipoise.monitor.alert_names import alert_name, anchor_of
 from equipoise.monitor.incidents import PAGE, repairs, told
 from equipoise.monitor.sinks.destination import check_url
 from equipoise.monitor.sinks.plain import name_line, one_line
-from equipoise.types import Action, Alert
+from equipoise.types import Action, Alert, Finding
 
 LABEL_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]*")  # prometheus.io/docs/concepts/data_model
 OURS = ("alertname", "rule", "layer", "severity", "run", "expert")
@@ -27,7 +28,8 @@ MAX_CHANGES = 40  # of repairs, the newest, that are remembered of one alert
 class Naming:
     """What is said of every alert of a run. run: its name. labels: more labels, such as a team's or a cluster's.
 
-    runbook: address of a page on what to do; "{rule}" in it stands for the rule's name. "" for none.
+    runbook: address of a page on what to do; "" for none. In it "{alert}" stands for the alert's name in lower case,
+    as the sections of docs/runbooks.md are called, and "{rule}" for the rule's.
     Raises ValueError for an empty run, a label that is ours or that Prometheus does not take, and a bad address.
     """
 
@@ -46,9 +48,11 @@ class Naming:
                     f"labels: expected names of letters, digits and _ other than {', '.join(OURS)}, got {name!r}"
                 )
 
-    def runbook_url(self, rule: str) -> str:
-        """The page for one rule, or ""."""
-        return self.runbook.replace("{rule}", quote(name_line(rule, MAX_LABEL), safe=""))
+    def runbook_url(self, finding: Finding) -> str:
+        """The page for one alert, or ""."""
+        alert = anchor_of(alert_name(finding.rule, finding.severity))
+        words = {"{rule}": finding.rule, "{alert}": alert}
+        return re.sub(r"\{rule\}|\{alert\}", lambda m: quote(name_line(words[m[0]], MAX_LABEL), safe=""), self.runbook)
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,8 @@ def _action(changes: Sequence[Action]) -> dict[str, str]:
 def labels_of(alert: Alert, naming: Naming) -> dict[str, str]:
     """Labels: alertname, rule, layer, severity, run, expert (where it is about one), and the naming's."""
     finding = alert.finding
-    words = re.split(r"[^a-zA-Z0-9]+", finding.rule)
     ours = {
-        "alertname": "Equipoise" + "".join(word[:1].upper() + word[1:] for word in words),
+        "alertname": alert_name(finding.rule, finding.severity),
         "rule": finding.rule,
         "layer": finding.layer,
         "severity": finding.severity,
@@ -143,7 +146,7 @@ def annotations_of(alert: Alert, naming: Naming) -> dict[str, str]:
         "threshold": f"{finding.threshold:g}",
         "since_step": str(alert.since_step),
         "step": str(alert.step),
-        "runbook_url": naming.runbook_url(finding.rule),
+        "runbook_url": naming.runbook_url(finding),
     }
     return {name: one_line(text, MAX_TEXT) for name, text in texts.items() if text}
 

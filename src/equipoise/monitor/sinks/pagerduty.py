@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from equipoise.monitor.alert_names import alert_name
 from equipoise.monitor.incidents import PAGE, repairs, told
 from equipoise.monitor.sinks.delivery import Delivery, Effort
 from equipoise.monitor.sinks.destination import Destination
@@ -127,8 +128,9 @@ def dedup_key(run: str, alert_key: str) -> str:
 def trigger(alert: Alert, config: PagerDuty, now: float, changes: Sequence[Action] = ()) -> Mapping[str, Any]:
     """The fields of a trigger event beside its key. changes: of the repairs made for the alert, oldest first."""
     finding, naming = alert.finding, config.naming
-    runbook = naming.runbook_url(finding.rule)
+    runbook = naming.runbook_url(finding)
     details = {
+        "alert": name_line(alert_name(finding.rule, finding.severity), MAX_LABEL),
         "layer": finding.layer,
         "expert": "-" if finding.expert is None else str(finding.expert),
         "value": finding.value,

@@ -92,7 +92,7 @@ def alert_message(alert: Alert, naming: Naming) -> Mapping[str, Any]:
     blocks = [_header(title), _section(finding.message), _fields(facts)]
     if not over:
         blocks.append(_section(f"What to do: {finding.remedy}"))
-    runbook = naming.runbook_url(finding.rule)
+    runbook = naming.runbook_url(finding)
     if runbook:
         link = f"<{_link(runbook)}|Runbook>"
         blocks.append({"type": "context", "elements": [{"type": "mrkdwn", "text": link}]})

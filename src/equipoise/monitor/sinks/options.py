@@ -1,4 +1,4 @@
-"""Where the alerts and repairs of a training run go, as options of the command line, and their sinks while it runs.
+"""Where the alerts and repairs of a run or a server go, as options of the command line, and their sinks meanwhile.
 
 Each sink is behind a bounded queue and a thread of its own, so that none holds up a step; what could not be delivered
 over HTTP is kept in the run folder. Secrets are read from environment variables and are never options.
@@ -7,11 +7,10 @@ over HTTP is kept in the run folder. Secrets are read from environment variables
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from equipoise.monitor.sinks.alertmanager import Alertmanager
 from equipoise.monitor.sinks.background import Background
@@ -25,17 +24,14 @@ from equipoise.monitor.sinks.tensorboard import TensorBoard
 from equipoise.monitor.sinks.webhook import Webhook
 from equipoise.types import Sink
 
-if TYPE_CHECKING:
-    from equipoise.train.report import Reporter
-
 DEAD_LETTERS = "dead_letters.jsonl"
 SLACK_BURST = 3  # Slack takes about one message per second
-CLOSE_S = 5.0  # for all sinks together, at the end of a run
+CLOSE_S = 5.0  # for all sinks together, at the end
 
 
 @dataclass(frozen=True, kw_only=True)
 class Alerts:
-    """Where alerts and repairs go, beside the run folder. They are no part of the run: name them again with --resume.
+    """Where alerts and repairs go, beside the run folder. They are no part of a run: name them again with --resume.
 
     Raises ValueError for an option that needs another one.
     """
@@ -65,7 +61,7 @@ class Alerts:
     wandb: bool = False
     """To Weights & Biases; WANDB_API_KEY, WANDB_PROJECT and their like say who and where."""
     run: str | None = None
-    """Name of the run in every message. Default: the name of its folder."""
+    """Name of the run in every message. Default: that of its folder, or of the model that is served."""
 
     def __post_init__(self) -> None:
         if self.alertmanager_token_env is not None and self.alertmanager is None:
@@ -76,38 +72,38 @@ class Alerts:
                 "got none"
             )
 
-    def sinks(self, out: Path) -> list[Sink]:
-        """Those that are asked for, without their queues. `out` is the run folder.
+    def sinks(self, out: Path, name: str = "") -> Mapping[str, Sink]:
+        """Those that are asked for by option, without their queues. out: the run folder. name: "" for its name.
 
         Raises ValueError for an address that is none, a secret that is not set and a library that is not installed.
         Nothing is sent.
         """
         try:
-            return self._sinks(self.run or out.resolve().name, out)
+            return self._sinks(self.run or name or out.resolve().name, out)
         except ImportError as error:
             raise ValueError(f"alerts: {error}") from error
 
-    def _sinks(self, run: str, out: Path) -> list[Sink]:
+    def _sinks(self, run: str, out: Path) -> dict[str, Sink]:
         naming, effort = Naming(run), Effort(dead_letters=out / DEAD_LETTERS)
-        found: list[Sink] = []
+        found: dict[str, Sink] = {}
         if self.slack:
-            found.append(Slack(naming, effort=replace(effort, burst=SLACK_BURST)).build())
+            found["slack"] = Slack(naming, effort=replace(effort, burst=SLACK_BURST)).build()
         if self.pagerduty:
-            found.append(PagerDuty(naming, url=self.pagerduty_url, effort=effort).build())
+            found["pagerduty"] = PagerDuty(naming, url=self.pagerduty_url, effort=effort).build()
         if self.alertmanager is not None:
             token = self.alertmanager_token_env
-            found.append(Alertmanager(self.alertmanager, naming, token_env=token, effort=effort).build())
+            found["alertmanager"] = Alertmanager(self.alertmanager, naming, token_env=token, effort=effort).build()
         if self.webhook is not None or self.webhook_url_env is not None:
             urls, token = (self.webhook, self.webhook_url_env), self.webhook_token_env
-            found.append(Webhook(naming, *urls, token_env=token, effort=effort).build())
+            found["webhook"] = Webhook(naming, *urls, token_env=token, effort=effort).build()
         if self.jsonl is not None:
-            found.append(JsonLines(self.jsonl))
+            found["jsonl"] = JsonLines(self.jsonl)
         if self.tensorboard is not None:
-            found.append(TensorBoard(self.tensorboard))
+            found["tensorboard"] = TensorBoard(self.tensorboard)
         if self.otel:
-            found.append(otlp(run))
+            found["otel"] = otlp(run)
         if self.wandb:
-            found.append(wandb(run, out))
+            found["wandb"] = wandb(run, out)
         return found
 
 
@@ -115,12 +111,14 @@ NOWHERE = Alerts()
 
 
 @contextmanager
-def delivering(alerts: Alerts, out: Path, reporter: Reporter) -> Iterator[Sequence[Sink]]:
+def delivering(
+    alerts: Alerts, out: Path, say: Callable[[str], object], name: str = ""
+) -> Iterator[Sequence[Background]]:
     """The sinks, each behind its queue. At the end all have `CLOSE_S` seconds; what is not delivered is said.
 
-    Raises what `Alerts.sinks` does.
+    out, name: see `Alerts.sinks`, which raises what this does.
     """
-    queues = [Background(sink) for sink in alerts.sinks(out)]
+    queues = [Background(sink, name=option) for option, sink in alerts.sinks(out, name).items()]
     try:
         yield queues
     finally:
@@ -131,4 +129,4 @@ def delivering(alerts: Alerts, out: Path, reporter: Reporter) -> Iterator[Sequen
             if state.errors or not in_time or any(state.dropped.values()):
                 lost = sum(state.dropped.values())
                 why = f"; the last error: {state.last_error}" if state.last_error else ""
-                reporter.say(f"alerts: {state.handled} records taken, {state.errors} failed, {lost} dropped{why}")
+                say(f"alerts: {state.handled} records taken, {state.errors} failed, {lost} dropped{why}")
