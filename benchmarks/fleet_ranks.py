@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,17 @@ from torch import Tensor
 
 from equipoise.parallel.links import Effort, measure
 from equipoise.plan.fleet.cell import Cell
-from equipoise.plan.fleet.routes import draw
+from equipoise.plan.fleet.routes import draw, popularity
 from equipoise.plan.fleet.scenario import Batching, Demand, Machines, ModelShape, Scenario
 from equipoise.plan.fleet.simulate import arrivals, wanted
 
-REPEATS = 40  # of what is measured beside the links
 Exchange = Callable[[Tensor, list[int], list[int]], Tensor]  # rows, rows to each rank, rows from each rank
 Swap = Callable[[Tensor], Tensor]  # one number for each rank -> one from each
 
 
 @dataclass(frozen=True)
 class Work:
-    """What all ranks are told. loads: queries per second, one run each."""
+    """What all ranks are told. loads: queries per second, one run each. rehearsal_s: seconds of rehearsal."""
 
     model: ModelShape
     batching: Batching
@@ -42,6 +41,8 @@ class Work:
     loads: tuple[float, ...]
     seed: int
     effort: Effort
+    rehearsal_s: float
+    cores: int  # that the ranks share
 
     def scenario(self, qps: float, machines: Machines | None = None) -> Scenario:
         """One load, for the simulation and for the ranks."""
@@ -81,7 +82,7 @@ class Rank:
         inner_RF = torch.nn.functional.silu(x_RD @ self.gate_eDF[local]) * (x_RD @ self.up_eDF[local])
         return inner_RF @ self.down_eFD[local]
 
-    def layer(self, x_TD: Tensor, ids_TK: Tensor, exchange: Exchange, swap: Swap, products: bool = True) -> Tensor:
+    def layer(self, x_TD: Tensor, ids_TK: Tensor, exchange: Exchange, swap: Swap) -> Tensor:
         """There, the experts, and back: (T, D), the sum of each token's experts."""
         size, dim = len(self.gate_eDF), x_TD.shape[1]
         to_RT = torch.zeros(self.world, len(x_TD), dtype=torch.bool)
@@ -97,9 +98,15 @@ class Rank:
         for local in range(size):
             row_n = (ids_RK == self.number * size + local).any(1).nonzero().squeeze(1)
             if len(row_n):
-                y_RD.index_add_(0, row_n, self.expert(local, x_RD[row_n]) if products else x_RD[row_n])
+                y_RD.index_add_(0, row_n, self.expert(local, x_RD[row_n]))
         home_ND = exchange(y_RD, gets, sends.tolist())
         return torch.zeros_like(x_TD).index_add_(0, token_N, home_ND)
+
+    def step(self, x_TD: Tensor, ids_LTK: Tensor) -> Tensor:
+        """All layers, between all ranks: (T, D)."""
+        for ids_TK in ids_LTK:
+            x_TD = x_TD + self.layer(x_TD, ids_TK, exchange_rows, swap_counts)
+        return x_TD
 
 
 def exchange_rows(rows: Tensor, sends: list[int], gets: list[int]) -> Tensor:
@@ -134,9 +141,7 @@ def serve(rank: Rank, work: Work, qps: float) -> Cell:
             return cell
         queries = np.arange(first, last)
         mine = torch.from_numpy(queries[home_N[first:last] == rank.number])
-        x_TD = x_ND[mine]
-        for ids_NK in ids_LNK:
-            x_TD = x_TD + rank.layer(x_TD, ids_NK[mine], exchange_rows, swap_counts)
+        rank.step(x_ND[mine], ids_LNK[:, mine])
         if rank.number == 0:
             cell.finish(queries, start, time.perf_counter() - began - start)
 
@@ -152,30 +157,39 @@ def _next(cell: Cell, began: float) -> tuple[Tensor, float]:
     return torch.tensor([int(taken[0]), int(taken[-1]) + 1]), now
 
 
-def beside_links(rank: Rank, work: Work) -> tuple[float, float]:
-    """Median seconds of a layer without its exchanges and products, and of a step's broadcast."""
-    model, tokens = work.model, max(1, min(work.batching.max_batch, 16))
-    every_TE = np.tile(np.arange(model.num_experts), (tokens, 1))
-    ids_TK = torch.from_numpy(np.random.default_rng(0).permuted(every_TE, axis=1))
-    size = len(rank.gate_eDF)
-    local_TK = ids_TK[:, : model.top_k] % size + rank.number * size  # all here, so nobody else is needed
-    x_TD, bounds = torch.randn(tokens, model.dim), torch.zeros(2, dtype=torch.int64)
+def rehearsal(work: Work) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
+    """Endless steps for ranks to rehearse: home_T, ids_LTK, and seconds to rest before; the same on all ranks.
 
-    def layer() -> object:
-        return rank.layer(x_TD, local_TK, lambda rows, sends, gets: rows, lambda counts: counts, products=False)
+    1, 2, 4 ... tokens, as many as a step may have at most, in random order, with another popularity of experts each
+    time. Half of them come after a rest as long as the window.
+    """
+    model, rng = work.model, np.random.default_rng([work.seed, 11])
+    most = work.batching.max_batch * work.ranks
+    while True:
+        for tokens in rng.permutation(2 ** np.arange(most.bit_length())).tolist():
+            wanted_LE = popularity(rng, model.num_layers, model.num_experts, 2 * rng.random())
+            ids_LTK = draw(rng, wanted_LE[:, None], tokens, model.top_k)
+            yield rng.integers(work.ranks, size=tokens), ids_LTK, work.batching.window_s * int(rng.integers(2))
 
-    return _median(layer), _median(lambda: dist.broadcast(bounds, 0))
 
-
-def _median(run: Callable[[], object]) -> float:
-    seconds = torch.empty(REPEATS, dtype=torch.float64)
-    for number in range(REPEATS):
-        dist.barrier()
+def rehearse(rank: Rank, work: Work) -> list[float]:
+    """Seconds of each step of the rehearsal, by the clock of the main rank, until the time for it is over."""
+    found: list[float] = []
+    x_ND = torch.randn(work.batching.max_batch * work.ranks, work.model.dim)
+    dist.barrier()
+    end = time.perf_counter() + work.rehearsal_s
+    for home_T, ids_LTK, rest_s in rehearsal(work):
+        if rank.number == 0:
+            time.sleep(rest_s)
         began = time.perf_counter()
-        run()
-        seconds[number] = time.perf_counter() - began
-    dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    return float(seconds.median())
+        bounds = torch.tensor([0, len(home_T) if began < end else 0])
+        dist.broadcast(bounds, 0)
+        if not bounds[1]:
+            return found
+        mine = torch.from_numpy(np.flatnonzero(home_T == rank.number))
+        rank.step(x_ND[mine], torch.from_numpy(ids_LTK)[:, mine])
+        found.append(time.perf_counter() - began)
+    raise AssertionError  # the rehearsal is endless
 
 
 def main() -> None:
@@ -186,12 +200,12 @@ def main() -> None:
     rank = Rank.made(work.model, dist.get_rank(), dist.get_world_size())
     with torch.no_grad():
         links = measure(work.effort)
-        rest_s, step_s = beside_links(rank, work)
         serve(rank, replace(work, seconds=min(work.seconds, 0.2)), work.loads[0])  # connections and buffers are made
+        rehearsed = rehearse(rank, work)
         cells = [serve(rank, work, qps) for qps in work.loads]
     if rank.number == 0:
         served = [{"times": c.times.tolist(), "start": c.start_N.tolist(), "done": c.done_N.tolist()} for c in cells]
-        out.write_text(json.dumps({"links": asdict(links), "rest_s": rest_s, "step_s": step_s, "loads": served}))
+        out.write_text(json.dumps({"links": asdict(links), "rehearsed": rehearsed, "loads": served}))
     dist.barrier()
     dist.destroy_process_group()
 
