@@ -10,19 +10,20 @@ the same arrivals and the same popularity of experts, and nothing of the run its
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.fleet_ranks import Work, rehearsal
+from benchmarks.fleet_ranks import Rehearsal, Work
 from benchmarks.netns import cluster, run_ranks
 from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.parallel.links import Effort
@@ -63,19 +64,22 @@ def run_real(work: Work, rate_mbit: float | None, timeout_s: float) -> dict[str,
         return found
 
 
-def machines_of(found: dict[str, Any], work: Work) -> tuple[Machines, Machines]:
-    """The simulation's machines, of what the ranks did before they served: of the rehearsal, and of the links alone."""
+def machines_of(found: dict[str, Any], work: Work) -> tuple[Machines, list[Machines]]:
+    """The simulation's machines: of the links alone, and for each load of the rehearsals before and after it."""
     model = work.model
     links = Machines.measured(Links.from_fields(found["links"], "the ranks"), work.ranks)
     links = replace(links, counts_first=True)
     table_ER = holders(Placement.even(model.num_experts, work.ranks))
     holder_LER = np.broadcast_to(table_ER, (model.num_layers, *table_ER.shape))
-    steps = [
-        Rehearsed(ids_LTK, home_T, seconds)
-        for (home_T, ids_LTK, _), seconds in zip(rehearsal(work), found["rehearsed"], strict=False)
-    ]
+    drawn = Rehearsal(work)
+    parts = [[_rehearsed(drawn, **each) for each in part] for part in found["rehearsed"]]
     shared = replace(links, cores=work.cores)
-    return calibrated(model, shared, holder_LER, steps), links
+    return links, [calibrated(model, shared, holder_LER, [*a, *b]) for a, b in itertools.pairwise(parts)]
+
+
+def _rehearsed(drawn: Rehearsal, tokens: int, seconds: float, expert_R: list[float]) -> Rehearsed:
+    home_T, ids_LTK, _ = drawn.draw(tokens)
+    return Rehearsed(ids_LTK, home_T, seconds, np.array(expert_R))
 
 
 def compare(
@@ -108,27 +112,28 @@ def _simulated(work: Work, qps: float, machines: Machines) -> tuple[float, ...]:
 
 def tables(work: Work, found: dict[str, Any], rate_mbit: float | None) -> tuple[Table, ...]:
     """The comparison by load, and what the simulation was calibrated with."""
-    machines, links = machines_of(found, work)
+    links, machines = machines_of(found, work)
     rows = [
         row
-        for qps, served in zip(work.loads, found["loads"], strict=True)
-        for row in compare(work, qps, served, (machines, links))
+        for qps, served, each in zip(work.loads, found["loads"], machines, strict=True)
+        for row in compare(work, qps, served, (each, links))
     ]
     where = "loopback" if rate_mbit is None else f"links of {rate_mbit:g} Mbit/s"
     columns = ("", "queries/s", "real", "simulated", "error [%]", "by links alone [%]")
     note = "error: simulated / real - 1. The simulation knows arrivals, popularity and the calibration below."
-    link, expert = machines.link, machines.expert
-    parts: tuple[tuple[Cell, ...], ...] = (
-        ("exchange, start [ms]", link.start_s * 1e3),
-        ("exchange, rate [MB/s]", link.rate / 1e6),
-        ("expert, start [ms]", expert.start_s * 1e3),
-        ("expert, rate [GFLOP/s]", expert.rate / 1e9),
-        ("step [ms]", machines.step_s * 1e3),
-        ("steps rehearsed", len(machines.spread)),
-    )
+    parts: dict[str, Callable[[Machines], float]] = {
+        "exchange, start [ms]": lambda m: m.link.start_s * 1e3,
+        "exchange, rate [MB/s]": lambda m: m.link.rate / 1e6,
+        "expert, start [ms]": lambda m: m.expert.start_s * 1e3,
+        "expert, rate [GFLOP/s]": lambda m: m.expert.rate / 1e9,
+        "step [ms]": lambda m: m.step_s * 1e3,
+        "steps rehearsed": lambda m: len(m.spread),
+    }
+    costs = tuple((name, *(of(each) for each in (*machines, links))) for name, of in parts.items())
+    names = ("part", *(f"{qps:g} queries/s" for qps in work.loads), "links alone")
     return (
         Table(f"{work.ranks} ranks over {where}", columns, tuple(rows), note),
-        Table("calibration, before the runs", ("part", "measured"), parts),
+        Table("calibration", names, costs, "Each load: of the rehearsals before and after it."),
     )
 
 
@@ -145,7 +150,7 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=64, help="queries per step and rank")
     parser.add_argument("--qps", type=float, nargs="+", default=[100.0, 500.0, 2000.0])
     parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
-    parser.add_argument("--rehearsal", type=float, default=10.0, metavar="SECONDS", help="that ranks rehearse steps")
+    parser.add_argument("--rehearsal", type=float, default=10.0, metavar="SECONDS", help="of each rehearsal")
     parser.add_argument("--rate", type=float, metavar="MBIT", help="of each rank's link, in namespaces; needs root")
     parser.add_argument("--seed", type=int, default=0)
     add_output_arguments(parser)
@@ -178,7 +183,9 @@ def main() -> None:
         if options.experts % options.ranks:
             raise ValueError(f"experts: expected a multiple of {options.ranks} ranks, got {options.experts}")
         announce(f"{options.ranks} ranks: links, then {len(loads)} loads of {options.seconds:g} s")
-        found = run_real(work, options.rate, 120 + options.rehearsal + 3 * options.seconds * len(loads))
+        found = run_real(
+            work, options.rate, 120 + options.rehearsal + (options.rehearsal + 3 * options.seconds) * len(loads)
+        )
     except ValueError as error:
         parser.error(str(error))
     except RuntimeError as error:

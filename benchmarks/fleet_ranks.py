@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,17 @@ from equipoise.plan.fleet.routes import draw, popularity
 from equipoise.plan.fleet.scenario import Batching, Demand, Machines, ModelShape, Scenario
 from equipoise.plan.fleet.simulate import arrivals, wanted
 
+LEAST_STEPS = 8  # that are rehearsed of each size
 Exchange = Callable[[Tensor, list[int], list[int]], Tensor]  # rows, rows to each rank, rows from each rank
 Swap = Callable[[Tensor], Tensor]  # one number for each rank -> one from each
 
 
 @dataclass(frozen=True)
 class Work:
-    """What all ranks are told. loads: queries per second, one run each. rehearsal_s: seconds of rehearsal."""
+    """What all ranks are told. loads: queries per second, one run each. rehearsal_s: seconds of each rehearsal.
+
+    There is a rehearsal before the first load and after each.
+    """
 
     model: ModelShape
     batching: Batching
@@ -62,13 +66,17 @@ class Work:
 
 @dataclass(frozen=True, eq=False)
 class Rank:
-    """One rank's experts. gate_eDF, up_eDF, down_eFD: of the experts first .. first + e - 1."""
+    """One rank's experts. gate_eDF, up_eDF, down_eFD: of the experts first .. first + e - 1.
+
+    computed_s: seconds that its experts have computed, layer by layer, without waiting for a core.
+    """
 
     number: int
     world: int
     gate_eDF: Tensor
     up_eDF: Tensor
     down_eFD: Tensor
+    computed_s: list[float] = field(default_factory=list)
 
     @staticmethod
     def made(model: ModelShape, number: int, world: int) -> Rank:
@@ -95,10 +103,12 @@ class Rank:
         came_RD = exchange(rows_RD, sends.tolist(), gets)
         x_RD, ids_RK = came_RD[:, :dim], came_RD[:, dim:].long()
         y_RD = torch.zeros_like(x_RD)
+        began = time.thread_time()
         for local in range(size):
             row_n = (ids_RK == self.number * size + local).any(1).nonzero().squeeze(1)
             if len(row_n):
                 y_RD.index_add_(0, row_n, self.expert(local, x_RD[row_n]))
+        self.computed_s.append(time.thread_time() - began)
         home_ND = exchange(y_RD, gets, sends.tolist())
         return torch.zeros_like(x_TD).index_add_(0, token_N, home_ND)
 
@@ -157,39 +167,62 @@ def _next(cell: Cell, began: float) -> tuple[Tensor, float]:
     return torch.tensor([int(taken[0]), int(taken[-1]) + 1]), now
 
 
-def rehearsal(work: Work) -> Iterator[tuple[np.ndarray, np.ndarray, float]]:
-    """Endless steps for ranks to rehearse: home_T, ids_LTK, and seconds to rest before; the same on all ranks.
+@dataclass(eq=False)
+class Rehearsal:
+    """Draws steps to rehearse, the same on all ranks that ask for the same numbers of tokens.
 
-    1, 2, 4 ... tokens, as many as a step may have at most, in random order, with another popularity of experts each
-    time. Half of them come after a rest as long as the window.
+    Experts have another popularity in each step, and half of the steps come after a rest as long as the window.
     """
-    model, rng = work.model, np.random.default_rng([work.seed, 11])
+
+    work: Work
+    rng: np.random.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rng = np.random.default_rng([self.work.seed, 11])
+
+    def draw(self, tokens: int) -> tuple[np.ndarray, np.ndarray, float]:
+        """home_T, ids_LTK, and seconds to rest before."""
+        model, ranks = self.work.model, self.work.ranks
+        wanted_LE = popularity(self.rng, model.num_layers, model.num_experts, 2 * self.rng.random())
+        ids_LTK = draw(self.rng, wanted_LE[:, None], tokens, model.top_k)
+        rest_s = self.work.batching.window_s * int(self.rng.integers(2))
+        return self.rng.integers(ranks, size=tokens), ids_LTK, rest_s
+
+
+def rehearse(rank: Rank, work: Work, steps: Rehearsal) -> list[dict[str, Any]]:
+    """Steps that are made for practice: tokens, seconds by the clock of the main rank, each rank's computing.
+
+    Of 1, 2, 4 ... tokens, as many as a step may have at most: LEAST_STEPS of each, then each for the same time.
+    """
+    found: list[tuple[int, float, float]] = []
     most = work.batching.max_batch * work.ranks
-    while True:
-        for tokens in rng.permutation(2 ** np.arange(most.bit_length())).tolist():
-            wanted_LE = popularity(rng, model.num_layers, model.num_experts, 2 * rng.random())
-            ids_LTK = draw(rng, wanted_LE[:, None], tokens, model.top_k)
-            yield rng.integers(work.ranks, size=tokens), ids_LTK, work.batching.window_s * int(rng.integers(2))
-
-
-def rehearse(rank: Rank, work: Work) -> list[float]:
-    """Seconds of each step of the rehearsal, by the clock of the main rank, until the time for it is over."""
-    found: list[float] = []
-    x_ND = torch.randn(work.batching.max_batch * work.ranks, work.model.dim)
+    spent = {2**power: (-LEAST_STEPS, 0.0) for power in range(most.bit_length())}  # steps still missing, seconds
+    x_ND = torch.randn(most, work.model.dim)
     dist.barrier()
     end = time.perf_counter() + work.rehearsal_s
-    for home_T, ids_LTK, rest_s in rehearsal(work):
+    while True:
+        chosen = torch.tensor([min(spent, key=lambda tokens: spent[tokens]) if time.perf_counter() < end else 0])
+        dist.broadcast(chosen, 0)
+        tokens = int(chosen)
+        if not tokens:
+            break
+        home_T, ids_LTK, rest_s = steps.draw(tokens)
+        mine, bounds = torch.from_numpy(np.flatnonzero(home_T == rank.number)), torch.tensor([0, tokens])
         if rank.number == 0:
             time.sleep(rest_s)
+        rank.computed_s.clear()
         began = time.perf_counter()
-        bounds = torch.tensor([0, len(home_T) if began < end else 0])
         dist.broadcast(bounds, 0)
-        if not bounds[1]:
-            return found
-        mine = torch.from_numpy(np.flatnonzero(home_T == rank.number))
         rank.step(x_ND[mine], torch.from_numpy(ids_LTK)[:, mine])
-        found.append(time.perf_counter() - began)
-    raise AssertionError  # the rehearsal is endless
+        found.append((tokens, time.perf_counter() - began, sum(rank.computed_s)))
+        missing, seconds = spent[tokens]
+        spent[tokens] = min(missing + 1, 0), seconds + found[-1][1]
+    computed_RN = torch.empty(work.ranks, len(found), dtype=torch.float64)
+    dist.all_gather_into_tensor(computed_RN, torch.tensor([each[2] for each in found], dtype=torch.float64))
+    return [
+        {"tokens": tokens, "seconds": seconds, "expert_R": computed_R}
+        for (tokens, seconds, _), computed_R in zip(found, computed_RN.T.tolist(), strict=True)
+    ]
 
 
 def main() -> None:
@@ -201,8 +234,11 @@ def main() -> None:
     with torch.no_grad():
         links = measure(work.effort)
         serve(rank, replace(work, seconds=min(work.seconds, 0.2)), work.loads[0])  # connections and buffers are made
-        rehearsed = rehearse(rank, work)
-        cells = [serve(rank, work, qps) for qps in work.loads]
+        steps = Rehearsal(work)
+        rehearsed, cells = [rehearse(rank, work, steps)], []
+        for qps in work.loads:
+            cells.append(serve(rank, work, qps))
+            rehearsed.append(rehearse(rank, work, steps))
     if rank.number == 0:
         served = [{"times": c.times.tolist(), "start": c.start_N.tolist(), "done": c.done_N.tolist()} for c in cells]
         out.write_text(json.dumps({"links": asdict(links), "rehearsed": rehearsed, "loads": served}))

@@ -18,7 +18,7 @@ import numpy as np
 from equipoise.plan.fleet.scenario import Machines, ModelShape
 
 Array = np.ndarray
-ALIKE = 24  # measured steps that one is taken from
+ALIKE = 12  # measured steps that one is taken from
 
 
 @dataclass(frozen=True, eq=False)
