@@ -217,11 +217,12 @@ def rehearse(rank: Rank, work: Work, steps: Rehearsal) -> list[dict[str, Any]]:
         found.append((tokens, time.perf_counter() - began, sum(rank.computed_s)))
         missing, seconds = spent[tokens]
         spent[tokens] = min(missing + 1, 0), seconds + found[-1][1]
-    computed_RN = torch.empty(work.ranks, len(found), dtype=torch.float64)
-    dist.all_gather_into_tensor(computed_RN, torch.tensor([each[2] for each in found], dtype=torch.float64))
+    computed_N = torch.tensor([each[2] for each in found], dtype=torch.float64)
+    computed_RN = [torch.empty_like(computed_N) for _ in range(work.ranks)]
+    dist.all_gather(computed_RN, computed_N)
     return [
         {"tokens": tokens, "seconds": seconds, "expert_R": computed_R}
-        for (tokens, seconds, _), computed_R in zip(found, computed_RN.T.tolist(), strict=True)
+        for (tokens, seconds, _), computed_R in zip(found, torch.stack(computed_RN, dim=1).tolist(), strict=True)
     ]
 
 
