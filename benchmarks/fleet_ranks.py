@@ -192,31 +192,29 @@ class Rehearsal:
 def rehearse(rank: Rank, work: Work, steps: Rehearsal) -> list[dict[str, Any]]:
     """Steps that are made for practice: tokens, seconds by the clock of the main rank, each rank's computing.
 
-    Of 1, 2, 4 ... tokens, as many as a step may have at most: LEAST_STEPS of each, then each for the same time.
+    First of 1 token, then of 2, 4, 8 ... as many as a step may have: each size gets the same time, and LEAST_STEPS at
+    least. They come in blocks, as a small step after the largest one may find links and buffers full.
     """
     found: list[tuple[int, float, float]] = []
     most = work.batching.max_batch * work.ranks
-    spent = {2**power: (-LEAST_STEPS, 0.0) for power in range(most.bit_length())}  # steps still missing, seconds
     x_ND = torch.randn(most, work.model.dim)
     dist.barrier()
-    end = time.perf_counter() + work.rehearsal_s
-    while True:
-        chosen = torch.tensor([min(spent, key=lambda tokens: spent[tokens]) if time.perf_counter() < end else 0])
-        dist.broadcast(chosen, 0)
-        tokens = int(chosen)
-        if not tokens:
-            break
-        home_T, ids_LTK, rest_s = steps.draw(tokens)
-        mine, bounds = torch.from_numpy(np.flatnonzero(home_T == rank.number)), torch.tensor([0, tokens])
-        if rank.number == 0:
-            time.sleep(rest_s)
-        rank.computed_s.clear()
-        began = time.perf_counter()
-        dist.broadcast(bounds, 0)
-        rank.step(x_ND[mine], torch.from_numpy(ids_LTK)[:, mine])
-        found.append((tokens, time.perf_counter() - began, sum(rank.computed_s)))
-        missing, seconds = spent[tokens]
-        spent[tokens] = min(missing + 1, 0), seconds + found[-1][1]
+    for tokens in 2 ** np.arange(most.bit_length()):
+        end, before = time.perf_counter() + work.rehearsal_s / most.bit_length(), len(found)
+        while True:
+            go_on = torch.tensor([len(found) - before < LEAST_STEPS or time.perf_counter() < end])
+            dist.broadcast(go_on, 0)
+            if not go_on:
+                break
+            home_T, ids_LTK, rest_s = steps.draw(int(tokens))
+            mine, bounds = torch.from_numpy(np.flatnonzero(home_T == rank.number)), torch.tensor([0, tokens])
+            if rank.number == 0:
+                time.sleep(rest_s)
+            rank.computed_s.clear()
+            began = time.perf_counter()
+            dist.broadcast(bounds, 0)
+            rank.step(x_ND[mine], torch.from_numpy(ids_LTK)[:, mine])
+            found.append((int(tokens), time.perf_counter() - began, sum(rank.computed_s)))
     computed_N = torch.tensor([each[2] for each in found], dtype=torch.float64)
     computed_RN = [torch.empty_like(computed_N) for _ in range(work.ranks)]
     dist.all_gather(computed_RN, computed_N)

@@ -93,10 +93,8 @@ def _fitted(by: Callable[[Machines], list[Step]], begin: Machines, seconds_N: Ar
         return np.array([each.seconds for each in by(with_parts(parts_P))])
 
     parts_P = np.maximum([seconds_N.min() / 4, begin.link.start_s, 1 / begin.link.rate], LEAST)
-    best: tuple[float, Array] = (inf, parts_P)
     for _ in range(ROUNDS):
         fitted_N = fitted(parts_P)
-        best = min(best, (float(((weight_N * np.log(seconds_N / fitted_N)) ** 2).sum()), parts_P), key=lambda e: e[0])
         slope_NP = np.stack(
             [
                 (fitted(parts_P * (1 + NUDGE * (np.arange(len(parts_P)) == part))) - fitted_N) / NUDGE
@@ -107,7 +105,7 @@ def _fitted(by: Callable[[Machines], list[Step]], begin: Machines, seconds_N: Ar
         left_N = seconds_N - fitted_N + slope_NP.sum(axis=1)  # what the experts don't explain
         factor_P = _least_squares(slope_NP * (weight_N / fitted_N)[:, None], weight_N * left_N / fitted_N)
         parts_P = np.maximum(parts_P * (1 + factor_P) / 2, LEAST)
-    return with_parts(best[1])
+    return with_parts(parts_P)
 
 
 def _least_squares(slope_NP: Array, target_N: Array) -> Array:
