@@ -25,7 +25,7 @@ from equipoise.plan.fleet.routes import draw, popularity
 from equipoise.plan.fleet.scenario import Batching, Demand, Machines, ModelShape, Scenario
 from equipoise.plan.fleet.simulate import arrivals, wanted
 
-LEAST_STEPS = 4  # that are rehearsed of each size
+LEAST_STEPS = 8  # that are rehearsed of each size
 Exchange = Callable[[Tensor, list[int], list[int]], Tensor]  # rows, rows to each rank, rows from each rank
 Swap = Callable[[Tensor], Tensor]  # one number for each rank -> one from each
 
