@@ -10,25 +10,29 @@ the same arrivals and the same popularity of experts, and nothing of the run its
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.fleet_ranks import Work
+from benchmarks.fleet_ranks import Rehearsal, Work
 from benchmarks.netns import cluster, run_ranks
 from equipoise.bench.report import Cell, Report, Table, add_output_arguments, announce, emit
 from equipoise.parallel.links import Effort
+from equipoise.plan.fleet.calibrate import Rehearsed, calibrated
 from equipoise.plan.fleet.result import WARM_UP
 from equipoise.plan.fleet.scenario import Batching, Machines, ModelShape
-from equipoise.plan.fleet.simulate import simulate
+from equipoise.plan.fleet.simulate import holders, simulate
 from equipoise.plan.links import Links
+from equipoise.types import Placement
 
 ROOT = Path(__file__).parents[1]
 
@@ -60,16 +64,29 @@ def run_real(work: Work, rate_mbit: float | None, timeout_s: float) -> dict[str,
         return found
 
 
-def machines_of(found: dict[str, Any], ranks: int) -> Machines:
-    """The simulation's machines, of what the ranks measured before they served."""
-    measured = Machines.measured(Links.from_fields(found["links"], "the ranks"), ranks)
-    return replace(measured, rest_s=found["rest_s"], step_s=found["step_s"], counts_first=True)
+def machines_of(found: dict[str, Any], work: Work) -> tuple[Machines, list[Machines]]:
+    """The simulation's machines: of the links alone, and for each load of the rehearsals before and after it."""
+    model = work.model
+    links = Machines.measured(Links.from_fields(found["links"], "the ranks"), work.ranks)
+    links = replace(links, counts_first=True)
+    table_ER = holders(Placement.even(model.num_experts, work.ranks))
+    holder_LER = np.broadcast_to(table_ER, (model.num_layers, *table_ER.shape))
+    drawn = Rehearsal(work)
+    parts = [[_rehearsed(drawn, **each) for each in part] for part in found["rehearsed"]]
+    shared = replace(links, cores=work.cores)
+    return links, [calibrated(model, shared, holder_LER, [*a, *b]) for a, b in itertools.pairwise(parts)]
 
 
-def compare(work: Work, qps: float, served: dict[str, Any], machines: Machines) -> tuple[tuple[Cell, ...], ...]:
+def _rehearsed(drawn: Rehearsal, tokens: int, seconds: float, expert_R: list[float]) -> Rehearsed:
+    home_T, ids_LTK, _ = drawn.draw(tokens)
+    return Rehearsed(ids_LTK, home_T, seconds, np.array(expert_R))
+
+
+def compare(
+    work: Work, qps: float, served: dict[str, Any], machines: Sequence[Machines]
+) -> tuple[tuple[Cell, ...], ...]:
     """Rows of a table: what was measured, what was simulated, and how far off that is."""
     times, start, done = (np.array(served[name]) for name in ("times", "start", "done"))
-    result = simulate(work.scenario(qps, machines), seed=work.seed)
     in_time, warm = done <= work.seconds, times >= WARM_UP * work.seconds
     latencies = (done - times)[in_time & warm]
     steps = len(np.unique(start[np.isfinite(start)]))
@@ -80,34 +97,43 @@ def compare(work: Work, qps: float, served: dict[str, Any], machines: Machines) 
         "served per second": float(in_time.sum()) / work.seconds,
         "queries per step": float(np.isfinite(start).sum()) / max(steps, 1),
     }
-    ours = (result.latency.p50 * 1e3, result.latency.p99 * 1e3, result.wait_s * 1e3, result.throughput)
-    simulated = dict(zip(real, (*ours, result.tokens_per_step), strict=True))
-    return tuple((name, qps, real[name], simulated[name], 100 * (simulated[name] / real[name] - 1)) for name in real)
+    simulated, by_links = (_simulated(work, qps, each) for each in machines)
+    return tuple(
+        (name, qps, value, simulated[number], *(100 * (each[number] / value - 1) for each in (simulated, by_links)))
+        for number, (name, value) in enumerate(real.items())
+    )
+
+
+def _simulated(work: Work, qps: float, machines: Machines) -> tuple[float, ...]:
+    result = simulate(work.scenario(qps, machines), seed=work.seed)
+    latency = result.latency
+    return latency.p50 * 1e3, latency.p99 * 1e3, result.wait_s * 1e3, result.throughput, result.tokens_per_step
 
 
 def tables(work: Work, found: dict[str, Any], rate_mbit: float | None) -> tuple[Table, ...]:
     """The comparison by load, and what the simulation was calibrated with."""
-    machines = machines_of(found, work.ranks)
+    links, machines = machines_of(found, work)
     rows = [
         row
-        for qps, served in zip(work.loads, found["loads"], strict=True)
-        for row in compare(work, qps, served, machines)
+        for qps, served, each in zip(work.loads, found["loads"], machines, strict=True)
+        for row in compare(work, qps, served, (each, links))
     ]
     where = "loopback" if rate_mbit is None else f"links of {rate_mbit:g} Mbit/s"
-    columns = ("", "queries/s", "real", "simulated", "error [%]")
+    columns = ("", "queries/s", "real", "simulated", "error [%]", "by links alone [%]")
     note = "error: simulated / real - 1. The simulation knows arrivals, popularity and the calibration below."
-    link, expert = machines.link, machines.expert
-    parts: tuple[tuple[Cell, ...], ...] = (
-        ("exchange, start [ms]", link.start_s * 1e3),
-        ("exchange, rate [MB/s]", link.rate / 1e6),
-        ("expert, start [ms]", expert.start_s * 1e3),
-        ("expert, rate [GFLOP/s]", expert.rate / 1e9),
-        ("rest of a layer [ms]", machines.rest_s * 1e3),
-        ("step [ms]", machines.step_s * 1e3),
-    )
+    parts: dict[str, Callable[[Machines], float]] = {
+        "exchange, start [ms]": lambda m: m.link.start_s * 1e3,
+        "exchange, rate [MB/s]": lambda m: m.link.rate / 1e6,
+        "expert, start [ms]": lambda m: m.expert.start_s * 1e3,
+        "expert, rate [GFLOP/s]": lambda m: m.expert.rate / 1e9,
+        "step [ms]": lambda m: m.step_s * 1e3,
+        "steps rehearsed": lambda m: len(m.spread),
+    }
+    costs = tuple((name, *(of(each) for each in (*machines, links))) for name, of in parts.items())
+    names = ("part", *(f"{qps:g} queries/s" for qps in work.loads), "links alone")
     return (
         Table(f"{work.ranks} ranks over {where}", columns, tuple(rows), note),
-        Table("calibration, before the runs", ("part", "measured"), parts),
+        Table("calibration", names, costs, "Each load: of the rehearsals before and after it."),
     )
 
 
@@ -124,6 +150,7 @@ def main() -> None:
     parser.add_argument("--max-batch", type=int, default=64, help="queries per step and rank")
     parser.add_argument("--qps", type=float, nargs="+", default=[100.0, 500.0, 2000.0])
     parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
+    parser.add_argument("--rehearsal", type=float, default=10.0, metavar="SECONDS", help="of each rehearsal")
     parser.add_argument("--rate", type=float, metavar="MBIT", help="of each rank's link, in namespaces; needs root")
     parser.add_argument("--seed", type=int, default=0)
     add_output_arguments(parser)
@@ -132,19 +159,33 @@ def main() -> None:
     effort = Effort(sizes=sizes, dim=options.dim, hidden_dim=options.hidden_dim, rows=(1, 2, 4, 8, 16, 32))
     if options.smoke:
         options.ranks, options.dim, options.hidden_dim, options.qps, options.seconds = 2, 32, 64, [200.0], 0.5
+        options.rehearsal = 0.5
         effort = Effort(sizes=(1024, 65536), rows=(1, 4), seconds=0.02, least=3, dim=32, hidden_dim=64)
     try:
         shape = {"num_experts": options.experts, "num_layers": options.layers, "dim": options.dim}
         model = ModelShape(**shape, hidden_dim=options.hidden_dim, bytes_per_element=4, capacity=None)
         batching = Batching(window_s=options.window / 1e3, max_batch=options.max_batch)
-        loads = tuple(options.qps)
-        work = Work(model, batching, options.ranks, options.skew, options.seconds, loads, options.seed, effort)
+        loads, cores = tuple(options.qps), len(os.sched_getaffinity(0))
+        work = Work(
+            model,
+            batching,
+            options.ranks,
+            options.skew,
+            options.seconds,
+            loads,
+            options.seed,
+            effort,
+            options.rehearsal,
+            cores,
+        )
         for qps in loads:
             work.scenario(qps)
         if options.experts % options.ranks:
             raise ValueError(f"experts: expected a multiple of {options.ranks} ranks, got {options.experts}")
         announce(f"{options.ranks} ranks: links, then {len(loads)} loads of {options.seconds:g} s")
-        found = run_real(work, options.rate, 120 + 3 * options.seconds * len(loads))
+        found = run_real(
+            work, options.rate, 120 + options.rehearsal + (options.rehearsal + 3 * options.seconds) * len(loads)
+        )
     except ValueError as error:
         parser.error(str(error))
     except RuntimeError as error:

@@ -117,10 +117,13 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS), help="beside top-2; default: all")
     parser.add_argument("--seeds", type=int, default=6, help="runs of each arm (default 6)")
     parser.add_argument("--steps", type=int, default=1200, help="of each run (default 1200)")
+    parser.add_argument("--warmup", type=int, help="steps of warm-up (default: the recipe's)")
     parser.add_argument("--out", type=Path, default=Path("runs/scmoe"), help="where results are kept")
     add_output_arguments(parser)
     options = parser.parse_args()
     base = replace(recipe("tiny_scmoe"), steps=options.steps, eval_every=0, checkpoint_every=0, eval_batches=32)
+    if options.warmup is not None:
+        base = replace(base, optim=replace(base.optim, warmup=options.warmup))
     if options.smoke:
         torch.set_num_threads(1)
         options.seeds = 2

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.fleet_ranks import Rank
+from benchmarks.fleet_ranks import LEAST_STEPS, Rank
 from benchmarks.netns import unusable
 
 from equipoise.plan.fleet.scenario import ModelShape
@@ -36,7 +36,12 @@ def check(done):
         assert 0 < rows["waiting, mean [ms]"][name] < rows["latency p99 [ms]"][name]
         assert rows["latency p50 [ms]"][name] <= rows["latency p99 [ms]"][name]
     assert rows["served per second"]["simulated"] <= 2 * rows["served per second"]["real"]  # the same arrivals
-    assert all(row["measured"] >= 0 for row in calibration["rows"])
+    (qps,) = {row["queries/s"] for row in comparison["rows"]}
+    of_load, of_links = f"{qps:g} queries/s", "links alone"
+    parts = {row["part"]: row for row in calibration["rows"]}
+    assert all(row[name] is None or row[name] >= 0 for row in parts.values() for name in (of_load, of_links))
+    assert parts["steps rehearsed"][of_load] >= 2 * 8 * LEAST_STEPS  # two rehearsals of eight sizes
+    assert parts["steps rehearsed"][of_links] == 0
     return report
 
 

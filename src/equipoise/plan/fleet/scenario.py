@@ -72,6 +72,9 @@ class Machines:
     link: an exchange between all ranks, by the bytes of the busiest. expert: an expert with rows in a step, by
     floating-point operations. rest_s: per layer, all that is neither. step_s: per step, of the scheduler.
     counts_first: ranks tell each other how many rows come before they send them: one more latency per layer.
+    cores: that all ranks compute on together; None: each has its own. spread: of measured steps, in ascending order,
+    the seconds by these costs and how many times as long they took; each simulated step takes as many times as long as
+    one of those most like it. Without: exactly as long as the costs say.
     """
 
     ranks: int = 16
@@ -80,9 +83,11 @@ class Machines:
     rest_s: float = 0.0
     step_s: float = 0.0
     counts_first: bool = False
+    cores: int | None = None
+    spread: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
-        _at_least_1(self, "ranks")
+        _at_least_1(self, "ranks", *["cores"] * (self.cores is not None))
         for name in ("rest_s", "step_s"):
             if not 0 <= getattr(self, name) < inf:
                 raise ValueError(f"{name}: expected at least 0 seconds, got {getattr(self, name)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from equipoise.plan.fleet.cell import Cell
 from equipoise.plan.fleet.result import FleetResult, Tally, summarise
 from equipoise.plan.fleet.routes import admit, draw, popularity
 from equipoise.plan.fleet.scenario import Scenario
-from equipoise.plan.fleet.step import Done, step
+from equipoise.plan.fleet.step import Done, step, varied
 from equipoise.types import Placement
 
 Array = np.ndarray
@@ -101,6 +101,7 @@ class _World:
     seed: int
     trace: Trace | None
     rng: np.random.Generator = field(init=False)
+    vary_rng: np.random.Generator = field(init=False)
     popularity_LE: Array = field(init=False)
     shares_G: Array = field(init=False)
     holders: list[Array] = field(init=False)
@@ -109,6 +110,7 @@ class _World:
         scenario = self.scenario
         model, design = scenario.model, scenario.design
         self.rng = np.random.default_rng([self.seed, 2])
+        self.vary_rng = np.random.default_rng([self.seed, 4])
         self.popularity_LE = wanted(scenario, self.seed)
         self.shares_G = hashed_shares(np.random.default_rng([self.seed, 3]), design.groups, scenario.traffic.key_skew)
         if design.first == "learned":  # one router for all layers of a query
@@ -148,6 +150,9 @@ class _World:
             ids_LTK, fits_LTK = admit(choices_LTC, model.top_k, room)
         spent = step(model, self.scenario.machines, self.holders[number], ids_LTK, fits_LTK, home_T)
         moved = int((ids_LTK != wanted_LTK).sum())
+        spent = replace(
+            spent, seconds=spent.seconds * varied(self.scenario.machines.spread, spent.seconds, self.vary_rng)
+        )
         return Done(spent, len(home_T), ids_LTK.size, moved, int((~fits_LTK).sum()))
 
     def _choices(self, number: int, tokens: int, now: float) -> tuple[Array, int]:

@@ -10,6 +10,7 @@ The ranks go through a step together, as collectives make them. In each layer
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from equipoise.plan.fleet.scenario import Machines, ModelShape
 
 Array = np.ndarray
+ALIKE = 12  # measured steps that one is taken from
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +83,19 @@ def step(
     )
 
 
+def varied(spread: tuple[tuple[float, float], ...], seconds: float, rng: np.random.Generator) -> float:
+    """How many times as long as its costs a step of so many seconds takes: as one of the ALIKE nearest measured ones.
+
+    spread: as in `Machines`; without one 1, and nothing is drawn.
+    """
+    if not spread:
+        return 1.0
+    first = bisect_left(spread, (seconds,)) - ALIKE // 2
+    first = max(min(first, len(spread) - ALIKE), 0)
+    alike = spread[first : first + ALIKE]
+    return alike[int(rng.integers(len(alike)))][1]
+
+
 def _work(machines: Machines, row_flops: int, rows_LRE: Array) -> Array:
     """Seconds (L, R) of experts with so many rows; one without takes nothing."""
     cost = machines.expert
@@ -93,11 +108,16 @@ def _layer_seconds(machines: Machines, row_bytes: int, in_LR: Array, out_LR: Arr
     ranks = in_LR.shape[1]
     if ranks == 1:
         return np.asarray(busy_LR[:, 0])
-    cost = machines.exchange(ranks)
+    cost, cores = machines.exchange(ranks), machines.cores
     row_s = row_bytes / cost.rate
     most_out_L1 = out_LR.max(axis=1, keepdims=True)
     there_LR = cost.start_s + np.maximum(in_LR, most_out_L1) * row_s
     done_LR = there_LR + busy_LR
+    if (
+        cores is not None and cores < ranks
+    ):  # they share: no rank is done before its work, nor the last before all of it
+        all_done_L = there_LR.min(axis=1) + busy_LR.sum(axis=1) / cores
+        done_LR = done_LR + np.maximum(all_done_L - done_LR.max(axis=1), 0)[:, None]
     # back: rank r sends what it got; a rank gets as many results as it sent rows, the first when the first is done
     last_sender_L = (done_LR + in_LR * row_s).max(axis=1)
     last_receiver_L = done_LR.min(axis=1) + most_out_L1[:, 0] * row_s
