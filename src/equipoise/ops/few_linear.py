@@ -26,7 +26,9 @@ def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def projections(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """What each layer makes of x. Those that are no plain `nn.Linear`, or are watched by hooks, are called as ever."""
-    if not all(type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in layers):
+    if not all(
+        type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks for layer in layers
+    ):
         return tuple(layer(x) for layer in layers)
     plain: Sequence[nn.Linear] = layers  # type: ignore[assignment]  # asked above
     if not is_few(x, [layer.weight for layer in plain]):
