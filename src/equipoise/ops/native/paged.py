@@ -1,7 +1,7 @@
 """The binding of paged.cpp: attention of one new token of each sequence over keys and values in blocks, where they lie.
 
-No gradients. Its twin is what `serve.paged_cache` does without it: copy the blocks, fill up, mask, and let torch attend.
-A sequence's result has the same bits alone, among others, and on any number of threads.
+No gradients. Its twin is what `serve.paged_cache` does without it: copy the blocks, fill up, mask, let torch attend. A
+sequence's result has the same bits alone, among others, and on any number of threads.
 """
 
 from __future__ import annotations
