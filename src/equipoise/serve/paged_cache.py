@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,8 +73,7 @@ def _attending(config: DecoderConfig) -> list[int]:
     return [layer for layer in range(config.num_layers) if layer not in config.mamba_layer_ids]
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Tokens of one sequence in this forward: from position `start` on, so many. blocks: of all its tokens so far.
 
     slot: where its states are, in a model that has some.

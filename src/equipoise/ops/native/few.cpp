@@ -61,7 +61,7 @@ struct Int8 {
     static Vec add(Vec sum, __m512bh w, const bf16* x) { return Bf16::add(sum, w, x); }
 };
 
-constexpr long AHEAD = 4096;  // bytes
+constexpr long AHEAD = 8192;  // bytes: 4096 reads an eighth less in the same time
 
 // out[n * stride + c]: dot product of C consecutive rows of w with N rows x.
 template <class K, int C, int N>

@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr long AHEAD = 4096;      // bytes, that are asked for before they are needed
+constexpr long AHEAD = 8192;      // bytes, that are asked for before they are needed
 constexpr long CHANNELS = 32;     // outputs that one thread takes at a time
 constexpr long ENOUGH = 1 << 17;  // products of two numbers that are worth another thread
 
