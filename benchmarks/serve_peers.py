@@ -70,10 +70,8 @@ def decoder(vocab_size: int, dim: int, num_layers: int, num_experts: int, hidden
     )
 
 
-SIZES = {
-    "demo: dim 192, 4 layers, 16 experts": decoder(2048, 192, 4, 16, 256),
-    "large: dim 512, 8 layers, 16 experts": decoder(8192, 512, 8, 16, 512),
-}
+LARGE = "large: dim 512, 8 layers, 16 experts"
+SIZES = {"demo: dim 192, 4 layers, 16 experts": decoder(2048, 192, 4, 16, 256), LARGE: decoder(8192, 512, 8, 16, 512)}
 SMOKE_SIZES = {"smoke": decoder(512, 64, 2, 4, 64)}
 
 
@@ -146,7 +144,7 @@ def timed(runs: Mapping[str, Run], asks: Mapping[str, Sequence[Ask]], effort: Ef
     return {what: {name: seconds[f"{name}|{what}"] for name in runs} for what in asks}
 
 
-def throughput(subject: Subject, runs: Mapping[str, Run], work: Workload, effort: Effort) -> Table:
+def throughput(subject: Subject, runs: Mapping[str, Run], work: Workload, effort: Effort) -> list[Table]:
     """All mixed requests at once."""
     percent = agreement(runs, work.mixed, must_agree=subject.dtype == torch.float32)
     seconds = timed(runs, {"mixed": work.mixed}, effort)["mixed"]  # comparing has warmed everything up
@@ -167,10 +165,10 @@ def throughput(subject: Subject, runs: Mapping[str, Run], work: Workload, effort
         "our answers up to the first that differs; random weights have many near ties."
     )
     columns = ("engine", "time [s]", "answer tokens/s", "time / ours", "same text [%]")
-    return Table(f"Throughput, {subject.name}, {subject.type_name}", columns, rows, note)
+    return [Table(f"Throughput, {subject.name}, {subject.type_name}", columns, rows, note)]
 
 
-def single_stream(subject: Subject, runs: Mapping[str, Run], work: Workload, effort: Effort) -> Table:
+def single_stream(subject: Subject, runs: Mapping[str, Run], work: Workload, effort: Effort) -> list[Table]:
     """One request, nobody else."""
     both = timed(runs, {"first": [Ask(work.one.prompt, 1)], "whole": [work.one]}, effort)
     step = decode_seconds(both["first"], both["whole"], work.one.max_tokens)
@@ -179,7 +177,7 @@ def single_stream(subject: Subject, runs: Mapping[str, Run], work: Workload, eff
     )
     note = f"A prompt of {len(work.one.prompt)} tokens, {work.one.max_tokens} answered."
     columns = ("engine", "to the first token [ms]", "then tokens/s", "time per token / ours")
-    return Table(f"One request alone, {subject.name}, {subject.type_name}", columns, rows, note)
+    return [Table(f"One request alone, {subject.name}, {subject.type_name}", columns, rows, note)]
 
 
 def by_batch(subject: Subject, runs: Mapping[str, Run], work: Workload, effort: Effort) -> list[Table]:
@@ -225,17 +223,24 @@ def rate(seconds: Sequence[float], count: float) -> Spread:
     return spread([count / each for each in seconds])
 
 
-def measure(subject: Subject, wanted: Sequence[str], smoke: bool, effort: Effort) -> tuple[list[Table], list[str]]:
-    """All tables of one model in one type."""
-    work = workload(subject.config.vocab_size, smoke)
+TABLES: dict[str, Callable[[Subject, Mapping[str, Run], Workload, Effort], list[Table]]] = {
+    "mixed": throughput,
+    "one": single_stream,
+    "batches": by_batch,
+}
+
+
+def measure(
+    subject: Subject, wanted: Sequence[str], tables: Sequence[str], smoke: bool, effort: Effort
+) -> tuple[list[Table], list[str]]:
+    """The tables of one model in one type, and why some engines are not in them."""
+    work, made = workload(subject.config.vocab_size, smoke), []
     with ExitStack() as stack:
         runs, notes = open_peers(subject, wanted, stack)
-        announce(f"{subject.name}, {subject.type_name}: throughput")
-        tables = [throughput(subject, runs, work, effort)]
-        announce(f"{subject.name}, {subject.type_name}: one request alone")
-        tables.append(single_stream(subject, runs, work, effort))
-        tables += by_batch(subject, runs, work, effort)
-    return tables, notes
+        for name in tables:
+            announce(f"{subject.name}, {subject.type_name}: {name}")
+            made += TABLES[name](subject, runs, work, effort)
+    return made, notes
 
 
 def main() -> None:
@@ -244,12 +249,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4, help="each engine's turns")
     parser.add_argument("--only", nargs="*", default=list(PEERS), metavar="PEER", help="besides ours")
     parser.add_argument("--models", nargs="*", default=["demo", "large"], help="which of demo and large")
+    parser.add_argument("--types", nargs="*", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--tables", nargs="*", default=list(TABLES), choices=list(TABLES), help="what to measure")
     add_output_arguments(parser)
     options = parser.parse_args()
     if unknown := [name for name in options.only if name not in PEERS]:
         parser.error(f"--only: expected some of {', '.join(PEERS)}, got {unknown[0]}")
     sizes = {name: config for name, config in SIZES.items() if name.partition(":")[0] in options.models}
-    dtypes, effort = DTYPES, Effort(options.rounds, warmup=1)
+    dtypes, effort = {name: DTYPES[name] for name in options.types}, Effort(options.rounds, warmup=1)
     max_running = 64
     if options.smoke:
         torch.set_num_threads(1)
@@ -261,7 +268,7 @@ def main() -> None:
         for dtype in dtypes.values():
             with tempfile.TemporaryDirectory() as folder:
                 subject = make_subject(name, config, dtype, Path(folder), max_running)
-                made, left_out = measure(subject, wanted, options.smoke, effort)
+                made, left_out = measure(subject, wanted, options.tables, options.smoke, effort)
                 tables += made
                 notes += left_out
     settings: dict[str, Any] = {"rounds": effort.rounds, "peers": _versions()}
