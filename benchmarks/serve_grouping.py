@@ -1,9 +1,8 @@
-"""Does it pay to decode answers together that use the same experts?  python -m benchmarks.serve_grouping [RUN]
+"""Does it pay to decode answers together that use the same experts?  python -m benchmarks.serve_grouping RUN
 
 Answers to real text of all domains go on side by side, a limited number in each step: in turn, or those first whose
 last tokens went to the same experts. Counts the experts that a step touches, tokens per second and the longest wait.
-RUN is a run folder, whose experts mean something; without one it is a model with random weights that are so many that
-reading them takes most of a step (dim 512, 8 layers, 16 experts, bf16).
+--widen 16 makes experts that many times as wide with zeros: the same answers and experts, and as much more to read.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F  # noqa: N812 - the name that torch's own documentation uses
 
-from benchmarks.serve_peers import LARGE, SIZES
-from benchmarks.serving import random_model, write_run
 from equipoise.bench.harness import spread
 from equipoise.bench.report import Report, Table, add_output_arguments, announce, emit
+from equipoise.models.decoder import Decoder
 from equipoise.models.run_files import Loaded, load
 from equipoise.serve.engine import Engine, StepReport
 from equipoise.serve.request import Request, Sampling
@@ -176,6 +175,25 @@ def prompts_of(loaded: Loaded, spec: str, number: int, length: int) -> tuple[tup
     return tuple(prompts)
 
 
+def widened(loaded: Loaded, times: int) -> Loaded:
+    """The same model with experts `times` as wide: what is added is zero, and adds nothing but bytes."""
+    config = loaded.model.config
+    assert config.moe is not None
+    hidden, wide = config.moe.hidden_dim, times * config.moe.hidden_dim
+    model = Decoder(replace(config, moe=replace(config.moe, hidden_dim=wide))).to(
+        loaded.model.embed_tokens.weight.dtype
+    )
+    state = loaded.model.state_dict()
+    for name, tensor in state.items():
+        if name.endswith("experts.gate_up_proj"):
+            parts = [F.pad(part, (0, 0, 0, wide - hidden)) for part in tensor.chunk(2, dim=1)]
+            state[name] = torch.cat(parts, dim=1)
+        elif name.endswith("experts.down_proj"):
+            state[name] = F.pad(tensor, (0, wide - hidden))
+    model.load_state_dict(state)
+    return replace(loaded, model=model.eval())
+
+
 def small_run(folder: Path) -> tuple[Path, str]:
     """(a run folder, its corpus): a few steps on two domains of the embedded corpus, for --smoke."""
     embedded = corpus("embedded", ("python", "scripture"))
@@ -196,6 +214,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_grouping", description=__doc__)
     parser.add_argument("run", nargs="?", help="a run folder, such as `equipoise train demo` writes")
+    parser.add_argument("--widen", type=int, default=1, metavar="N", help="experts N times as wide, filled with zeros")
     parser.add_argument("--data", default="embedded", help="what prompts are taken from, see `equipoise train`")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16], metavar="N", help="decode_batch")
     parser.add_argument("--answers", type=int, default=32, help="side by side; more than the largest decode_batch")
@@ -208,18 +227,22 @@ def main() -> None:
     if options.smoke:
         torch.set_num_threads(1)
         options.sizes, options.answers, options.prompt, options.tokens, options.rounds = [2, 4], 8, 8, 8, 2
+    elif options.run is None:
+        parser.error("run: expected a run folder, such as `equipoise train demo` writes; or --smoke")
     with tempfile.TemporaryDirectory() as folder:
         if options.smoke:
             run, spec = small_run(Path(folder))
-        elif options.run is None:
-            run, spec = Path(folder) / "random", options.data
-            write_run(run, random_model(SIZES[LARGE], torch.bfloat16))
         else:
             run, spec = Path(options.run), options.data
-        loaded = load(run)
+        loaded = widened(load(run), options.widen)
         work = Workload(prompts_of(loaded, spec, options.answers, options.prompt), options.tokens, options.skips)
         settings = {"run": run.name, "corpus": "two domains" if options.smoke else spec, "answers": options.answers}
-        settings |= {"prompt": options.prompt, "tokens": options.tokens, "max_skips": options.skips}
+        settings |= {
+            "prompt": options.prompt,
+            "tokens": options.tokens,
+            "max_skips": options.skips,
+            "widen": options.widen,
+        }
         settings |= {"experts": loaded.model.config.moe.num_experts if loaded.model.config.moe else 0}
         emit(
             Report(settings | {"rounds": options.rounds}, tables(loaded, work, options.sizes, options.rounds)), options

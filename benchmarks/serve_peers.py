@@ -70,19 +70,22 @@ def decoder(vocab_size: int, dim: int, num_layers: int, num_experts: int, hidden
     )
 
 
-LARGE = "large: dim 512, 8 layers, 16 experts"
-SIZES = {"demo: dim 192, 4 layers, 16 experts": decoder(2048, 192, 4, 16, 256), LARGE: decoder(8192, 512, 8, 16, 512)}
+SIZES = {
+    "demo: dim 192, 4 layers, 16 experts": decoder(2048, 192, 4, 16, 256),
+    "large: dim 512, 8 layers, 16 experts": decoder(8192, 512, 8, 16, 512),
+}
 SMOKE_SIZES = {"smoke": decoder(512, 64, 2, 4, 64)}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """mixed: requests at the same time. one: alone. batches: how many alike at a time, their answers' length."""
+    """mixed: requests at the same time. one: alone. batches: how many of `alike` at a time: other prompts of one length,
+    as equal ones would all go to the same few experts."""
 
     mixed: tuple[Ask, ...]
     one: Ask
     batches: tuple[int, ...]
-    alike: Ask
+    alike: tuple[Ask, ...]
 
 
 def workload(vocab_size: int, smoke: bool) -> Workload:
@@ -93,9 +96,9 @@ def workload(vocab_size: int, smoke: bool) -> Workload:
         return Ask(tuple(rng.randrange(256, vocab_size - 1) for _ in range(prompt)), answer)
 
     if smoke:
-        return Workload(tuple(ask(4 + i, 2 + i) for i in range(3)), ask(8, 4), (1, 2), ask(4, 4))
+        return Workload(tuple(ask(4 + i, 2 + i) for i in range(3)), ask(8, 4), (1, 2), (ask(4, 4), ask(4, 4)))
     mixed = tuple(ask(rng.randint(8, 128), rng.randint(16, 96)) for _ in range(16))
-    return Workload(mixed, ask(64, 64), (1, 2, 4, 8, 16, 32, 64), ask(16, 32))
+    return Workload(mixed, ask(64, 64), (1, 2, 4, 8, 16, 32, 64), tuple(ask(16, 32) for _ in range(64)))
 
 
 # ------------------------------------------------------------------------------------------------- measuring
@@ -187,9 +190,9 @@ def by_batch(subject: Subject, runs: Mapping[str, Run], work: Workload, effort: 
     runs = {name: run for name, run in runs.items() if name in BY_BATCH}
     for size in work.batches:
         announce(f"{subject.name}, {subject.type_name}: batches of {size}")
-        first = [Ask(work.alike.prompt, 1)] * size
-        both = timed(runs, {"first": first, "whole": [work.alike] * size}, effort)
-        steps[size] = decode_seconds(both["first"], both["whole"], work.alike.max_tokens)
+        asks = work.alike[:size]
+        both = timed(runs, {"first": [Ask(ask.prompt, 1) for ask in asks], "whole": asks}, effort)
+        steps[size] = decode_seconds(both["first"], both["whole"], asks[0].max_tokens)
         for name in runs:
             rows.append((size, name, spread(steps[size][name]).times(1e3), rate(steps[size][name], size)))
     title = f"{subject.name}, {subject.type_name}"
