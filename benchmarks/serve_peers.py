@@ -79,8 +79,10 @@ SMOKE_SIZES = {"smoke": decoder(512, 64, 2, 4, 64)}
 
 @dataclass(frozen=True)
 class Workload:
-    """mixed: requests at the same time. one: alone. batches: how many of `alike` at a time: other prompts of one length,
-    as equal ones would all go to the same few experts."""
+    """mixed: requests at the same time. one: alone. batches: how many of `alike` at a time.
+
+    alike: different prompts of one length; equal ones would all go to the same few experts.
+    """
 
     mixed: tuple[Ask, ...]
     one: Ask
