@@ -54,7 +54,7 @@ class Attention(nn.Module):
         q, k, v = projections(x_BSD, [self.q_proj, self.k_proj, self.v_proj])
         if self.norm_whole:
             q, k = normed(q, self.q_norm), normed(k, self.k_norm)
-        q, k, v = (each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in (q, k, v))
+        q, k, v = (each.reshape(*each.shape[:-1], -1, self.head_dim).transpose(1, 2) for each in (q, k, v))
         if not self.norm_whole:
             q, k = normed(q, self.q_norm), normed(k, self.k_norm)
         if rotary is not None:

@@ -21,7 +21,7 @@ def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if not is_few(x, weights):
         return tuple(F.linear(x, weight) for weight in weights)
     y_NO = few_rows_linear(x.reshape(-1, x.shape[-1]), weights).view(*x.shape[:-1], -1)
-    return (y_NO,) if len(weights) == 1 else y_NO.split([weight.shape[0] for weight in weights], dim=-1)
+    return (y_NO,) if len(weights) == 1 else torch.split(y_NO, [weight.shape[0] for weight in weights], dim=-1)
 
 
 def projections(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
