@@ -54,7 +54,7 @@ class Attention(nn.Module):
         q, k, v = projections(x_BSD, [self.q_proj, self.k_proj, self.v_proj])
         if self.norm_whole:
             q, k = normed(q, self.q_norm), normed(k, self.k_norm)
-        q, k, v = (each.reshape(*each.shape[:-1], -1, self.head_dim).transpose(1, 2) for each in (q, k, v))
+        q, k, v = (self._by_head(each) for each in (q, k, v))
         if not self.norm_whole:
             q, k = normed(q, self.q_norm), normed(k, self.k_norm)
         if rotary is not None:
@@ -63,6 +63,10 @@ class Attention(nn.Module):
         sight = Sight(self.window, self.sinks)
         y = attend(q, k, v, mask, sight) if cache is None else cache.attend(self.layer, q, k, v, mask, sight)
         return y.transpose(1, 2).flatten(2)
+
+    def _by_head(self, x_BSX: Tensor) -> Tensor:
+        B, S, X = x_BSX.shape
+        return x_BSX.view(B, S, X // self.head_dim, self.head_dim).transpose(1, 2)
 
     def init_weights(self, std: float, output_std: float) -> None:
         """Draw the projections from normal(0, std), the output projection from normal(0, output_std)."""
