@@ -2,6 +2,7 @@
 
 Answers to real text of all domains go on side by side, a limited number in each step: in turn, or those first whose
 last tokens went to the same experts. Counts the experts that a step touches, tokens per second and the longest wait.
+--widen 16 makes experts that many times as wide with zeros: the same answers and experts, and as much more to read.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional as F  # noqa: N812 - the name that torch's own documentation uses
 
 from equipoise.bench.harness import spread
 from equipoise.bench.report import Report, Table, add_output_arguments, announce, emit
+from equipoise.models.decoder import Decoder
 from equipoise.models.run_files import Loaded, load
 from equipoise.serve.engine import Engine, StepReport
 from equipoise.serve.request import Request, Sampling
@@ -172,6 +175,25 @@ def prompts_of(loaded: Loaded, spec: str, number: int, length: int) -> tuple[tup
     return tuple(prompts)
 
 
+def widened(loaded: Loaded, times: int) -> Loaded:
+    """The same model with experts `times` as wide: what is added is zero, and adds nothing but bytes."""
+    config = loaded.model.config
+    assert config.moe is not None
+    hidden, wide = config.moe.hidden_dim, times * config.moe.hidden_dim
+    model = Decoder(replace(config, moe=replace(config.moe, hidden_dim=wide))).to(
+        loaded.model.embed_tokens.weight.dtype
+    )
+    state = loaded.model.state_dict()
+    for name, tensor in state.items():
+        if name.endswith("experts.gate_up_proj"):
+            parts = [F.pad(part, (0, 0, 0, wide - hidden)) for part in tensor.chunk(2, dim=1)]
+            state[name] = torch.cat(parts, dim=1)
+        elif name.endswith("experts.down_proj"):
+            state[name] = F.pad(tensor, (0, wide - hidden))
+    model.load_state_dict(state)
+    return replace(loaded, model=model.eval())
+
+
 def small_run(folder: Path) -> tuple[Path, str]:
     """(a run folder, its corpus): a few steps on two domains of the embedded corpus, for --smoke."""
     embedded = corpus("embedded", ("python", "scripture"))
@@ -191,14 +213,15 @@ def small_run(folder: Path) -> tuple[Path, str]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_grouping", description=__doc__)
-    parser.add_argument("run", nargs="?", help="a run folder; --smoke makes a small one of its own")
+    parser.add_argument("run", nargs="?", help="a run folder, such as `equipoise train demo` writes")
+    parser.add_argument("--widen", type=int, default=1, metavar="N", help="experts N times as wide, filled with zeros")
     parser.add_argument("--data", default="embedded", help="what prompts are taken from, see `equipoise train`")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[2, 4, 8, 16], metavar="N", help="decode_batch")
-    parser.add_argument("--answers", type=int, default=48, help="side by side; more than the largest decode_batch")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of each prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16], metavar="N", help="decode_batch")
+    parser.add_argument("--answers", type=int, default=32, help="side by side; more than the largest decode_batch")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of each prompt")
+    parser.add_argument("--tokens", type=int, default=40, help="of each answer")
     parser.add_argument("--skips", type=int, default=16, help="Limits.max_skips")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     add_output_arguments(parser)
     options = parser.parse_args()
     if options.smoke:
@@ -207,11 +230,19 @@ def main() -> None:
     elif options.run is None:
         parser.error("run: expected a run folder, such as `equipoise train demo` writes; or --smoke")
     with tempfile.TemporaryDirectory() as folder:
-        run, spec = small_run(Path(folder)) if options.smoke else (Path(options.run), options.data)
-        loaded = load(run)
+        if options.smoke:
+            run, spec = small_run(Path(folder))
+        else:
+            run, spec = Path(options.run), options.data
+        loaded = widened(load(run), options.widen)
         work = Workload(prompts_of(loaded, spec, options.answers, options.prompt), options.tokens, options.skips)
         settings = {"run": run.name, "corpus": "two domains" if options.smoke else spec, "answers": options.answers}
-        settings |= {"prompt": options.prompt, "tokens": options.tokens, "max_skips": options.skips}
+        settings |= {
+            "prompt": options.prompt,
+            "tokens": options.tokens,
+            "max_skips": options.skips,
+            "widen": options.widen,
+        }
         settings |= {"experts": loaded.model.config.moe.num_experts if loaded.model.config.moe else 0}
         emit(
             Report(settings | {"rounds": options.rounds}, tables(loaded, work, options.sizes, options.rounds)), options

@@ -82,12 +82,15 @@ SMOKE_SIZES = {"smoke": decoder(512, 64, 2, 4, 64)}
 
 @dataclass(frozen=True)
 class Workload:
-    """mixed: requests at the same time. one: alone. batches: how many alike at a time, their answers' length."""
+    """mixed: requests at the same time. one: alone. batches: how many of `alike` at a time.
+
+    alike: different prompts of one length; equal ones would all go to the same few experts.
+    """
 
     mixed: tuple[Ask, ...]
     one: Ask
     batches: tuple[int, ...]
-    alike: Ask
+    alike: tuple[Ask, ...]
 
 
 def workload(vocab_size: int, smoke: bool) -> Workload:
@@ -98,9 +101,9 @@ def workload(vocab_size: int, smoke: bool) -> Workload:
         return Ask(tuple(rng.randrange(256, vocab_size - 1) for _ in range(prompt)), answer)
 
     if smoke:
-        return Workload(tuple(ask(4 + i, 2 + i) for i in range(3)), ask(8, 4), (1, 2), ask(4, 4))
+        return Workload(tuple(ask(4 + i, 2 + i) for i in range(3)), ask(8, 4), (1, 2), (ask(4, 4), ask(4, 4)))
     mixed = tuple(ask(rng.randint(8, 128), rng.randint(16, 96)) for _ in range(16))
-    return Workload(mixed, ask(64, 64), (1, 2, 4, 8, 16, 32, 64), ask(16, 32))
+    return Workload(mixed, ask(64, 64), (1, 2, 4, 8, 16, 32, 64), tuple(ask(16, 32) for _ in range(64)))
 
 
 # ------------------------------------------------------------------------------------------------- measuring
@@ -149,7 +152,7 @@ def timed(runs: Mapping[str, Run], asks: Mapping[str, Sequence[Ask]], effort: Ef
     return {what: {name: seconds[f"{name}|{what}"] for name in runs} for what in asks}
 
 
-def throughput(subject: Subject, runs: Mapping[str, Run], work: Workload, effort: Effort) -> Table:
+def throughput(subject: Subject, runs: Mapping[str, Run], work: Workload, effort: Effort) -> list[Table]:
     """All mixed requests at once."""
     percent = agreement(runs, work.mixed, must_agree=subject.dtype == torch.float32)
     seconds = timed(runs, {"mixed": work.mixed}, effort)["mixed"]  # comparing has warmed everything up
@@ -170,10 +173,10 @@ def throughput(subject: Subject, runs: Mapping[str, Run], work: Workload, effort
         "our answers up to the first that differs; random weights have many near ties."
     )
     columns = ("engine", "time [s]", "answer tokens/s", "time / ours", "same text [%]")
-    return Table(f"Throughput, {subject.name}, {subject.type_name}", columns, rows, note)
+    return [Table(f"Throughput, {subject.name}, {subject.type_name}", columns, rows, note)]
 
 
-def single_stream(subject: Subject, runs: Mapping[str, Run], work: Workload, effort: Effort) -> Table:
+def single_stream(subject: Subject, runs: Mapping[str, Run], work: Workload, effort: Effort) -> list[Table]:
     """One request, nobody else."""
     both = timed(runs, {"first": [Ask(work.one.prompt, 1)], "whole": [work.one]}, effort)
     step = decode_seconds(both["first"], both["whole"], work.one.max_tokens)
@@ -182,7 +185,7 @@ def single_stream(subject: Subject, runs: Mapping[str, Run], work: Workload, eff
     )
     note = f"A prompt of {len(work.one.prompt)} tokens, {work.one.max_tokens} answered."
     columns = ("engine", "to the first token [ms]", "then tokens/s", "time per token / ours")
-    return Table(f"One request alone, {subject.name}, {subject.type_name}", columns, rows, note)
+    return [Table(f"One request alone, {subject.name}, {subject.type_name}", columns, rows, note)]
 
 
 def by_batch(subject: Subject, runs: Mapping[str, Run], work: Workload, effort: Effort) -> list[Table]:
@@ -192,9 +195,9 @@ def by_batch(subject: Subject, runs: Mapping[str, Run], work: Workload, effort: 
     runs = {name: run for name, run in runs.items() if name in BY_BATCH}
     for size in work.batches:
         announce(f"{subject.name}, {subject.type_name}: batches of {size}")
-        first = [Ask(work.alike.prompt, 1)] * size
-        both = timed(runs, {"first": first, "whole": [work.alike] * size}, effort)
-        steps[size] = decode_seconds(both["first"], both["whole"], work.alike.max_tokens)
+        asks = work.alike[:size]
+        both = timed(runs, {"first": [Ask(ask.prompt, 1) for ask in asks], "whole": asks}, effort)
+        steps[size] = decode_seconds(both["first"], both["whole"], asks[0].max_tokens)
         for name in runs:
             rows.append((size, name, spread(steps[size][name]).times(1e3), rate(steps[size][name], size)))
     title = f"{subject.name}, {subject.type_name}"
@@ -228,17 +231,24 @@ def rate(seconds: Sequence[float], count: float) -> Spread:
     return spread([count / each for each in seconds])
 
 
-def measure(subject: Subject, wanted: Sequence[str], smoke: bool, effort: Effort) -> tuple[list[Table], list[str]]:
-    """All tables of one model in one type."""
-    work = workload(subject.config.vocab_size, smoke)
+TABLES: dict[str, Callable[[Subject, Mapping[str, Run], Workload, Effort], list[Table]]] = {
+    "mixed": throughput,
+    "one": single_stream,
+    "batches": by_batch,
+}
+
+
+def measure(
+    subject: Subject, wanted: Sequence[str], tables: Sequence[str], smoke: bool, effort: Effort
+) -> tuple[list[Table], list[str]]:
+    """The tables of one model in one type, and why some engines are not in them."""
+    work, made = workload(subject.config.vocab_size, smoke), []
     with ExitStack() as stack:
         runs, notes = open_peers(subject, wanted, stack)
-        announce(f"{subject.name}, {subject.type_name}: throughput")
-        tables = [throughput(subject, runs, work, effort)]
-        announce(f"{subject.name}, {subject.type_name}: one request alone")
-        tables.append(single_stream(subject, runs, work, effort))
-        tables += by_batch(subject, runs, work, effort)
-    return tables, notes
+        for name in tables:
+            announce(f"{subject.name}, {subject.type_name}: {name}")
+            made += TABLES[name](subject, runs, work, effort)
+    return made, notes
 
 
 def main() -> None:
@@ -248,13 +258,14 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(PEERS), metavar="PEER", help="besides ours")
     parser.add_argument("--models", nargs="*", default=["demo", "large"], help="which of demo, large and larger")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of all engines")
-    parser.add_argument("--dtypes", nargs="*", choices=tuple(DTYPES), default=list(DTYPES))
+    parser.add_argument("--types", nargs="*", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--tables", nargs="*", default=list(TABLES), choices=list(TABLES), help="what to measure")
     add_output_arguments(parser)
     options = parser.parse_args()
     if unknown := [name for name in options.only if name not in PEERS]:
         parser.error(f"--only: expected some of {', '.join(PEERS)}, got {unknown[0]}")
     sizes = {name: config for name, config in SIZES.items() if name.partition(":")[0] in options.models}
-    dtypes, effort = {name: DTYPES[name] for name in options.dtypes}, Effort(options.rounds, warmup=1)
+    dtypes, effort = {name: DTYPES[name] for name in options.types}, Effort(options.rounds, warmup=1)
     max_running = 64
     if options.smoke:
         torch.set_num_threads(1)
@@ -266,7 +277,7 @@ def main() -> None:
         for dtype in dtypes.values():
             with tempfile.TemporaryDirectory() as folder:
                 subject = make_subject(name, config, dtype, Path(folder), max_running, options.device)
-                made, left_out = measure(subject, wanted, options.smoke, effort)
+                made, left_out = measure(subject, wanted, options.tables, options.smoke, effort)
                 tables += made
                 notes += left_out
     settings: dict[str, Any] = {"rounds": effort.rounds, "peers": _versions()}

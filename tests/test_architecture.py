@@ -44,7 +44,7 @@ ALLOWED = {
     },
     "faults": {"types", "layer", "monitor", "disk"},
     "train": {"types", "ops", "routing", "host"} | RINGS,
-    "serve": {"types"} | RINGS,
+    "serve": {"types", "ops"} | RINGS,
     "hf": {"types", "ops"},
     "bench": {"types", "ops", "routing", "host", "train", "hf"} | RINGS,
 }

@@ -83,14 +83,17 @@ def test_another_thread_of_python_has_as_many(built):
     assert counts[0][0] == counts[0][1]
 
 
-def test_a_second_load_takes_what_is_kept(source, capfd):
+def test_a_second_load_takes_what_is_kept_of_the_same_source_and_headers(source, capfd):
     first = usable(native.build(source, (), source.parent / "kept"))
     assert capfd.readouterr().err.count("compiled small.cpp") == 1
     second = native.build(source, (), source.parent / "kept")
     assert second.path == first.path
     assert not capfd.readouterr().err
     source.write_text(SOURCE + "\n")
-    assert native.build(source, (), source.parent / "kept").path != first.path
+    third = native.build(source, (), source.parent / "kept")
+    assert third.path != first.path
+    (source.parent / "shared.h").write_text("// something")
+    assert native.build(source, (), source.parent / "kept").path not in (first.path, third.path)
 
 
 def test_processes_that_start_together_compile_once(source, built):

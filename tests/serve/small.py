@@ -108,8 +108,8 @@ def whole(pieces: list[Output]) -> Output:
     )
 
 
-def assert_same(actual: Output, expected: Output) -> None:
-    """All but num_cached: what is saved is not part of the answer."""
+def assert_same(actual: Output, expected: Output, atol: float = 1e-5) -> None:
+    """All but num_cached: what is saved is not part of the answer. atol: of log-probabilities."""
     assert actual.token_ids == expected.token_ids
     assert (actual.text, actual.finish, actual.stop) == (expected.text, expected.finish, expected.stop)
     for mine, theirs in ((actual.logprobs, expected.logprobs), (actual.prompt_logprobs, expected.prompt_logprobs)):
@@ -119,7 +119,7 @@ def assert_same(actual: Output, expected: Output) -> None:
             if one is not None:
                 assert (one.id, [id for id, _ in one.top]) == (other.id, [id for id, _ in other.top])
                 values = [one.logprob, *(value for _, value in one.top)]
-                np.testing.assert_allclose(values, [other.logprob, *(value for _, value in other.top)], atol=1e-5)
+                np.testing.assert_allclose(values, [other.logprob, *(value for _, value in other.top)], atol=atol)
     assert (actual.experts is None) == (expected.experts is None)
     if actual.experts is not None:
         assert actual.experts.dtype == np.int16

@@ -9,6 +9,7 @@ from tests.serve.small import (
     EOT,
     MAX_TOKENS,
     TOKENIZER,
+    TOP_2,
     answers,
     assert_nothing_leaks,
     assert_same,
@@ -21,6 +22,7 @@ from tests.serve.small import (
 from equipoise.models.attention_experts.configs import MixtureOfAttention, MixtureOfHeads, SwitchHead
 from equipoise.models.config import Latent, MoEConfig
 from equipoise.models.tokenizer import Tokenizer
+from equipoise.ops.native import paged
 from equipoise.routing import Hash, Threshold, TopK
 from equipoise.serve.engine import Engine, Occupancy, OverloadedError, blocks_that_fit
 from equipoise.serve.reference import answer
@@ -101,6 +103,18 @@ def test_a_limited_decode_batch_changes_no_answer(model, group):
     got = answers(tiny_engine(model, num_blocks=24, limits=limits), requests)
     for request in requests:
         assert_same(got[request.id], expect(model, request))
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 5, "window_layers": (0,), "sinks": True, "attention_bias": "qkvo"}])
+def test_native_code_in_float32_as_the_slow_twin_in_float64(changes):
+    """Sizes that native code takes: attention in blocks where they lie, linear layers, experts."""
+    if reason := paged.unsupported(16, torch.float32, torch.device("cpu")):
+        pytest.skip(reason)
+    exact = tiny_model(dim=64, moe=MoEConfig(num_experts=8, hidden_dim=32, router=TOP_2), **changes)
+    requests = mixed_requests(14)
+    got = answers(tiny_engine(deepcopy(exact).float(), num_blocks=20), requests)
+    for request in requests:
+        assert_same(got[request.id], expect(exact, request), atol=1e-3)
 
 
 def test_float32_in_small_blocks(model):

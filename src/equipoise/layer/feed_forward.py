@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from equipoise.ops.activation import activate, check_activation, is_gated, pre_activation_dim
+from equipoise.ops.few_linear import projections
 
 
 class FeedForward(nn.Module):
@@ -34,5 +35,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output, same shape as x."""
-        y: Tensor = self.down_proj(activate(self._up(x), self.activation))
-        return y
+        (inner,) = projections(x, [self._up])
+        return projections(activate(inner, self.activation), [self.down_proj])[0]

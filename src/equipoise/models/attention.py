@@ -13,6 +13,7 @@ from equipoise.models.attend import Sight, attend
 from equipoise.models.cache import KVCache
 from equipoise.models.config import DecoderConfig
 from equipoise.models.rope import Rotary, rotate
+from equipoise.ops.few_linear import projections
 
 
 class Attention(nn.Module):
@@ -44,17 +45,16 @@ class Attention(nn.Module):
         self, x_BSD: Tensor, rotary: Rotary | None, mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """Attend from the S tokens of x to themselves and to what the cache holds."""
-        out: Tensor = self.o_proj(self.heads(x_BSD, rotary, mask, cache))
-        return out
+        return projections(self.heads(x_BSD, rotary, mask, cache), [self.o_proj])[0]
 
     def heads(
         self, x_BSD: Tensor, rotary: Rotary | None, mask: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
         """(B, S, heads * head_dim): what each head brings, before the output projection."""
-        q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
+        q, k, v = projections(x_BSD, [self.q_proj, self.k_proj, self.v_proj])
         if self.norm_whole:
             q, k = normed(q, self.q_norm), normed(k, self.k_norm)
-        q, k, v = (each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in (q, k, v))
+        q, k, v = (self._by_head(each) for each in (q, k, v))
         if not self.norm_whole:
             q, k = normed(q, self.q_norm), normed(k, self.k_norm)
         if rotary is not None:
@@ -63,6 +63,10 @@ class Attention(nn.Module):
         sight = Sight(self.window, self.sinks)
         y = attend(q, k, v, mask, sight) if cache is None else cache.attend(self.layer, q, k, v, mask, sight)
         return y.transpose(1, 2).flatten(2)
+
+    def _by_head(self, x_BSX: Tensor) -> Tensor:
+        B, S, X = x_BSX.shape
+        return x_BSX.view(B, S, X // self.head_dim, self.head_dim).transpose(1, 2)
 
     def init_weights(self, std: float, output_std: float) -> None:
         """Draw the projections from normal(0, std), the output projection from normal(0, output_std)."""

@@ -25,6 +25,7 @@ from equipoise.models.config import DecoderConfig
 from equipoise.models.parameters import parameter_counts
 from equipoise.models.rope import rotary_tables
 from equipoise.models.shortcut import units
+from equipoise.ops.few_linear import linears, projections
 from equipoise.types import BatchScope
 
 IGNORE = -100  # a target that is none, as in torch's own cross-entropy
@@ -93,9 +94,8 @@ class Decoder(nn.Module):
 
     def _logits(self, x_BSD: Tensor) -> Tensor:
         if self.lm_head is None:
-            return F.linear(x_BSD, self.embed_tokens.weight)
-        logits_BSV: Tensor = self.lm_head(x_BSD)
-        return logits_BSV
+            return linears(x_BSD, [self.embed_tokens.weight])[0]
+        return projections(x_BSD, [self.lm_head])[0]
 
     def _view(self, tokens_BS: Tensor, padding_BK: Tensor | None, cache: KVCache | None) -> BatchView:
         _check_inputs(self.config, tokens_BS, padding_BK, cache)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from equipoise.models.attend import WHOLE, Sight, attend, attend_with_sinks, attention_mask
 from equipoise.models.config import DecoderConfig
 from equipoise.models.mamba import KeepsStates
+from equipoise.ops.native.paged import Blocks, paged_attention, unsupported
 from equipoise.serve.states import Apart, States
 
 _CACHED_BYTES = 2**22  # keys and values of one layer; measured for 8 heads of 64
@@ -71,8 +73,7 @@ def _attending(config: DecoderConfig) -> list[int]:
     return [layer for layer in range(config.num_layers) if layer not in config.mamba_layer_ids]
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Tokens of one sequence in this forward: from position `start` on, so many. blocks: of all its tokens so far.
 
     slot: where its states are, in a model that has some.
@@ -101,23 +102,50 @@ class _Chunk:
 
 
 @dataclass(frozen=True, eq=False)
-class _Decoding:
-    """B sequences of similar length with one new token each. rows_B: in the row; None where they are all of it, in
-    order. blocks_N: M of each, one sequence after the other. mask_B11K: 0 for what is theirs, else -inf. ends_B: how
-    many of the keys are theirs."""
+class _Copied:
+    """B sequences of similar length with one new token each, whose blocks are copied together. The twin of `_InPlace`.
 
-    num_sequences: int
+    rows_B: in the row; None where they are all of it, in order. blocks_N: M of each, one sequence after the other.
+    block_size: of a block. mask_B11K: 0 for what is theirs, else -inf. ends_B: how many of the keys are theirs.
+    """
+
     rows_B: Tensor | None
     blocks_N: Tensor
+    block_size: int
     mask_B11K: Tensor
     ends_B: Tensor
 
-    def mask_in(self, window: int | None) -> Tensor:
+    def attend(self, q_HBD: Tensor, both_S2HD: Tensor, sight: Sight) -> Tensor:
+        """(query heads, B, D). The query heads of a key/value head are its queries: no copy of keys for each."""
+        (num_heads, B, D), kv_heads = q_HBD.shape, both_S2HD.shape[2]
+        k, v = _read(both_S2HD, self.blocks_N, self.block_size, B)
+        q = q_HBD.transpose(0, 1).reshape(B, kv_heads, num_heads // kv_heads, D)
+        mask = self._mask_in(sight.window)
+        if sight.sinks_H is None:
+            y = attend(q, k, v, mask)
+        else:
+            y = attend_with_sinks(q, k, v, mask, sight.sinks_H.view(1, kv_heads, -1, 1))
+        return y.reshape(B, num_heads, D).transpose(0, 1)
+
+    def _mask_in(self, window: int | None) -> Tensor:
         """The mask with only the last `window` of theirs."""
         if window is None or window >= self.mask_B11K.shape[-1]:
             return self.mask_B11K
         too_early_BK = torch.arange(self.mask_B11K.shape[-1], device=self.ends_B.device) < self.ends_B[:, None] - window
         return self.mask_B11K.masked_fill(too_early_BK[:, None, None], -torch.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class _InPlace:
+    """B sequences with one new token each, whose keys and values native code reads where they lie. rows_B: as above."""
+
+    rows_B: Tensor | None
+    where: Blocks
+
+    def attend(self, q_HBD: Tensor, both_S2HD: Tensor, sight: Sight) -> Tensor:
+        """(query heads, B, D)."""
+        y_BHD = paged_attention(q_HBD.transpose(0, 1), both_S2HD, self.where, sight.window, sight.sinks_H)
+        return y_BHD.transpose(0, 1)
 
 
 class Ragged:
@@ -145,8 +173,7 @@ class Ragged:
                 self._chunks.append(self._chunk(row, span))
         self._positions_1T = torch.tensor([positions], device=kv.device)
         self._slots_T = torch.tensor(slots, device=kv.device)
-        groups = _by_length(single, kv.block_size, _most_blocks(kv))
-        self._decoding = [self._group(group, len(positions)) for group in groups]
+        self._decoding = _decoding(kv, single, len(positions))
         kv.clear([slot for span in spans for slot in _unwritten(span, kv.block_size)])
 
     def longest(self, num_new: int) -> int:
@@ -168,16 +195,17 @@ class Ragged:
         both_S2HD = self._kv.both_LS2HD[self._kv.place_of[layer]]
         both_S2HD.index_copy_(0, self._slots_T, torch.cat((k_BHSD, v_BHSD)).permute(2, 0, 1, 3))
         if len(self._decoding) == 1 and self._decoding[0].rows_B is None:
-            return self._decode(self._decoding[0], q_BHSD[0], both_S2HD, sight)[None]
+            return self._decoding[0].attend(q_BHSD[0], both_S2HD, sight)[None]
         out_BHSD = torch.empty_like(q_BHSD)
         for chunk in self._chunks:
             if chunk.blocks_M is None:
                 k, v = k_BHSD[:, :, chunk.rows], v_BHSD[:, :, chunk.rows]
             else:
-                k, v = (each[:, :, : chunk.end] for each in self._read(both_S2HD, chunk.blocks_M, 1))
+                both = _read(both_S2HD, chunk.blocks_M, self._kv.block_size, 1)
+                k, v = (each[:, :, : chunk.end] for each in both)
             out_BHSD[:, :, chunk.rows] = attend(q_BHSD[:, :, chunk.rows], k, v, chunk.mask, sight)
         for group in self._decoding:
-            out_BHSD[0, :, group.rows_B] = self._decode(group, q_BHSD[0, :, group.rows_B], both_S2HD, sight)
+            out_BHSD[0, :, group.rows_B] = group.attend(q_BHSD[0, :, group.rows_B], both_S2HD, sight)
         return out_BHSD
 
     def mix(self, layer: int, run: Callable[[Tensor, KeepsStates], Tensor], x_1TD: Tensor) -> Tensor:
@@ -194,25 +222,6 @@ class Ragged:
         if self._apart is not None:
             self._apart.commit()
 
-    def _decode(self, group: _Decoding, q_HBD: Tensor, both_S2HD: Tensor, sight: Sight) -> Tensor:
-        """(query heads, B, D). The query heads of a key/value head are its queries: no copy of keys for each."""
-        B, (num_heads, _, D), kv_heads = group.num_sequences, q_HBD.shape, both_S2HD.shape[2]
-        k, v = self._read(both_S2HD, group.blocks_N, B)
-        q = q_HBD.transpose(0, 1).reshape(B, kv_heads, num_heads // kv_heads, D)
-        mask = group.mask_in(sight.window)
-        if sight.sinks_H is None:
-            y = attend(q, k, v, mask)
-        else:
-            y = attend_with_sinks(q, k, v, mask, sight.sinks_H.view(1, kv_heads, -1, 1))
-        return y.reshape(B, num_heads, D).transpose(0, 1)
-
-    def _read(self, both_S2HD: Tensor, blocks_N: Tensor, B: int) -> tuple[Tensor, Tensor]:
-        """Copy blocks of B sequences together: keys and values, (B, H, K, D) each."""
-        _, _, H, D = both_S2HD.shape
-        read_NX = both_S2HD.view(-1, self._kv.block_size * 2 * H * D).index_select(0, blocks_N)
-        keys, values = read_NX.view(B, -1, 2, H, D).permute(2, 0, 3, 1, 4).unbind()
-        return keys, values
-
     def _chunk(self, row: int, span: Span) -> _Chunk:
         rows = slice(row, row + span.num_tokens)
         if span.start == 0:
@@ -221,16 +230,47 @@ class Ragged:
         blocks_M = torch.tensor(span.blocks[: _num_blocks(span, self._kv.block_size)], device=device)
         return _Chunk(rows, span.end, blocks_M, attention_mask(span.num_tokens, span.start, None, device))
 
-    def _group(self, group: Sequence[tuple[int, Span]], num_rows: int) -> _Decoding:
-        device, size, dtype = self._kv.device, self._kv.block_size, self._kv.both_LS2HD.dtype
-        width = max(_num_blocks(span, size) for _, span in group)
-        blocks = [block for _, span in group for block in _padded(span.blocks, width)]
-        ends_B = torch.tensor([span.end for _, span in group], device=device)
-        hidden_BK = torch.arange(width * size, device=device) >= ends_B[:, None]
-        mask_BK = torch.zeros(hidden_BK.shape, dtype=dtype, device=device).masked_fill_(hidden_BK, -torch.inf)
-        rows = [row for row, _ in group]
-        rows_B = None if rows == list(range(num_rows)) else torch.tensor(rows, device=device)
-        return _Decoding(len(rows), rows_B, torch.tensor(blocks, device=device), mask_BK[:, None, None], ends_B)
+
+def _read(both_S2HD: Tensor, blocks_N: Tensor, block_size: int, B: int) -> tuple[Tensor, Tensor]:
+    """Copy blocks of B sequences together: keys and values, (B, H, K, D) each."""
+    _, _, H, D = both_S2HD.shape
+    read_NX = both_S2HD.view(-1, block_size * 2 * H * D).index_select(0, blocks_N)
+    keys, values = read_NX.view(B, -1, 2, H, D).permute(2, 0, 3, 1, 4).unbind()
+    return keys, values
+
+
+def _decoding(kv: PagedKV, single: Sequence[tuple[int, Span]], num_rows: int) -> list[_Copied] | list[_InPlace]:
+    """The sequences with one new token: (place in the row, span) of each."""
+    if not single:
+        return []
+    if not unsupported(kv.both_LS2HD.shape[-1], kv.both_LS2HD.dtype, kv.device):
+        return [_in_place(kv, single, num_rows)]
+    return [_copied(kv, group, num_rows) for group in _by_length(single, kv.block_size, _most_blocks(kv))]
+
+
+def _in_place(kv: PagedKV, single: Sequence[tuple[int, Span]], num_rows: int) -> _InPlace:
+    blocks_BM, ends_B, rows_B, _ = _placed(kv, single, num_rows)
+    return _InPlace(rows_B, Blocks(blocks_BM, ends_B, kv.block_size))
+
+
+def _copied(kv: PagedKV, group: Sequence[tuple[int, Span]], num_rows: int) -> _Copied:
+    blocks_BM, ends_B, rows_B, width = _placed(kv, group, num_rows)
+    hidden_BK = torch.arange(width * kv.block_size, device=kv.device) >= ends_B[:, None]
+    mask_BK = torch.zeros(hidden_BK.shape, dtype=kv.both_LS2HD.dtype, device=kv.device)
+    mask_B11K = mask_BK.masked_fill_(hidden_BK, -torch.inf)[:, None, None]
+    return _Copied(rows_B, blocks_BM.view(-1), kv.block_size, mask_B11K, ends_B)
+
+
+def _placed(
+    kv: PagedKV, single: Sequence[tuple[int, Span]], num_rows: int
+) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """(blocks of each (B, M), filled up; tokens of each (B,); their places in the row, None for all of it; M)."""
+    width = max(_num_blocks(span, kv.block_size) for _, span in single)
+    blocks_BM = torch.tensor([_padded(span.blocks, width) for _, span in single], device=kv.device)
+    ends_B = torch.tensor([span.end for _, span in single], device=kv.device)
+    rows = [row for row, _ in single]
+    rows_B = None if rows == list(range(num_rows)) else torch.tensor(rows, device=kv.device)
+    return blocks_BM, ends_B, rows_B, width
 
 
 def _piece(span: Span) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -116,9 +116,8 @@ class Logprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Output:
-    """A piece of an answer. The last piece has `finish`.
+class Output(NamedTuple):
+    """A piece of an answer. The last piece has `finish`. A tuple, as one is made for each token.
 
     token_ids, logprobs: the new tokens. text: what is certain of the answer's text since the last piece. stop: the text
     or the id that ended it. prompt_logprobs: in the last piece, where asked for; None for the first token, which

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +23,7 @@ from equipoise.serve.states import States
 from equipoise.serve.trace import ExpertTrace, as_bits, experts_of, num_distinct
 
 
-@dataclass(frozen=True, eq=False)
-class Computed:
+class Computed(NamedTuple):
     """Of one piece. token: the next one; None before the end of the prompt, or where the logits are not finite.
 
     logprob: of the token, where asked for. prompt_logprobs: of the tokens that follow the piece's ones in the prompt.

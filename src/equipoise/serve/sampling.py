@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ from equipoise.serve.request import Logprob, Sampling
 _COLDEST = 1e-5  # below, the likeliest is taken: dividing by so little leaves nothing else
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """What the choice depends on besides the logits. tokens: so far, the prompt's num_prompt first."""
 
     sampling: Sampling

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from equipoise.serve.blocks import BlockPool
 from equipoise.serve.experts_first import choose_by_experts
 from equipoise.serve.sequence import Sequence
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Some tokens of a sequence: those from `start` on, `num_tokens` of them."""
 
     sequence: Sequence

@@ -1,8 +1,8 @@
 """Compile one C++ source of this folder on its first use, keep the result, load it.
 
-A source has plain C functions on pointers, called through ctypes, and includes no header of torch: it compiles in a
-second or two, and any torch can load it. It is compiled for the machine that it runs on. Whatever stands in the way
-is a reason in words and never an exception: callers take their pure torch path instead.
+A source has plain C functions on pointers, called through ctypes, and includes no header but this folder's: it
+compiles in a second or two, and any torch can load it. It is compiled for the machine that it runs on. Whatever stands
+in the way is a reason in words and never an exception: callers take their pure torch path instead.
 
 Threads are torch's own. The library is linked to the OpenMP runtime that torch has loaded, so `#pragma omp parallel`
 meets torch's pool and `torch.set_num_threads`; a second runtime would put two threads on each core.
@@ -101,7 +101,8 @@ def _compiled(source: Path, folder: Path) -> Path:
         raise _UnbuiltError("torch's OpenMP runtime was not found")
     version = _run([compiler, "--version"], source)
     key = "\n".join((version, *FLAGS, torch.__version__, str(runtime), *sorted(cpu_features())))
-    digest = hashlib.sha256(source.read_bytes() + key.encode()).hexdigest()[:20]
+    headers = b"".join(file.read_bytes() for file in sorted(source.parent.glob("*.h")))
+    digest = hashlib.sha256(source.read_bytes() + headers + key.encode()).hexdigest()[:20]
     path = folder / digest / f"{source.stem}.so"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@
 // byte i < 16 has channels i and i + 32, byte 16 + i channels i + 16 and i + 48, the first in the low half.
 // Needs AVX-512 with bf16 and vbmi. Shapes are named as in equipoise/types.py; H = 2 F, gate first.
 
-#include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
@@ -19,43 +18,11 @@
 #include <memory>
 #include <vector>
 
+#include "simd.h"
+
 namespace {
 
-using bf16 = uint16_t;
-using Vec = __m512;
-
 enum Kind { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
-
-float to_float(bf16 x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, 4);
-    return y;
-}
-
-Vec load_bf16(const bf16* x) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
-}
-
-void store_bf16(bf16* y, Vec x) { _mm256_storeu_si256((__m256i*)y, (__m256i)_mm512_cvtneps_pbh(x)); }
-
-float sum_of(Vec x) {
-    __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(0xf, (__m512d)x, 1)));
-    __m128 quarters = _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1));
-    __m128 pairs = _mm_add_ps(quarters, _mm_movehl_ps(quarters, quarters));
-    return _mm_cvtss_f32(_mm_add_ss(pairs, _mm_movehdup_ps(pairs)));
-}
-
-// e^x to 1 or 2 units in the last place; NaN stays NaN.
-Vec exponential(Vec x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-104), _mm512_min_ps(_mm512_set1_ps(104), x));
-    Vec n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    Vec r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    Vec p = _mm512_set1_ps(1.f / 720);
-    for (float c : {1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2, 1.f, 1.f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    return _mm512_scalef_ps(p, n);
-}
 
 Vec silu(Vec x) {
     Vec one = _mm512_set1_ps(1);
@@ -94,7 +61,7 @@ struct Int8 {
     static Vec add(Vec sum, __m512bh w, const bf16* x) { return Bf16::add(sum, w, x); }
 };
 
-constexpr long AHEAD = 4096;  // bytes
+constexpr long AHEAD = 8192;  // bytes: 4096 reads an eighth less in the same time
 
 // out[n * stride + c]: dot product of C consecutive rows of w with N rows x.
 template <class K, int C, int N>

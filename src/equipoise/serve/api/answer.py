@@ -9,7 +9,7 @@ import asyncio
 import base64
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -178,8 +178,7 @@ def _joined(pieces: Sequence[Output]) -> Output:
     """One piece of several in a row."""
     if len(pieces) == 1:
         return pieces[0]
-    return replace(
-        pieces[-1],
+    return pieces[-1]._replace(
         token_ids=tuple(id for each in pieces for id in each.token_ids),
         text="".join(each.text for each in pieces),
         logprobs=tuple(logprob for each in pieces for logprob in each.logprobs),
