@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from equipoise.disk.row_file import RowFile
+from equipoise.layer import Experts
 from equipoise.ops.ragged import ragged_plan
 from equipoise.parallel.payload import payloads
 from equipoise.recovery.swap import Swap, swap
@@ -52,7 +53,8 @@ class Holder:
     def __init__(self, line: Line) -> None:
         self._line = line
         self._parts: list[Held] = []
-        self._experts: nn.Module = nn.ModuleList()  # by number of the layer
+        self._experts: list[Experts] = []  # by number of the layer
+        self._model: nn.Module = nn.ModuleDict()  # the same, by its name
         self._dtype = torch.float32
         self._payloads = payloads("as_is")
         self._reading: Reading | None = None
@@ -81,11 +83,11 @@ class Holder:
                     self._line.sent()
                     return
             else:
-                self._line.send(*(each.cpu().contiguous() for each in self._layer(header).weights_of(header.rows)))
+                self._line.send(*self._experts[header.layer].weights_of(header.rows))
             self._line.sent()
 
     def _compute(self, header: Header) -> None:
-        experts, (out, home) = self._layer(header), self._payloads
+        experts, (out, home) = self._experts[header.layer], self._payloads
         dtype = TYPES[header.dtype]
         errands = self._line.expect(torch.empty(header.errands, 3, dtype=torch.int32))
         rows = self._line.expect(packed_like(out, header.rows, experts.dim, dtype))
@@ -93,9 +95,6 @@ class Holder:
         plan = ragged_plan(row_ids_N, slots_N, weights_N, experts.num_experts)
         y_UD = experts(out.unpack(rows(), dtype), plan)
         self._line.send(home.pack(y_UD).contiguous())
-
-    def _layer(self, header: Header) -> Any:
-        return self._experts.get_submodule(str(header.layer))
 
     # ------------------------------------------------------------------------------------------------- what is asked
 
@@ -121,10 +120,12 @@ class Holder:
         self._parts = [Held.from_json(part) for part in parts]
         file = RowFile(Path(path))
         try:
-            self._experts = nn.ModuleList(part.module(read_held(file, part, self._dtype)) for part in self._parts)
+            self._experts = [part.module(read_held(file, part, self._dtype)) for part in self._parts]
         finally:
             file.close()
-        return {"host": socket.gethostname(), "pid": os.getpid(), "bytes": _num_bytes(self._experts)}
+        self._model = nn.ModuleDict(dict(zip(map(_key, self._parts), self._experts, strict=True)))
+        num_bytes = sum(each.nbytes for each in self._model.parameters())
+        return {"host": socket.gethostname(), "pid": os.getpid(), "bytes": num_bytes}
 
     def _read(self, path: str) -> Answer:
         """Begin to read this rank's part of another checkpoint."""
@@ -133,8 +134,8 @@ class Holder:
             file = RowFile(Path(path))
             try:
                 return {
-                    f"{number}.{name}": tensor
-                    for number, part in enumerate(self._parts)
+                    f"{_key(part)}.{name}": tensor
+                    for part in self._parts
                     for name, tensor in read_held(file, part, self._dtype).items()
                 }
             finally:
@@ -153,7 +154,7 @@ class Holder:
         """Put in force what was read; `undo` with that number puts back what was before."""
         assert self._reading is not None
         reading, self._reading = self._reading, None
-        self._swaps[number] = done = swap(self._experts, reading.tensors, whole=True)
+        self._swaps[number] = done = swap(self._model, reading.tensors, whole=True)
         return {"digest": done.digest}
 
     def _drop(self) -> Answer:
@@ -168,5 +169,5 @@ class Holder:
         return {}
 
 
-def _num_bytes(module: nn.Module) -> int:
-    return sum(each.nbytes for each in module.parameters())
+def _key(part: Held) -> str:
+    return part.layer.replace(".", "/")  # a name of a module has no dots

@@ -7,6 +7,7 @@ and then that. Nothing here knows what is computed.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,6 +54,7 @@ class Line:
         self.seconds, self.sent_bytes = 0.0, 0  # waited for it, and sent to it, so far
         self._group = world.group
         self._going: list[tuple[Tensor, dist.Work]] = []
+        self._coming: list[dist.Work] = []
 
     def send(self, *tensors: Tensor) -> None:
         """Set off; `sent` waits. The tensors must be contiguous, on the CPU, and stay as they are until then."""
@@ -78,15 +80,24 @@ class Line:
         with self._named():
             work = dist.irecv(out, self.peer, group=self._group)
         assert work is not None
+        self._coming.append(work)
 
         def wait() -> Tensor:
             began = time.perf_counter()
             with self._named():
                 work.wait()
+            self._coming.remove(work)
             self.seconds += time.perf_counter() - began
             return out
 
         return wait
+
+    def settled(self) -> None:
+        """Until nothing is under way any more, both ways."""
+        while self._coming:
+            with self._named():
+                self._coming.pop().wait()
+        self.sent()
 
     def header(self, *, forever: bool = False) -> Header:
         """Wait for the next one. forever: however long nothing is wanted."""
@@ -113,11 +124,15 @@ class Line:
         try:
             yield
         except RuntimeError as error:
-            first = str(error).strip().split("\n")[0][:200]
             raise CollectiveError(
-                f"{self.name} does not answer ({first}). It has died, hangs, or can't be reached: look at the last "
-                "lines of its output, and start the server again"
+                f"{self.name} does not answer ({_short(error)}). It has died, hangs, or can't be reached: look at the "
+                "last lines of its output, and start the server again"
             ) from error
+
+
+def _short(error: BaseException) -> str:
+    """Without the place in gloo's source, and its guesses."""
+    return re.sub(r"^\[[^\]]*\] *", "", str(error).strip()).split("\n")[0].split(". ")[0][:120]
 
 
 class Lines:
@@ -188,7 +203,8 @@ class Lines:
             return
         for line in self.all:
             try:
+                line.settled()
                 line.send_json({"do": "stop"})
-                line.sent()
+                line.json(line.header())
             except CollectiveError:
-                continue  # it is the lost one, or was its neighbour
+                continue  # it is the lost one, or can't be told any more
