@@ -32,7 +32,7 @@ from equipoise.serve.request import Request, Sampling
 
 SPREAD = "over ranks"
 # (answers at a time, tokens of each prompt, tokens of each answer): two that decode, and one that reads prompts
-WORK = {"1 answer": (1, 16, 32), "16 answers": (16, 16, 32), "4 prompts of 256": (4, 256, 1)}
+WORK = {"1 answer": (1, 16, 32), "16 answers": (16, 16, 32), "4 prompts of 240": (4, 240, 1)}
 SMOKE_WORK = {"2 answers": (2, 8, 4)}
 
 
@@ -85,7 +85,7 @@ def on_ranks(world: int, arguments: dict[str, Any]) -> dict[str, dict[str, list[
     command = [*torchrun, "-m", "benchmarks.serve_ranks", "--worker", json.dumps(arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     if done.returncode:
-        raise RuntimeError(f"a rank failed:\n{done.stderr[-2000:]}")
+        raise RuntimeError(f"a rank failed:\n{done.stderr[:2000]}")
     [told] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return told  # type: ignore[no-any-return]
 
@@ -95,6 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.serve_ranks", description=__doc__)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--models", nargs="+", default=[name.partition(":")[0] for name in SIZES])
     parser.add_argument("--threads", type=int, default=2, help="of the one process, beside 1")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     add_output_arguments(parser)
@@ -102,7 +103,8 @@ def main() -> None:
     if options.worker:
         worker(**json.loads(options.worker))
         return
-    sizes, works, rounds, worlds = SIZES, WORK, options.rounds, options.ranks
+    works, rounds, worlds = WORK, options.rounds, options.ranks
+    sizes = {name: config for name, config in SIZES.items() if name.partition(":")[0] in options.models}
     if options.smoke:
         sizes, works, rounds, worlds = SMOKE_SIZES, SMOKE_WORK, 2, [2]
     rows: list[tuple[Cell, ...]] = []

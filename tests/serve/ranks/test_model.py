@@ -28,7 +28,7 @@ def start(command: list[str], size: int) -> list[subprocess.Popen]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size), "OMP_NUM_THREADS": "1"}
-    common |= {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
+    common |= {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     return [
         subprocess.Popen(
             command,

@@ -80,11 +80,9 @@ class Holder:
                 command = self._line.json(header)
                 self._line.send_json(self._answer(command))
                 if command["do"] == "stop":
-                    self._line.sent()
                     return
             else:
                 self._line.send(*self._experts[header.layer].weights_of(header.rows))
-            self._line.sent()
 
     def _compute(self, header: Header) -> None:
         experts, (out, home) = self._experts[header.layer], self._payloads

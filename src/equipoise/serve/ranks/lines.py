@@ -7,24 +7,20 @@ and then that. Nothing here knows what is computed.
 from __future__ import annotations
 
 import json
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from equipoise.parallel.exchange import CollectiveError
 from equipoise.serve.ranks.world import World
 
 COMPUTE, FETCH, ASK = range(3)
-_FOREVER = timedelta(days=3650)  # a front that ends closes its connections, and is noticed at once
 Answer = Mapping[str, Any]
 
 
@@ -52,60 +48,48 @@ class Line:
     def __init__(self, peer: int, world: World) -> None:
         self.peer, self.name = peer, f"rank {peer}"
         self.seconds, self.sent_bytes = 0.0, 0  # waited for it, and sent to it, so far
-        self._group = world.group
-        self._going: list[tuple[Tensor, dist.Work]] = []
-        self._coming: list[dist.Work] = []
+        self._socket, self._timeout_s = world.sockets[peer], world.timeout_s
+        self._coming: list[Tensor] = []
 
     def send(self, *tensors: Tensor) -> None:
-        """Set off; `sent` waits. The tensors must be contiguous, on the CPU, and stay as they are until then."""
-        for tensor in tensors:
-            if tensor.numel():
-                with self._named():
-                    work = dist.isend(tensor, self.peer, group=self._group)
-                assert work is not None
-                self._going.append((tensor, work))
-                self.sent_bytes += tensor.nbytes
-
-    def sent(self) -> None:
-        """Until all that was sent is on its way."""
-        for _, work in self._going:
-            with self._named():
-                work.wait()
-        self._going.clear()
+        """They must be contiguous, and on the CPU. Waits for the other side only where they are many."""
+        with self._named():
+            views = [_bytes(tensor) for tensor in tensors if tensor.numel()]
+            self.sent_bytes += sum(map(len, views))
+            while views:  # in one call, and so in one message, where the system takes all of it
+                sent = self._socket.sendmsg(views)
+                while views and sent >= len(views[0]):
+                    sent -= len(views.pop(0))
+                if views:
+                    views[0] = views[0][sent:]
 
     def expect(self, out: Tensor) -> Callable[[], Tensor]:
-        """Begin to receive into `out`; what it returns waits, and gives it."""
-        if not out.numel():
-            return lambda: out
-        with self._named():
-            work = dist.irecv(out, self.peer, group=self._group)
-        assert work is not None
-        self._coming.append(work)
+        """`out` is what comes next; what it returns waits for it, and gives it. Waits are in the order of these."""
+        self._coming.append(out)
 
         def wait() -> Tensor:
             began = time.perf_counter()
             with self._named():
-                work.wait()
-            self._coming.remove(work)
+                self._receive(out)
+            self._coming.pop(0)
             self.seconds += time.perf_counter() - began
             return out
 
         return wait
 
     def settled(self) -> None:
-        """Until nothing is under way any more, both ways."""
+        """Receive what is expected and nobody has waited for."""
         while self._coming:
             with self._named():
-                self._coming.pop().wait()
-        self.sent()
+                self._receive(self._coming.pop(0))
 
     def header(self, *, forever: bool = False) -> Header:
         """Wait for the next one. forever: however long nothing is wanted."""
         out = torch.empty(5, dtype=torch.int64)
         with self._named():
-            work = dist.irecv(out, self.peer, group=self._group)
-            assert work is not None
-            work.wait(_FOREVER) if forever else work.wait()
+            self._socket.settimeout(None if forever else self._timeout_s)
+            self._receive(out)
+            self._socket.settimeout(self._timeout_s)
         return Header(*out.tolist())
 
     def send_json(self, value: Answer) -> None:
@@ -119,20 +103,27 @@ class Line:
         answer: Answer = json.loads(text.numpy().tobytes())
         return answer
 
+    def _receive(self, out: Tensor) -> None:
+        view = _bytes(out)
+        while len(view):
+            count = self._socket.recv_into(view)
+            if not count:
+                raise ConnectionError("it has closed the connection")
+            view = view[count:]
+
     @contextmanager
     def _named(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:
+        except OSError as error:
             raise CollectiveError(
-                f"{self.name} does not answer ({_short(error)}). It has died, hangs, or can't be reached: look at the "
-                "last lines of its output, and start the server again"
+                f"{self.name} does not answer ({error}). It has died, hangs, or can't be reached: look at the last "
+                "lines of its output, and start the server again"
             ) from error
 
 
-def _short(error: BaseException) -> str:
-    """Without the place in gloo's source, and its guesses."""
-    return re.sub(r"^\[[^\]]*\] *", "", str(error).strip()).split("\n")[0].split(". ")[0][:120]
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 class Lines:
@@ -175,10 +166,7 @@ class Lines:
         with self.turn() as lines:
             for line, command in zip(lines, commands, strict=True):
                 line.send_json(command)
-            answers = [line.json(line.header()) for line in lines]
-            for line in lines:
-                line.sent()
-            return answers
+            return [line.json(line.header()) for line in lines]
 
     def watch(self, period_s: float, told: Callable[[], Answer] = dict) -> None:
         """From now on ask them every so often whether they are there. told: what else they are told then."""

@@ -84,7 +84,6 @@ class RemoteExperts(nn.Module):
             line.send(Header(FETCH, self._reach.number, slot).packed())
             rooms = [torch.empty(each.shape[1:], dtype=self.dtype) for each in (self.local.up, self.local.down_proj)]
             up_HD, down_DF = [line.expect(room)() for room in rooms]
-            line.sent()
         return up_HD.to(self.device), down_DF.to(self.device)
 
     def forward(self, x_TD: Tensor, plan: RaggedPlan) -> Tensor:
@@ -126,7 +125,6 @@ class RemoteExperts(nn.Module):
 
         def add(y_TD: Tensor) -> None:
             y_UD = home.unpack(come(), dtype)
-            line.sent()
             y_TD.index_add_(0, sent.token_ids_U.to(y_TD.device), y_UD.to(y_TD.device, y_TD.dtype))
 
         return add
