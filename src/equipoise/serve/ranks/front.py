@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import time
 import weakref
 from collections import deque
@@ -190,4 +191,4 @@ class Ranks:
     def told(self) -> str:
         """Where the experts are, in a line."""
         sizes = ", ".join(f"{size / 2**20:.1f}" for size in self._told)
-        return f"experts on {len(self._told)} ranks: {sizes} MB"
+        return f"experts on {len(self._told)} ranks: {sizes} MB; SIGTERM to process {os.getpid()} ends all"
