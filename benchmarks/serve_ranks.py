@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--models", nargs="+", default=[name.partition(":")[0] for name in SIZES])
-    parser.add_argument("--threads", type=int, default=2, help="of the one process, beside 1")
+    parser.add_argument("--threads", type=int, default=1, help="of the one process, beside 1")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     add_output_arguments(parser)
     options = parser.parse_args()

@@ -43,7 +43,7 @@ ALLOWED = {
     },
     "faults": {"types", "layer", "monitor", "disk"},
     "train": {"types", "ops", "routing"} | RINGS,
-    "serve": {"types"} | RINGS,
+    "serve": {"types", "ops"} | RINGS,
     "hf": {"types", "ops"},
     "bench": {"types", "ops", "routing", "train", "hf"} | RINGS,
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.serve.ranks.cases import CASES, make_run
+from tests.serve.ranks.cases import CASES, LARGE, make_run
 from tests.serve.ranks.worker import TOKENS_BS
 from tests.serve.small import answers, mixed_requests, tiny_engine
 
@@ -44,7 +44,7 @@ def start(command: list[str], size: int) -> list[subprocess.Popen]:
 def spread(folder: Path, names: list[str], size: int) -> list[tuple[int, str]]:
     """(exit code, errors) of all."""
     for name in names:
-        make_run(CASES[name], folder / name, size)
+        make_run(CASES.get(name, LARGE), folder / name, size)
     ranks = start([sys.executable, str(WORKER), str(folder), *names], size)
     try:
         told = [rank.communicate(timeout=200)[1] for rank in ranks]
@@ -135,3 +135,12 @@ def test_a_lost_rank_has_a_name_and_the_others_end_well(done, size):
     assert noted == "lost"
     assert seconds < 10
     assert [code for code, _ in ended] == [*[0] * (size - 1), -signal.SIGKILL], ended
+
+
+@pytest.mark.slow
+def test_a_rank_never_has_more_than_its_experts_in_memory(tmp_path):
+    assert [code for code, _ in spread(tmp_path, ["large"], 4)] == [0] * 4
+    share = 96 * 2**20 / 4
+    for rank in range(4):
+        most = int((tmp_path / f"memory-{rank}").read_text())
+        assert share < most < 1.5 * share + 16 * 2**20, rank

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tests.serve.ranks.cases import CASES
+from tests.serve.ranks.cases import CASES, LARGE
 from tests.serve.small import mixed_requests, tiny_engine
 
 from equipoise.monitor.recorder import Recorder
@@ -26,7 +26,7 @@ TOKENS_BS = torch.arange(60).view(3, 20) * 7 % 256
 
 
 def opened(folder: Path, name: str, lines: Lines) -> Ranks:
-    case, placement = CASES[name], folder / "placement.json"
+    case, placement = CASES.get(name, LARGE), folder / "placement.json"
     placements = read_placements(placement) if placement.is_file() else None
     path = folder / "checkpoints" / "step-000001"
     return Ranks(path, lines, SpreadConfig(placements, case.payload), case.dtype)
@@ -134,6 +134,28 @@ def lose(folder: Path, lines: Lines, last: int) -> None:
     (folder / "lost.json").write_text(json.dumps([*told, *noted, time.monotonic() - began]))
 
 
+def resident(name: str) -> int:
+    """Bytes of this process, VmRSS now or VmHWM at most."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    return int(line.split()[1]) * 1024
+
+
+def remember(folder: Path, world: World) -> None:
+    """Load a large model, and note how much memory that took at most."""
+    with Path("/proc/self/clear_refs").open("w") as file:
+        file.write("5")  # the most so far is what is there now
+    before = resident("VmRSS")
+    if world.rank:
+        Holder(Line(0, world)).run()
+    else:
+        lines = Lines(world)
+        try:
+            opened(folder / "large", "large", lines)
+        finally:
+            lines.close()
+    (folder / f"memory-{world.rank}").write_text(str(resident("VmHWM") - before))
+
+
 def front(folder: Path, names: list[str], world: World) -> None:
     lines = Lines(world)
     try:
@@ -148,7 +170,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, *names = sys.argv[1:]
     with joined(20.0) as world:
-        if world.rank == 0:
+        if names == ["large"]:
+            remember(Path(folder), world)
+        elif world.rank == 0:
             front(Path(folder), names, world)
         else:
             (Path(folder) / "plain" / f"pid-{world.rank}").write_text(str(os.getpid()))

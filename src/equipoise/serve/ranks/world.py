@@ -15,9 +15,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
-from torch.distributed import Store
 from torch.distributed.rendezvous import rendezvous
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 _WHERE = "equipoise/serve/front"  # in the store
 _MAX_HELLO = 256  # bytes
