@@ -140,7 +140,7 @@ def test_a_lost_rank_has_a_name_and_the_others_end_well(done, size):
 @pytest.mark.slow
 def test_a_rank_never_has_more_than_its_experts_in_memory(tmp_path):
     assert [code for code, _ in spread(tmp_path, ["large"], 4)] == [0] * 4
-    share = 96 * 2**20 / 4
+    share = 192 * 2**20 / 4
     for rank in range(4):
         most = int((tmp_path / f"memory-{rank}").read_text())
-        assert share < most < 1.5 * share + 16 * 2**20, rank
+        assert share < most < share + 48 * 2**20, rank  # half of all: a rank also imports, and the first has more to do
