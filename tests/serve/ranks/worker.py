@@ -100,7 +100,9 @@ def bytes_of_rows(ranks: Ranks):
             pairs = zip(decision.token_ids_N.tolist(), decision.expert_ids_N.tolist(), strict=True)
             by_rank = {}
             for token, expert in pairs:
-                rank = next(rank for rank, held in enumerate(slots) if expert in held)
+                rank = next(
+                    (rank for rank, held in enumerate(slots) if expert in held), 0
+                )  # zero experts have no place
                 by_rank.setdefault(rank, []).append(token)
             for rank, tokens in by_rank.items():
                 if rank:
