@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.ranks import run_ranks
 from tests.parallel.repairs import END, LAYER, TRAINED, ask, config, story, train
+from tests.ranks import run_ranks
 
 from equipoise.disk.checkpoint import list_checkpoints, load_checkpoint
 from equipoise.parallel import ParallelConfig, Ranks

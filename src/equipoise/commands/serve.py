@@ -25,8 +25,13 @@ from equipoise.monitor.sinks.options import NOWHERE, Alerts, delivering
 from equipoise.recovery.policy import PolicyName
 
 if TYPE_CHECKING:
+    import torch
+
+    from equipoise.models.run_files import Loaded
     from equipoise.serve.server import Server, ServerConfig
     from equipoise.small import SmallConfig
+
+    Load = Callable[[Path, torch.dtype | None], Loaded]
 
 API_PATHS = ("/v1", "/tokenize", "/detokenize", "/health", "/openapi.json", "/equipoise/")
 Dtype = Literal["auto", "fp32", "bf16"]
@@ -106,16 +111,34 @@ class ServeOptions:
     dashboard and --alerts. Needs the extra `ray`."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankOptions:
+    """Where the experts are, under torchrun: experts on all ranks, everything else on the first."""
+
+    expert: int = 1
+    """Processes that share the experts of each layer, as many as torchrun starts."""
+    placement: Path | None = None
+    """Which rank holds what, as `equipoise place` plans it; default: consecutive experts."""
+    payload: Literal["as_is", "bf16", "int8", "fp8"] = "as_is"
+    """What rows look like on their way to the experts."""
+    timeout_s: float = 600.0
+    """Seconds until a rank that does not answer is lost, and the server ends."""
+
+
 def serve(
     run: Annotated[Path, tyro.conf.Positional],
     /,
     *,
     options: Annotated[ServeOptions, tyro.conf.OmitArgPrefixes] = ServeOptions(),
     alerts: Alerts = NOWHERE,
+    parallel: RankOptions = RankOptions(),
 ) -> int:
     """Serve a model that was trained here: an OpenAI-compatible API, with the router under watch.
 
     For example: equipoise serve runs/demo
+
+    Experts that are more than one process's memory are shared by several: torchrun --nproc-per-node 4 -m equipoise
+    serve runs/demo --parallel.expert 4
 
     Then, from another terminal:
     curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' -d '{"model":"demo","prompt":"The"}'
@@ -123,7 +146,12 @@ def serve(
     Args:
         run: A run folder (its newest whole checkpoint), or a checkpoint in one.
         alerts: Where alerts and repairs go, beside the server's own records.
+        parallel: How the model is spread over processes.
     """
+    if parallel != RankOptions() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from equipoise.commands.serve_ranks import serve_over_ranks
+
+        return serve_over_ranks(run, options, parallel, alerts)
     from equipoise.serve.server import Server
 
     if options.ray is not None and (options.expert_precision != "full" or options.expert_memory is not None):
@@ -134,7 +162,7 @@ def serve(
         )
     if sys.stderr.isatty():  # of a large model both take a while
         print(f"loading {run}", file=sys.stderr)
-    loaded, config = _prepare(run, options)
+    loaded, config = prepare(run, options)
     if options.ray is not None:
         from equipoise.commands.serve_ray import Fleet, serve_replicas
         from equipoise.serve.replicas import Weights
@@ -149,8 +177,11 @@ def serve(
         return Front(Server(loaded, config, os.environ, sinks), options).run()
 
 
-def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
-    """The model, and everything that can be wrong with the options, before anything listens."""
+def prepare(run: Path, options: ServeOptions, load: Load | None = None) -> tuple[Loaded, ServerConfig]:
+    """The model, and everything that can be wrong with the options, before anything listens.
+
+    load: of a run, in a type; None loads all of it into this process.
+    """
     import torch
 
     from equipoise.dashboard.access import is_loopback
@@ -192,7 +223,8 @@ def _prepare(run: Path, options: ServeOptions) -> tuple[Any, ServerConfig]:
     if options.max_seconds is not None and not options.max_seconds > 0:
         raise ValueError(f"max_seconds: expected more than 0, got {options.max_seconds:g}; leave it out for no end")
     torch.set_num_threads(compute_threads(options.threads, torch.get_num_threads()))
-    loaded = load_small(run, small, dtype=dtype_of(options.dtype), device=device).loaded
+    dtype = dtype_of(options.dtype)
+    loaded = load(run, dtype) if load is not None else load_small(run, small, dtype=dtype, device=device).loaded
     config = ServerConfig(
         name=options.name or loaded.folder.resolve().name,
         folder=options.out or free_folder(loaded.folder / ("serving" if options.ray is None else "serving-ray")),
@@ -233,6 +265,10 @@ class Front:
         self._server, self._options = server, options
         self._asked = threading.Event()
         self._failed: list[BaseException] = []
+
+    def end(self) -> None:
+        """As a signal does. From any thread."""
+        self._asked.set()
 
     def run(self) -> int:
         """Serve until SIGTERM or Ctrl-C, then finish what is open. A second signal ends it at once."""

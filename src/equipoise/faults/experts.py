@@ -39,7 +39,7 @@ class NaNExpert:
         if not paths:
             raise ValueError(
                 f"NaNExpert.layer: expected experts with stacked weights [E, ., .] of floating numbers, {self.layer} "
-                "has none"
+                "has none in this process; choose another layer, or a process that has the whole model"
             )
         sizes = [tensor_at(target.experts, path).shape[1:].numel() for path in paths]
         place = random.Random(self.seed).randrange(sum(sizes))  # every value is as likely

@@ -29,10 +29,10 @@ from equipoise.recovery.patience import Patience
 from equipoise.recovery.policy import PolicyName, policy_of
 from equipoise.recovery.recent import RecentScores
 from equipoise.recovery.recovery import Recovery
-from equipoise.recovery.weights import reload_weights
 from equipoise.serve.aftermath import Aftermath
 from equipoise.serve.equipment import Equipment
 from equipoise.serve.posted import fulfil
+from equipoise.serve.weights import Read, whole
 from equipoise.types import Action, Alert, Finding, RoutingStats, Sink
 
 T = TypeVar("T")
@@ -67,12 +67,13 @@ class Shared:
     """What care and the engine share.
 
     gate: the engine's steps are in `running`. num_steps: so far. forget_cache: keys and values are to be computed anew;
-    called while no step runs.
+    called while no step runs. read: how other weights are read; None where all of the model is in this process.
     """
 
     gate: Gate
     num_steps: Callable[[], int]
     forget_cache: Callable[[], None]
+    read: Read | None = None
 
 
 class Care:
@@ -90,6 +91,7 @@ class Care:
         self.aftermath = Aftermath()
         self.config, self.engine, self.sinks = config, engine, (self.aftermath, *sinks)
         self.model, self.layers = loaded.model, loaded.model.routed_layers
+        self.read = read = engine.read or whole(loaded.model)
         self.notes = list(equipment.notes)
         self.guard: LatencyGuard | None = None
         self.watch = Watch(
@@ -111,7 +113,7 @@ class Care:
             recent=self._recent,
             known_good=equipment.known_good,
             dense=equipment.dense,
-            reload=reload_weights(self.model, loaded.folder / CHECKPOINTS),
+            reload=lambda name: read(loaded.folder / CHECKPOINTS / name)().undo,
             on_change=engine.forget_cache,
         )
         self.recovery = Recovery(

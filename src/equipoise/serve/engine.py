@@ -71,7 +71,8 @@ class Engine:
 
     num_blocks, block_size: of the cache. prefix_reuse: whether prompts share what their beginnings have in common;
     models with Mamba layers never do, as a state is of all tokens before it. on_step: is told about each forward that
-    did not fail, and must not raise. Raises ValueError for sizes out of range.
+    did not fail, and must not raise. fatal: errors after which nothing can be computed any more; `step` raises them.
+    Raises ValueError for sizes out of range.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Engine:
         block_size: int = 16,
         prefix_reuse: bool = True,
         on_step: Callable[[StepReport], None] = lambda report: None,
+        fatal: tuple[type[Exception], ...] = (),
     ) -> None:
         self.model, self.tokenizer, self.limits = model.eval(), tokenizer, limits
         weight = model.embed_tokens.weight
@@ -95,7 +97,7 @@ class Engine:
         self._runner = Runner(model, kv, num_ids(model, tokenizer), states)
         self._sequences: dict[str, Sequence] = {}
         self._order = 0
-        self._on_step = on_step
+        self._on_step, self._fatal = on_step, fatal
 
     @property
     def max_tokens(self) -> int:
@@ -138,6 +140,8 @@ class Engine:
             return outputs
         try:
             result = self._runner.run(pieces)
+        except self._fatal:
+            raise
         except Exception as error:  # one bad forward must not take down all that wait
             return outputs + self._one_by_one(pieces, error)
         return outputs + self._take(result, pieces, began)
@@ -216,6 +220,8 @@ class Engine:
             began = time.perf_counter()
             try:
                 result = self._runner.run([piece])
+            except self._fatal:
+                raise
             except Exception as alone:  # it is tried again in the next step
                 outputs += self._failed(piece.sequence, alone)
             else:

@@ -30,7 +30,7 @@ class Operator:
         self._care, self._canary = care, canary
         self._injected: list[Injection] = []
         self.weights = Weights(
-            care.model,
+            care.read,
             loaded.folder / CHECKPOINTS,
             loaded.checkpoint.name,
             care.engine.gate,

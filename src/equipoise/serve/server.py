@@ -39,6 +39,8 @@ from equipoise.types import Sink
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
+    from equipoise.serve.ranks.front import Ranks
+
 
 @dataclass(frozen=True)
 class ServerConfig:
@@ -62,13 +64,18 @@ class Server:
     """Built, then `start`, then `stop`.
 
     sinks: get routing, alerts and repairs besides the server's own record; how those behind a `Background` fare is
-    exported.
+    exported. ranks: where the model's experts are, if it is spread; whoever made them ends them.
     """
 
     def __init__(
-        self, loaded: Loaded, config: ServerConfig, environment: Mapping[str, str], sinks: Sequence[Sink] = ()
+        self,
+        loaded: Loaded,
+        config: ServerConfig,
+        environment: Mapping[str, str],
+        sinks: Sequence[Sink] = (),
+        ranks: Ranks | None = None,
     ) -> None:
-        self.config, self.loaded = config, loaded
+        self.config, self.loaded, self.ranks = config, loaded, ranks
         model, layers = loaded.model, tuple(loaded.model.moe_layers)
         gate = Gate()
         self.record = ServerRecord(config.folder, config.name, model.config)
@@ -81,6 +88,7 @@ class Server:
             block_size=config.block_size,
             prefix_reuse=config.prefix_reuse,
             on_step=self.metrics.on_step,
+            fatal=() if ranks is None else ranks.fatal,
         )
         self.loop = EngineLoop(self.engine, running=gate.running)
         self._told = tuple(sinks)
@@ -95,7 +103,8 @@ class Server:
         if layers:
             equipment = equip(loaded, config.folder)
             normal = equipment.baselines
-            shared = Shared(gate, lambda: self.loop.progress().num_steps, self.loop.forget_cache)
+            read = None if ranks is None else ranks.read
+            shared = Shared(gate, lambda: self.loop.progress().num_steps, self.loop.forget_cache, read)
             told: tuple[Sink, ...] = (self.record, live, *sinks)
             self.care = Care(loaded, equipment, shared, config.care, told, self._after_look)
             self.operator = Operator(loaded, self.care, equipment.canary)
@@ -138,6 +147,8 @@ class Server:
 
     def experts_kept(self) -> list[str]:
         """How the experts are kept, in a line, where it is not as usual."""
+        if self.ranks is not None:
+            return [self.ranks.told()]
         layer = next(iter(self.loaded.model.moe_layers.values()), None)
         experts = None if layer is None else layer.get_submodule("experts")
         if not isinstance(experts, StoredExperts):
@@ -186,7 +197,7 @@ class Server:
         self._live.left(self.care.aftermath.findings)
         guard, scalars = self.care.guard, self.metrics.scalars()
         times = {} if guard is None else guard.times()
-        scalars |= experts_ms(times)
+        scalars |= experts_ms(times) | ({} if self.ranks is None else self.ranks.scalars())
         self.metrics.guarded({} if guard is None else guard.states(), times, self.operator.weights.version.number)
         if scalars:
             self.record.scalars(step, scalars)

@@ -9,13 +9,41 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeAlias
 
 from equipoise.disk.checkpoint import list_checkpoints, load_checkpoint
 from equipoise.models.decoder import Decoder
+from equipoise.models.run_files import MODEL
 from equipoise.recovery.gate import Gate
-from equipoise.recovery.swap import Swap, swap
+from equipoise.recovery.swap import swap
 
 MOST_WORSE = 0.1  # nats per token
+
+
+class Swapped(Protocol):
+    """Weights that are in service, and the way back. digest: of their values."""
+
+    @property
+    def digest(self) -> str: ...  # noqa: D102 - described by the class
+
+    def undo(self) -> None:
+        """Put the old values back exactly. Twice is once."""
+        ...
+
+
+Read: TypeAlias = Callable[[Path], Callable[[], Swapped]]  # verifies a checkpoint; what it returns puts it in service
+
+
+def whole(model: Decoder) -> Read:
+    """Reads for a model that is all in this process. What it gives raises ValueError for what does not fit."""
+
+    def read(path: Path) -> Callable[[], Swapped]:
+        tensors = load_checkpoint(path).tensors
+        if MODEL not in tensors:
+            raise ValueError(f"{path}: expected a group of tensors called {MODEL}, got {sorted(tensors)}")
+        return lambda: swap(model, tensors[MODEL], whole=True)
+
+    return read
 
 
 class ReloadRefusedError(ValueError):
@@ -36,23 +64,24 @@ class Version:
 class Weights:
     """Reloads the weights of one model.
 
-    checkpoints: the folder that they are taken from. measure: nats per token of held-out text, alone with the model;
-    None where there is no such text. on_change: called while nobody else can use the model.
+    read: how they are read, and put in. checkpoints: the folder that they are taken from. measure: nats per token of
+    held-out text, alone with the model; None where there is no such text. on_change: called while nobody else can use
+    the model.
     """
 
     def __init__(
         self,
-        model: Decoder,
+        read: Read,
         checkpoints: Path,
         source: str,
         gate: Gate,
         measure: Callable[[], float] | None,
         on_change: Callable[[], None],
     ) -> None:
-        self._model, self._checkpoints, self._gate = model, checkpoints, gate
+        self._read, self._checkpoints, self._gate = read, checkpoints, gate
         self._measure, self._on_change = measure, on_change
         self.version = Version(1, source)
-        self._way_back: tuple[Swap, Version] | None = None
+        self._way_back: tuple[Swapped, Version] | None = None
 
     def names(self) -> list[str]:
         """The whole checkpoints that can be loaded, oldest first."""
@@ -71,9 +100,9 @@ class Weights:
         name = name or names[-1]
         before = None if self._measure is None else self._measure()
         try:
-            tensors = load_checkpoint(self._checkpoints / name).tensors["model"]  # verified; forwards go on meanwhile
+            take = self._read(self._checkpoints / name)  # verified; forwards go on meanwhile
             with self._gate.changing():
-                done = swap(self._model, tensors, whole=True)
+                done = take()
                 self._on_change()
         except (ValueError, KeyError, RuntimeError, OSError) as error:
             raise ReloadRefusedError(f"{name}: nothing was changed: {error}") from error
@@ -94,7 +123,7 @@ class Weights:
         self.version = Version(self.version.number + 1, before.source, before.digest, before.loss)
         return self.version
 
-    def _put_back(self, done: Swap) -> None:
+    def _put_back(self, done: Swapped) -> None:
         with self._gate.changing():
             done.undo()
             self._on_change()

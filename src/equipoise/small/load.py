@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -96,7 +96,7 @@ def load_small(
     sizes = {name: sizes_of(layer) for name, layer in layers.items()}
     for layer in layers.values():
         layer.register_module("experts", nn.Identity())  # no memory for what comes from elsewhere
-    others = _others(checkpoint, sizes)
+    others = all_but_experts(checkpoint, sizes)
     kept = others["embed_tokens.weight"].dtype
     format = format_of(config.precision, dtype or kept)
     least = max(each.expert_bytes(format) for each in sizes.values())
@@ -135,14 +135,14 @@ def _experts(
     return stored(offload, sizes, dtype), offload
 
 
-def _others(checkpoint: Path, sizes: Mapping[str, Sizes]) -> dict[str, Tensor]:
-    """All of the model but its experts."""
+def all_but_experts(checkpoint: Path, layers: Iterable[str]) -> dict[str, Tensor]:
+    """All of a model but the experts of these layers, read into memory of their own."""
     path = group_file(checkpoint, MODEL)
     if not path.is_file():
         raise CheckpointError(f"{checkpoint}: expected a group of tensors called {MODEL}, found none")
     file = RowFile(path)
     try:
-        ours = tuple(f"{name}.experts." for name in sizes)
+        ours = tuple(f"{name}.experts." for name in layers)
         return {name: file.whole(name) for name in file.entries if not name.startswith(ours)}
     finally:
         file.close()
