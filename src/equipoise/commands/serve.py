@@ -184,10 +184,8 @@ def prepare(run: Path, options: ServeOptions, load: Load | None = None) -> tuple
     """
     import torch
 
-    from equipoise.dashboard.access import is_loopback
     from equipoise.models.device import pick_device
     from equipoise.models.dtypes import dtype_of
-    from equipoise.serve.api.access import read_keys
     from equipoise.serve.api.served import Bounds
     from equipoise.serve.api.template import read_template
     from equipoise.serve.care import CareConfig
@@ -197,12 +195,7 @@ def prepare(run: Path, options: ServeOptions, load: Load | None = None) -> tuple
 
     small = _small(options)
     device = pick_device("cpu" if options.device == "auto" and not small.is_plain else options.device)
-    keys = read_keys(options.keys_file, os.environ)
-    if not keys and not is_loopback(options.host):
-        raise ValueError(
-            f"host: {options.host} can be reached from other machines, and there are no API keys; leave out --host for "
-            "this machine only, or add --keys-file"
-        )
+    keys = _keys(options)
     limits = Limits(
         max_running=options.max_running,
         tokens_per_step=options.tokens_per_step,
@@ -238,6 +231,20 @@ def prepare(run: Path, options: ServeOptions, load: Load | None = None) -> tuple
         bounds=Bounds(answer_seconds=options.max_seconds),
     )
     return loaded, config
+
+
+def _keys(options: ServeOptions) -> tuple[str, ...]:
+    """Of the API. Raises ValueError where others reach the server and there are none."""
+    from equipoise.dashboard.access import is_loopback
+    from equipoise.serve.api.access import read_keys
+
+    keys = read_keys(options.keys_file, os.environ)
+    if not keys and not is_loopback(options.host):
+        raise ValueError(
+            f"host: {options.host} can be reached from other machines, and there are no API keys; leave out --host for "
+            "this machine only, or add --keys-file"
+        )
+    return keys
 
 
 def _small(options: ServeOptions) -> SmallConfig:
