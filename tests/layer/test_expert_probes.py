@@ -88,7 +88,7 @@ def test_in_eval_the_output_has_the_bits_of_the_lean_backend(options, num_tokens
         log = probed(layer)
         assert torch.equal(layer(x), expected)
     assert bool(log) == (num_tokens > 0)
-    assert torch.equal(layer(x), expected)  # and with gradients
+    torch.testing.assert_close(layer(x), expected)  # and with gradients, where torch multiplies for the shared expert
 
 
 def test_in_bf16_it_is_close_to_the_lean_backend():

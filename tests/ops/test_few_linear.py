@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from equipoise.ops import few_linear
 from equipoise.ops.few_linear import linears, projections
@@ -166,3 +167,18 @@ def test_reasons():
     assert native.unsupported(40, torch.float32, cpu) == "the native code takes inputs in multiples of 16, got 40"
     assert native.unsupported(48, torch.bfloat16, cpu) == "the native code takes inputs in multiples of 32, got 48"
     assert native.unsupported(96, torch.float32, torch.device("meta")) == "native code is for the CPU, got meta"
+
+
+@pytest.mark.parametrize("shape", [(0, INPUTS), (1, 0, INPUTS)])
+def test_no_rows_are_no_rows(shape):
+    _, weights = drawn(1, torch.float32)
+    with torch.no_grad():
+        assert [tuple(y.shape) for y in linears(torch.empty(shape), weights)] == [(*shape[:-1], out) for out in OUTPUTS]
+
+
+def test_what_counts_torchs_flops_sees_them(calls):
+    x, weights = drawn(4, torch.float32)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        linears(x, weights)
+    assert counter.get_total_flops() == 2 * 4 * INPUTS * sum(OUTPUTS)
+    assert calls == []

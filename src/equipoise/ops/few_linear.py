@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that torch's own documentation uses
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from equipoise.ops.native.linear import few_rows_linear, unsupported
 
@@ -20,8 +21,9 @@ def linears(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """x W^T for each W, (..., O_j). x: (..., I). weights: (O_j, I)."""
     if not is_few(x, weights):
         return tuple(F.linear(x, weight) for weight in weights)
-    y_NO = few_rows_linear(x.reshape(-1, x.shape[-1]), weights).view(*x.shape[:-1], -1)
-    return (y_NO,) if len(weights) == 1 else torch.split(y_NO, [weight.shape[0] for weight in weights], dim=-1)
+    y_NO = few_rows_linear(x.reshape(-1, x.shape[-1]), weights)
+    y = y_NO.view(*x.shape[:-1], y_NO.shape[1])
+    return (y,) if len(weights) == 1 else torch.split(y, [weight.shape[0] for weight in weights], dim=-1)
 
 
 def projections(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
@@ -38,8 +40,12 @@ def projections(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
 
 
 def is_few(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether the native call takes them, and is faster. Never where a backward pass may come, or a graph is traced."""
+    """Whether the native call takes them, and is faster. Never where a backward pass may come, or where torch's
+    calls are looked at: by a compiler, or a mode such as the counter of FLOPs.
+    """
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
+    if is_in_torch_dispatch_mode():
         return False
     dtype, inputs = x.dtype, x.shape[-1]
     if x.numel() > _MOST_ROWS.get(dtype, 0) * inputs or torch.is_autocast_enabled("cpu"):
