@@ -305,7 +305,7 @@ def test_what_a_run_records_is_of_the_batch_that_the_step_takes(make_config, his
     trainer.run(until=2)
     loader = Loader(data.train, config.batch_size, config.data.seq_len, config.seed)
     batch = [loader.next_batch() for _ in range(3)][2]
-    expected = interference(trainer.model, [split(batch, 2)], 3, bf16=False)
+    expected = interference(trainer.model, [split(batch.to(trainer.device), 2)], 3, bf16=False)
     trainer.run()
     trainer.close("finished")
     scalars = history(tmp_path / "run")["scalars"]
