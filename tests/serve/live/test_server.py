@@ -145,18 +145,20 @@ def test_a_slow_expert_is_named_and_shut_alone(trained, tmp_path):
         server.out = out
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
 
+        answered = []
+
         def user(number):
-            count = 0
             while not stop.is_set():
-                count += 1
-                client.completions.create(model="run", prompt=f"{number} The king {count}", max_tokens=16)
+                prompt = f"{number} The king {len(answered)}"
+                answered.append(client.completions.create(model="run", prompt=prompt, max_tokens=16))
 
         users = [threading.Thread(target=user, args=(n,)) for n in range(4)]
         for each in users:
             each.start()
         try:
             with operator(server) as admin:
-                assert wait_for(lambda: group in admin.get("state").json()["experts_ms"])
+                # what is usual is known by then: a fault from the first calls on would be taken for it
+                assert wait_for(lambda: len(answered) >= 40 and group in admin.get("state").json()["experts_ms"])
                 fault = {"fault": "slow-expert", "layer": LAYER, "expert": 3, "seconds": 0.1}
                 assert admin.post("faults", json={"fault": fault}).status_code == 200
 
