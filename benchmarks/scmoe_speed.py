@@ -1,9 +1,10 @@
 """What a shortcut hides: ScMoE against a top-2 MoE of the same active FLOPs, over slow and fast links.
 
 python -m benchmarks.scmoe_speed. Ranks in network namespaces of their own, joined by links of a capped rate: a cluster
-that waits for its network for real (benchmarks/netns.py; needs root and tc). Each rank has half of the experts; models
-take turns within each round. A training step is forward and backward; the sum of the dense gradients over ranks, the
-same for all models, is left out. Communication share: of the top-2 model's MoE layers, the time in which a rank waits.
+that waits for its network for real (benchmarks/netns.py; needs root and tc). Each rank has its part of the experts;
+models take turns within each round. A training step is forward and backward; the sum of the dense gradients over ranks,
+the same for all models, is left out. Communication share: of the top-2 model's MoE layers, the time in which a rank
+waits. Packets are large, as between machines of a cluster: each costs the cores that also compute.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,8 @@ from equipoise.models.decoder import Decoder
 from equipoise.parallel import ExpertParallel, ParallelConfig, apply_expert_parallel, make_ranks
 from equipoise.routing import TopK
 
-RATES: tuple[float | None, ...] = (None, 2000, 1000, 500, 200, 100, 50, 20, 10)  # Mbit/s
+RATES: tuple[float | None, ...] = (None, 2000, 1000, 500, 200, 170, 100, 50, 20, 10)  # Mbit/s
 NAMES = ("top-2", "pos1", "pos2", "pos3")
-RANKS = 2
 PUBLISHED = {"training": 1.49, "inference": 1.82}  # SwinV2-MoE-S, pos3, 60 % communication (arXiv 2404.05019)
 
 
@@ -41,8 +41,8 @@ PUBLISHED = {"training": 1.49, "inference": 1.82}  # SwinV2-MoE-S, pos3, 60 % co
 class Size:
     """batch: sequences per rank. expert: hidden size of an expert, and of the dense MLP."""
 
-    dim: int = 256
-    expert: int = 512
+    dim: int = 512
+    expert: int = 2048
     num_experts: int = 8
     pairs: int = 2
     batch: int = 4
@@ -160,6 +160,14 @@ def _moe_seconds(parallel: ExpertParallel) -> list[float]:
 
 
 @dataclass(frozen=True)
+class Links:
+    """ranks: how many, each with a link. mtu: bytes of a packet at most."""
+
+    ranks: int
+    mtu: int
+
+
+@dataclass(frozen=True)
 class AtRate:
     """What one rate of the links gave. share: of the top-2 model's MoE time, communication."""
 
@@ -176,10 +184,10 @@ class AtRate:
         return (rate, self.share.times(100), self.top_2[kind].times(1e3), *ours)
 
 
-def at_rate(rate: float | None, size: Size, rounds: int) -> AtRate:
-    """Start the ranks behind links of that rate. Raises RuntimeError with what they wrote when one fails."""
+def at_rate(rate: float | None, links: Links, size: Size, rounds: int) -> AtRate:
+    """Start the ranks behind links of that rate [Mbit/s]. Raises RuntimeError with what they wrote when one fails."""
     argv = [sys.executable, "-m", "benchmarks.scmoe_speed", "--worker", json.dumps(vars(size)), "--rounds", str(rounds)]
-    with cluster(RANKS, rate) as where:
+    with cluster(links.ranks, rate, links.mtu) as where:
         results = run_ranks(where, argv, {"OMP_NUM_THREADS": "1"}, timeout_s=900)
     for result in results:
         if result.code:
@@ -218,7 +226,11 @@ def draw(results: list[AtRate], path: Path) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scmoe_speed", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=9, help="of each rate")
+    parser.add_argument("--rounds", type=int, default=5, help="of each rate")
+    parser.add_argument("--ranks", type=int, default=2, help="each has an equal part of the experts, and one thread")
+    parser.add_argument("--mtu", type=int, default=9000, help="bytes of a packet at most")
+    parser.add_argument("--dim", type=int, help=f"of the model, {Size.dim} without it")
+    parser.add_argument("--expert", type=int, help=f"hidden size of experts and dense MLPs, {Size.expert} without it")
     parser.add_argument("--rates", type=float, nargs="*", help="of the links [Mbit/s]; 0 is unlimited")
     parser.add_argument("--picture", type=Path, help="write a PNG of speed against communication")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -228,16 +240,17 @@ def main() -> None:
         print(json.dumps(worker(Size(**json.loads(options.worker)), options.rounds)))
         return
     size, rounds = (SMOKE, 2) if options.smoke else (Size(), options.rounds)
+    size = replace(size, dim=options.dim or size.dim, expert=options.expert or size.expert)
     rates = [rate or None for rate in options.rates] if options.rates else list(RATES[:1] if options.smoke else RATES)
-    results = []
+    links, results = Links(options.ranks, options.mtu), []
     for rate in rates:
         announce(f"links of {'unlimited rate' if rate is None else f'{rate:g} Mbit/s'}")
-        results.append(at_rate(rate, size, rounds))
+        results.append(at_rate(rate, links, size, rounds))
     columns = ("link [Mbit/s]", "communication [%]", "top-2 [ms]", *(f"{name} / top-2" for name in NAMES[1:]))
     tables = [Table(kind, columns, tuple(result.row(kind) for result in results)) for kind in PUBLISHED]
     flops = {name: active_flops(name, size) for name in NAMES}
     note = "Active FLOPs of a forward: " + ", ".join(f"{name} {value / 1e9:.3f} G" for name, value in flops.items())
-    settings: dict[str, Any] = {"ranks": RANKS, "rounds": rounds, **vars(size)}
+    settings: dict[str, Any] = {**vars(links), "rounds": rounds, **vars(size)}
     if options.picture:
         draw(results, options.picture)
     emit(Report(settings, tuple(tables), (note,)), options)
