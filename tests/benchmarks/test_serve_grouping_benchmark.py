@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks.serve_grouping import Workload, play, side_by_side
+from benchmarks.serve_grouping import Workload, play, side_by_side, widened
 from tests.serve.small import TOKENIZER, tiny_model
 
 from equipoise.models.run_files import Loaded
@@ -73,3 +73,13 @@ def test_fewer_experts_where_answers_are_of_two_kinds():
     assert turn.distinct_SL.mean() > 2.9
     assert grouped.distinct_SL[:-1].mean() < 2.5
     assert np.all(grouped.distinct_SL >= 2)
+
+
+def test_wider_experts_give_the_same_answers(loaded):
+    wide = widened(loaded, 3)
+    for layer in wide.model.layers:
+        assert layer.mlp.experts.down_proj.shape[2] == 3 * loaded.model.layers[0].mlp.experts.down_proj.shape[2]
+    work = Workload(PROMPTS, 6, 4)
+    narrow, same = (play(each, work, 3, group=True) for each in (loaded, wide))
+    assert same.answers == narrow.answers
+    np.testing.assert_array_equal(same.distinct_SL, narrow.distinct_SL)

@@ -213,3 +213,12 @@ def test_every_part_of_care_is_timed_beside_the_engine_alone():
     assert [row["with"] for row in table["rows"]] == list(PARTS)
     assert table["rows"][0]["/ engine alone"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     assert all(row["step [ms]"]["low"] > 0 for row in table["rows"])
+
+
+def test_over_ranks_the_same_requests_are_timed():
+    """By torchrun, with two ranks of this machine."""
+    [table] = run_benchmark("serve_ranks")["tables"]
+    assert table["rows"]
+    for row in table["rows"]:
+        assert row["ranks"] == 2
+        assert all(cell["median"] > 0 for name, cell in row.items() if name.startswith(("/", "over ranks")))

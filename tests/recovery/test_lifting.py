@@ -97,8 +97,8 @@ def test_repairs_of_other_layers_wait_for_its_end(bench, tmp_path):
     while not server.watch.alerts:
         server.run(1)
         assert server.step < 30
-    server.run(2)
     assert [alert.finding.layer for alert in server.watch.alerts] == [OTHER]
+    server.run(2)
     assert server.notes.story[2:] == [("lift", "applied")]
     run_until(server, 5)
     assert server.notes.story[3:5] == [("lift", "kept"), ("round_robin", "applied")]
