@@ -34,15 +34,16 @@ def test_every_choice_goes_to_a_rank_that_holds_it(case):
         assert rank == -1 if expert < 0 else expert in placement.slots[rank]
 
 
-def test_home_comes_first_then_a_rank_that_is_needed_anyway_then_the_turn():
+def test_home_comes_first_then_a_rank_that_is_needed_anyway_then_the_emptiest():
     # expert 0 is on ranks 0, 1 and 2; 1 on rank 1; 2 on rank 2; 3 on rank 3
     placement = Placement(((0,), (0, 1), (0, 2), (3,)))
-    ids_TK = np.array([[0, 1], [0, 1], [0, 3], [0, 3], [0, 3]])
-    homes_T = np.array([2, 3, 3, 3, 3])
+    ids_TK = np.array([[0, 1], [0, 1], [0, 3], [0, 3], [0, 3], [0, 3]])
+    homes_T = np.array([2, 3, 3, 3, 3, 3])
     ranks = ranks_of_choices(placement, ids_TK, homes_T).tolist()
     assert ranks[0] == [2, 1]  # home holds it
     assert ranks[1] == [1, 1]  # rank 1 is needed for expert 1
-    assert ranks[2:] == [[2, 3], [0, 3], [1, 3]]  # none is needed: token 2 has turn 2 mod 3, token 3 has turn 0, ...
+    # none is needed: ranks 1 and 3 have 2 and 4 already, 0 and 2 nothing: they share the four
+    assert ranks[2:] == [[0, 3], [0, 3], [2, 3], [2, 3]]
 
 
 def test_of_several_ranks_that_are_needed_it_takes_the_first_from_its_turn_on():
@@ -51,17 +52,26 @@ def test_of_several_ranks_that_are_needed_it_takes_the_first_from_its_turn_on():
     # turns 0, 1, 2; needed are ranks 1 and 2
     assert ranks_of_choices(placement, ids_TK, np.full(3, 0))[:, 0].tolist() == [0, 0, 0]
     away = Placement(((3,), (0, 1), (0, 2)))
-    assert ranks_of_choices(away, ids_TK, np.full(3, 0))[:, 0].tolist() == [
-        1,
-        2,
-        1,
-    ]  # two copies: 0 mod 2, 1 mod 2, ...
+    of_two = ranks_of_choices(away, ids_TK, np.full(3, 0))[:, 0]
+    assert of_two.tolist() == [1, 2, 1]  # two copies: 0 mod 2, 1 mod 2, ...
 
 
 def test_an_earlier_choice_makes_its_rank_needed():
-    # both have two copies; token 1: expert 0 takes its turn, rank 1, and 1 follows it there, not to its turn, rank 2
-    placement = Placement(((0,), (0, 1), (1,), (2,)))
-    assert ranks_of_choices(placement, np.array([[2, -1], [0, 1]]), np.full(2, 3)).tolist() == [[3, -1], [1, 1]]
+    # token 2: rank 1 has two already, so expert 0 goes to rank 0; and 1 follows it there, not to rank 2, which is empty
+    placement = Placement(((0, 1), (0, 3), (1,), (2,)))
+    ids_TK = np.array([[3, -1], [3, -1], [0, 1]])
+    assert ranks_of_choices(placement, ids_TK, np.full(3, 3)).tolist() == [[1, -1], [1, -1], [0, 0]]
+
+
+def test_homes_do_not_ask_each_other():
+    """Tokens of other homes change nothing."""
+    rng = np.random.default_rng(0)
+    placement = Placement(((0, 1, 4), (0, 2, 5), (1, 3, 4), (2, 3, 6)))
+    ids_TK = np.argsort(rng.random((40, 7)), axis=1)[:, :3]
+    homes_T = homes(40, 4)
+    together = ranks_of_choices(placement, ids_TK, homes_T)
+    alone_TK = np.where(homes_T[:, None] == 1, ids_TK, -1)
+    np.testing.assert_array_equal(ranks_of_choices(placement, alone_TK, homes_T)[homes_T == 1], together[homes_T == 1])
 
 
 def test_tokens_lie_in_blocks_of_16_from_rank_to_rank():

@@ -11,39 +11,34 @@ from equipoise.plan.cluster import Cluster
 
 
 def best_balance(load_E: np.ndarray, cluster: Cluster) -> float:
-    """The smallest load of the fullest rank over the mean, over all numbers of copies and all places for them.
+    """The smallest load of the fullest rank over the mean, over all places for copies, shared as they may.
 
-    Copies share their expert's load evenly, at most one of them on a rank. For up to about 8 experts on 4 ranks.
-    Variables: y[e, c], whether expert e has c copies; x[e, c, r], whether one of those c is on rank r; the peak.
+    For up to about 8 experts on 4 ranks. Variables: x[e, r], whether rank r holds expert e; f[e, r], the part of e's
+    load that r gets, at most x; the peak. What lies at home is not forced to stay there, so it is a lower bound.
     """
     E, R = len(load_E), cluster.num_ranks
-    num_y, num_x = E * R, E * R * R
-    size = num_y + num_x + 1
-    y_EC = np.arange(num_y).reshape(E, R)  # c = column + 1
-    x_ECR = num_y + np.arange(num_x).reshape(E, R, R)
+    x_ER = np.arange(E * R).reshape(E, R)
+    f_ER, peak = E * R + x_ER, 2 * E * R
     rows, low, high = [], [], []
-
-    def constrain(terms: list[tuple[int, float]], least: float, most: float) -> None:
-        row = np.zeros(size)
-        for place, factor in terms:
-            row[place] += factor
-        rows.append(row)
-        low.append(least)
-        high.append(most)
-
     for expert in range(E):
-        constrain([(y, 1.0) for y in y_EC[expert].tolist()], 1, 1)
-        for c in range(R):
-            constrain([(x, 1.0) for x in x_ECR[expert, c].tolist()] + [(int(y_EC[expert, c]), -(c + 1.0))], 0, 0)
+        rows.append(_indicator(peak + 1, f_ER[expert]))
+        low.append(1.0)
+        high.append(1.0)
     for rank in range(R):
-        constrain(
-            [(x, 1.0) for x in x_ECR[:, :, rank].reshape(-1).tolist()], cluster.slots_per_rank, cluster.slots_per_rank
-        )
-        loads = [(int(x_ECR[e, c, rank]), float(load_E[e]) / (c + 1)) for e in range(E) for c in range(R)]
-        constrain([*loads, (size - 1, -1.0)], -np.inf, 0)
-    objective = np.zeros(size)
-    objective[-1] = 1
-    return float(_solved(objective, rows, low, high)[-1] / (load_E.sum() / R))
+        rows.append(_indicator(peak + 1, x_ER[:, rank]))
+        low.append(float(cluster.slots_per_rank))
+        high.append(float(cluster.slots_per_rank))
+        loads = -_indicator(peak + 1, np.array([peak]))
+        loads[f_ER[:, rank]] = load_E / (load_E.sum() / R)
+        rows.append(loads)
+        low.append(-np.inf)
+        high.append(0.0)
+        for expert in range(E):
+            rows.append(_indicator(peak + 1, f_ER[expert, rank]) - _indicator(peak + 1, x_ER[expert, rank]))
+            low.append(-np.inf)
+            high.append(0.0)
+    whole = np.arange(peak + 1) < E * R
+    return float(_solved(_indicator(peak + 1, np.array([peak])), (rows, low, high), whole)[-1])
 
 
 def least_fan_out(ids_TK: np.ndarray, num_experts: int, cluster: Cluster, most_load: float = np.inf) -> float:
@@ -75,7 +70,7 @@ def least_fan_out(ids_TK: np.ndarray, num_experts: int, cluster: Cluster, most_l
                 rows.append(_indicator(size, x_ER[expert, rank]) - _indicator(size, z_TR[token, rank]))
                 low.append(-np.inf)
                 high.append(0.0)
-    found = _solved(_indicator(size, z_TR.reshape(-1)), rows, low, high)
+    found = _solved(_indicator(size, z_TR.reshape(-1)), (rows, low, high), np.ones(size, dtype=bool))
     return float(found[E * R :].sum() / T)
 
 
@@ -85,20 +80,23 @@ def _indicator(size: int, places: np.ndarray) -> np.ndarray:
     return row
 
 
-def _solved(objective: np.ndarray, rows: list[np.ndarray], low: list[float], high: list[float]) -> np.ndarray:
-    """The minimum. Variables are 0 or 1; the last one may be any number from 0 on where it is the whole objective."""
+def _solved(
+    objective: np.ndarray, limits: tuple[list[np.ndarray], list[float], list[float]], whole: np.ndarray
+) -> np.ndarray:
+    """The minimum. limits: rows of factors, and the least and the most of each. whole: bool, variables that are 0 or 1;
+    the others are 0 or more.
+    """
     try:
         optimize: Any = import_module("scipy.optimize")
     except ImportError as error:
         raise ImportError(
             "exact placement needs SciPy; install it with: pip install 'equipoise[place-exact]'"
         ) from error
-    free = np.zeros(len(objective), dtype=bool)
-    free[-1] = np.count_nonzero(objective) == 1
+    rows, low, high = limits
     found = optimize.milp(
         objective,
-        integrality=~free,
-        bounds=optimize.Bounds(0, np.where(free, np.inf, 1)),
+        integrality=whole,
+        bounds=optimize.Bounds(0, np.where(whole, 1, np.inf)),
         constraints=optimize.LinearConstraint(np.array(rows), low, high),
         options={"mip_rel_gap": 0.0},
     )

@@ -22,14 +22,14 @@ from equipoise.plan.cluster import Cluster
 from equipoise.plan.drift import drift_covariance
 from equipoise.plan.labels import renamed
 from equipoise.plan.packing import copies_of
-from equipoise.plan.shares import shares
+from equipoise.plan.rank_load import even_parts
 from equipoise.plan.swaps import Descent, Packing
 from equipoise.plan.traffic import Traffic, pairs_of_ids
 from equipoise.types import Placement
 
 REACH = 2.0  # standard deviations of the windows seen, for those to come
 # of balance against ranks per token, the strictest first
-WEIGHTS = (40.0, 16.0, 8.0, 5.0, 3.2, 2.0, 1.3, 0.8, 0.5, 0.3, 0.15)
+WEIGHTS = (16.0, 8.0, 5.0, 3.2, 2.0, 1.3, 0.8, 0.5, 0.3, 0.15)
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ def plan_layers(
     Raises ValueError for fewer slots than experts, for replicas that would need a rank to hold an expert twice, and
     for an earlier placement that lacks a layer or has other numbers of ranks or experts.
     """
+    olds = [None if earlier is None else _earlier(layer, cluster, earlier) for layer in layers]
+    arranged = [_slots(layer, cluster, old, aim) for layer, old in zip(layers, olds, strict=True)]
     placements: dict[str, Placement] = {}
     before: Traffic | None = None
-    for layer in layers:
-        old = None if earlier is None else _earlier(layer, cluster, earlier)
-        slots_RS = _slots(layer, cluster, old, aim)
+    for layer, old, slots_RS in zip(layers, olds, arranged, strict=True):
         if old is None:
             slots_RS = _named(layer, slots_RS, before, placements, cluster)
         placements[layer.layer] = Placement(tuple(tuple(sorted(rank)) for rank in slots_RS.tolist()))
@@ -130,30 +130,49 @@ def _packing(layer: Traffic, drift_EE: np.ndarray, reference_RS: np.ndarray, cop
 def _least_fan_out(
     descent: Descent, reference_RS: np.ndarray, layer: Traffic, drift_EE: np.ndarray, aim: Aim
 ) -> np.ndarray:
-    """The last arrangement, as balance counts less and less, that is balanced enough.
+    """The last arrangement, as balance counts less and less, that is balanced enough; the last step is a half one.
 
     The reference, where none is: the start from load alone. With an earlier placement that would move most slots, so
     then it is the first one.
     """
-    share_WE = layer.load_WE / layer.load_WE.sum(axis=1, keepdims=True)
+    limit = aim.slack * _fullest(reference_RS, layer, drift_EE)
 
-    def fullest(slots_RS: np.ndarray) -> np.ndarray:
-        """Share of the load on the fullest rank: mean over the windows seen; and where each drifts as far as it may."""
-        part_RE = shares(_held(slots_RS, layer.num_experts), layer.pairs_EE)
-        load_WR = share_WE @ part_RE.T
-        drift_R = np.sqrt(((part_RE @ drift_EE) * part_RE).sum(axis=1).clip(min=0))
-        return np.array([load_WR.max(axis=1).mean(), (load_WR.mean(axis=0) + drift_R).max()])
+    def enough(found: Descent) -> bool:
+        return bool((_fullest(found.items_PS, layer, drift_EE) <= limit).all())
 
-    limit = aim.slack * fullest(reference_RS)
-    best_RS = reference_RS
+    best: Descent | None = None
+    good, bad = WEIGHTS[0], None
+    if descent.packing.there_PI is not None:
+        descent.run(WEIGHTS[0])
+        best = descent.copy()
     for number, weight in enumerate(WEIGHTS):
         descent.run(weight)
-        enough = bool((fullest(descent.items_PS) <= limit).all())
-        if enough or (number == 0 and descent.packing.there_PI is not None):
-            best_RS = descent.items_PS.copy()
-        if not enough and number > 1:
+        if enough(descent):
+            best, good = descent.copy(), weight
+        elif number > 1:
+            bad = weight
             break
-    return best_RS
+    if best is None:
+        return reference_RS
+    if bad is not None:
+        between = best.copy()
+        between.run((good * bad) ** 0.5)
+        if enough(between):
+            best = between
+    return best.items_PS
+
+
+def _fullest(slots_RS: np.ndarray, layer: Traffic, drift_EE: np.ndarray) -> np.ndarray:
+    """Share of the load on the fullest rank: mean over the windows seen; and where each drifts as far as it may.
+
+    As if copies had equal parts. Levelled ones (levels.py) make up for what is left, on the day; looked for here, the
+    search would use it up beforehand, and traffic that is not as seen would find nothing left.
+    """
+    part_RE = even_parts(_held(slots_RS, layer.num_experts))
+    share_WE = layer.load_WE / layer.load_WE.sum(axis=1, keepdims=True)
+    load_WR = share_WE @ part_RE.T
+    drift_R = np.sqrt(((part_RE @ drift_EE) * part_RE).sum(axis=1).clip(min=0))
+    return np.array([load_WR.max(axis=1).mean(), (load_WR.mean(axis=0) + drift_R).max()])
 
 
 def start(load_E: np.ndarray, copies_E: np.ndarray, cluster: Cluster, held_RE: np.ndarray | None = None) -> np.ndarray:
@@ -224,14 +243,14 @@ def _named(
         return slots_RS
     stride = -(-len(layer.ids_TK) // layer.num_pair_tokens)
     hops_EE = pairs_of_ids(before.ids_TK[::stride], before.num_experts, layer.ids_TK[::stride], layer.num_experts)
-    from_RE, to_RE = shares(holdings(placed[before.layer])), shares(_held(slots_RS, layer.num_experts))
+    from_RE, to_RE = even_parts(holdings(placed[before.layer])), even_parts(_held(slots_RS, layer.num_experts))
     return np.asarray(slots_RS[renamed(from_RE @ hops_EE @ to_RE.T, cluster.num_nodes)])
 
 
 def _on_nodes(layer: Traffic, slots_RS: np.ndarray, cluster: Cluster) -> np.ndarray:
     """Ranks in the order of nodes: the search of swaps.py, with ranks for items and nodes for packs."""
     held_RE = _held(slots_RS, layer.num_experts)
-    part_RE = shares(held_RE)
+    part_RE = even_parts(held_RE)
     load_WR = (layer.load_WE / layer.load_WE.sum(axis=1, keepdims=True) @ part_RE.T * cluster.num_nodes).astype(
         np.float32
     )

@@ -1,7 +1,7 @@
 """What a placement is worth on some traffic: balance, fan-out, hops that stay, and what it costs to get there.
 
-Where the choices are known, all of it is counted, with the rule of replicas.py. Where only counts are, copies share
-their load as shares.py estimates, and the fan-out is the lower bound of swaps.py from pairs; hops are not known.
+Where the choices are known, all of it is counted, with the rule of replicas.py. Where only counts are, ranks are as
+full as rank_load.py estimates, and the fan-out is the lower bound of swaps.py from pairs; hops are not known.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from equipoise.plan.placement import holdings
+from equipoise.plan.rank_load import fixed_parts, rank_loads
 from equipoise.plan.replicas import homes, ranks_of_choices
-from equipoise.plan.shares import shares
 from equipoise.plan.traffic import Traffic
 from equipoise.types import Placement
 
@@ -139,7 +139,7 @@ def _by_node(goes_TR: np.ndarray, num_nodes: int) -> np.ndarray:
 
 def _from_counts(layer: Traffic, placement: Placement, num_nodes: int, moved: int | None) -> Score:
     held_RE = holdings(placement)
-    load_WR = layer.load_WE @ shares(held_RE, layer.pairs_EE).T
+    load_WR = rank_loads(fixed_parts(held_RE, layer.pairs_EE), layer.load_WE)
     balance = float((load_WR.max(axis=1) / load_WR.mean(axis=1)).mean())
     fan_outs: tuple[float | None, float | None] = (None, None)
     if layer.pairs_EE is not None and layer.num_pair_tokens:

@@ -16,6 +16,7 @@ makes several at once: the best one, then the best of those that touch none of i
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,11 +50,18 @@ class Descent:
     def __init__(self, packing: Packing, items_PS: np.ndarray) -> None:
         self.packing = packing
         self.items_PS = items_PS.copy()
-        num_packs, room = items_PS.shape
         self._hits_SI, self._load_SI = (
-            np.zeros((num_packs * room, len(packing.share_I)), dtype=np.float32) for _ in range(2)
+            np.zeros((items_PS.size, len(packing.share_I)), dtype=np.float32) for _ in range(2)
         )
-        self._refresh(np.arange(num_packs))
+        self._refresh(np.arange(len(items_PS)))
+
+    def copy(self) -> Descent:
+        """To go on from here more than once."""
+        twin = copy(self)
+        twin.items_PS, twin._hits_SI, twin._load_SI = (
+            each.copy() for each in (self.items_PS, self._hits_SI, self._load_SI)
+        )
+        return twin
 
     def run(self, weight: float) -> int:
         """Swap until no swap lowers the cost with this weight of the load, or rounds run out. Returns how many."""
