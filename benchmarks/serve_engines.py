@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -39,7 +40,12 @@ class Ask:
     max_tokens: int
 
 
-Run = Callable[[Sequence[Ask]], list[str]]
+class Run(Protocol):
+    """Answers by one engine."""
+
+    def __call__(self, asks: Sequence[Ask], at_once: int | None = None) -> list[str]:
+        """at_once: how many requests are there at the same time, all where it is None."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +89,19 @@ def engine(subject: Subject) -> Iterator[Run]:
     num_blocks = subject.max_running * -(-subject.config.max_seq_len // BLOCK)
     made = Engine(subject.model, subject.tokenizer, num_blocks=num_blocks, block_size=BLOCK, prefix_reuse=False)
 
-    def run(asks: Sequence[Ask]) -> list[str]:
+    def run(asks: Sequence[Ask], at_once: int | None = None) -> list[str]:
         texts = dict.fromkeys(map(str, range(len(asks))), "")
-        for id, ask in zip(texts, asks, strict=True):
-            made.add(Request(id, ask.prompt, ask.max_tokens, Sampling(temperature=0.0)))
+        coming = (
+            Request(id, ask.prompt, ask.max_tokens, Sampling(temperature=0.0))
+            for id, ask in zip(texts, asks, strict=True)
+        )
+        for request in islice(coming, at_once):
+            made.add(request)
         while made.has_work:
             for output in made.step():
                 texts[output.id] += output.text
+                if output.finish is not None and (request := next(coming, None)) is not None:
+                    made.add(request)
         return list(texts.values())
 
     try:
@@ -116,12 +128,12 @@ def over_http(api: str, **more: Any) -> Iterator[Run]:
     """Prompts as token ids, to any server of OpenAI's API; all requests at the same time."""
     together = Together(api)
 
-    def run(asks: Sequence[Ask]) -> list[str]:
+    def run(asks: Sequence[Ask], at_once: int | None = None) -> list[str]:
         bodies = [
             {"model": "bench", "prompt": ask.prompt, "max_tokens": ask.max_tokens, "temperature": 0.0, **more}
             for ask in asks
         ]
-        return [told.text for told in together.ask(bodies)]
+        return [told.text for told in together.ask(bodies, at_once)]
 
     with closing(together):
         yield run
@@ -132,12 +144,16 @@ def over_http(api: str, **more: Any) -> Iterator[Run]:
 
 @contextmanager
 def one_batch(subject: Subject) -> Iterator[Run]:
-    """transformers' generate, all requests in one batch."""
+    """transformers' generate, all requests in one batch, or in batches of those that are there at the same time."""
     mixtral = checked_mixtral(subject)
 
-    def run(asks: Sequence[Ask]) -> list[str]:
-        made = generate(mixtral, [ask.prompt for ask in asks], max(ask.max_tokens for ask in asks))
-        return [subject.tokenizer.decode(ids[: ask.max_tokens]) for ids, ask in zip(made, asks, strict=True)]
+    def run(asks: Sequence[Ask], at_once: int | None = None) -> list[str]:
+        texts = []
+        for first in range(0, len(asks), at_once or len(asks)):
+            batch = asks[first : first + (at_once or len(asks))]
+            made = generate(mixtral, [ask.prompt for ask in batch], max(ask.max_tokens for ask in batch))
+            texts += [subject.tokenizer.decode(ids[: ask.max_tokens]) for ids, ask in zip(made, batch, strict=True)]
+        return texts
 
     yield run
 
@@ -147,7 +163,7 @@ def one_by_one(subject: Subject) -> Iterator[Run]:
     """The same, one request after the other."""
     mixtral = checked_mixtral(subject)
 
-    def run(asks: Sequence[Ask]) -> list[str]:
+    def run(asks: Sequence[Ask], at_once: int | None = None) -> list[str]:
         return [subject.tokenizer.decode(generate(mixtral, [ask.prompt], ask.max_tokens)[0]) for ask in asks]
 
     yield run
@@ -186,7 +202,7 @@ def transformers_serve(subject: Subject, *options: str) -> Iterator[Run]:
         found = re.search(r"running on (http://\S+)", text)
         return found and f"{found[1]}/v1".replace("localhost", "127.0.0.1")
 
-    def run(asks: Sequence[Ask]) -> list[str]:
+    def run(asks: Sequence[Ask], at_once: int | None = None) -> list[str]:
         bodies = [
             {
                 "model": str(folder),
@@ -196,7 +212,7 @@ def transformers_serve(subject: Subject, *options: str) -> Iterator[Run]:
             }
             for ask in asks
         ]
-        texts = [told.text for told in together.ask(bodies)]
+        texts = [told.text for told in together.ask(bodies, at_once)]
         return [subject.tokenizer.decode(int(number) for number in re.findall(r"t(\d+)", text)) for text in texts]
 
     log = subject.folder / f"transformers{''.join(options[:1])}.log"

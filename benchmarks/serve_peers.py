@@ -84,13 +84,16 @@ SMOKE_SIZES = {"smoke": decoder(512, 64, 2, 4, 64)}
 class Workload:
     """mixed: requests at the same time. one: alone. batches: how many of `alike` at a time.
 
-    alike: different prompts of one length; equal ones would all go to the same few experts.
+    alike: different prompts of one length; equal ones would all go to the same few experts. lasting: by name, requests
+    of which `at_once` are there at any time: the next comes when one has its answer.
     """
 
     mixed: tuple[Ask, ...]
     one: Ask
     batches: tuple[int, ...]
     alike: tuple[Ask, ...]
+    lasting: Mapping[str, tuple[Ask, ...]]
+    at_once: int = 16
 
 
 def workload(vocab_size: int, smoke: bool) -> Workload:
@@ -100,10 +103,20 @@ def workload(vocab_size: int, smoke: bool) -> Workload:
     def ask(prompt: int, answer: int) -> Ask:
         return Ask(tuple(rng.randrange(256, vocab_size - 1) for _ in range(prompt)), answer)
 
+    def draw(mean: float) -> int:
+        return int(rng.expovariate(1 / mean))
+
     if smoke:
-        return Workload(tuple(ask(4 + i, 2 + i) for i in range(3)), ask(8, 4), (1, 2), (ask(4, 4), ask(4, 4)))
+        few = tuple(ask(4 + i, 2 + i) for i in range(3))
+        return Workload(few, ask(8, 4), (1, 2), (ask(4, 4), ask(4, 4)), {"few": few}, at_once=2)
     mixed = tuple(ask(rng.randint(8, 128), rng.randint(16, 96)) for _ in range(16))
-    return Workload(mixed, ask(64, 64), (1, 2, 4, 8, 16, 32, 64), tuple(ask(16, 32) for _ in range(64)))
+    one, alike = ask(64, 64), tuple(ask(16, 32) for _ in range(64))
+    even = tuple(ask(rng.randint(8, 64), rng.randint(16, 96)) for _ in range(64))
+    # As lengths of chats are: many short ones, few long ones (vLLM's paper, arXiv 2309.06180, figure 11).
+    steep = tuple(
+        ask(min(8 + int(rng.expovariate(1 / 28)), 64), min(1 + int(rng.expovariate(1 / 56)), 192)) for _ in even
+    )
+    return Workload(mixed, one, (1, 2, 4, 8, 16, 32, 64), alike, {"even lengths": even, "lengths of chats": steep})
 
 
 # ------------------------------------------------------------------------------------------------- measuring
@@ -176,6 +189,28 @@ def throughput(subject: Subject, runs: Mapping[str, Run], work: Workload, effort
     return [Table(f"Throughput, {subject.name}, {subject.type_name}", columns, rows, note)]
 
 
+def lasting(subject: Subject, runs: Mapping[str, Run], work: Workload, effort: Effort) -> list[Table]:
+    """As many requests as there are clients, all the time: who has an answer asks anew."""
+    rows: list[tuple[Cell, ...]] = []
+    for what, asks in work.lasting.items():
+        announce(f"{subject.name}, {subject.type_name}: {what}")
+        variants = [Variant(name, partial(run, asks, work.at_once)) for name, run in runs.items()]
+        seconds = time_side_by_side(variants, effort)
+        tokens = sum(ask.max_tokens for ask in asks)
+        rows += [(what, name, rate(seconds[name], tokens), ratio(seconds, name, OURS)) for name in runs]
+    sums = ", ".join(
+        f"{what}: {sum(len(ask.prompt) for ask in asks)} prompt tokens, {sum(ask.max_tokens for ask in asks)} answer "
+        f"tokens, {max(ask.max_tokens for ask in asks)} at most"
+        for what, asks in work.lasting.items()
+    )
+    note = (
+        f"{work.at_once} requests there at any time, {len(next(iter(work.lasting.values())))} in all; {sums}. In one "
+        f"batch: {work.at_once} after {work.at_once}, in the order in which they come."
+    )
+    columns = ("lengths", "engine", "answer tokens/s", "time / ours")
+    return [Table(f"Lasting load, {subject.name}, {subject.type_name}", columns, tuple(rows), note)]
+
+
 def single_stream(subject: Subject, runs: Mapping[str, Run], work: Workload, effort: Effort) -> list[Table]:
     """One request, nobody else."""
     both = timed(runs, {"first": [Ask(work.one.prompt, 1)], "whole": [work.one]}, effort)
@@ -233,6 +268,7 @@ def rate(seconds: Sequence[float], count: float) -> Spread:
 
 TABLES: dict[str, Callable[[Subject, Mapping[str, Run], Workload, Effort], list[Table]]] = {
     "mixed": throughput,
+    "lasting": lasting,
     "one": single_stream,
     "batches": by_batch,
 }

@@ -112,11 +112,17 @@ class Together:
         self._api, self._runner = api, asyncio.Runner()
         self._client = self._runner.run(_made())
 
-    def ask(self, bodies: Sequence[Body]) -> list[Told]:
-        """All answers. Raises RuntimeError unless every one is whole."""
+    def ask(self, bodies: Sequence[Body], at_once: int | None = None) -> list[Told]:
+        """All answers. at_once: open at the same time. Raises RuntimeError unless every one is whole."""
 
         async def all_of_them() -> list[Told]:
-            return await asyncio.gather(*(ask(self._client, self._api, body) for body in bodies))
+            free = asyncio.Semaphore(at_once or len(bodies) or 1)
+
+            async def in_turn(body: Body) -> Told:
+                async with free:
+                    return await ask(self._client, self._api, body)
+
+            return await asyncio.gather(*map(in_turn, bodies))
 
         told = self._runner.run(all_of_them())
         if errors := [each.error for each in told if not each.finished]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.serve_engines import engine, make_subject, one_batch
 from benchmarks.serve_events import Watched, ills
 from benchmarks.serve_llama_cpp import neighbours
 from benchmarks.serve_load import as_before
@@ -38,9 +39,11 @@ def run_benchmark(module, *arguments):
 
 def test_peers_answer_alike_and_are_timed():
     peers = ("equipoise serve, HTTP", "transformers generate, one batch")
-    throughput, alone, by_batch = run_benchmark("serve_peers", "--only", *peers)["tables"]
+    throughput, lasting, alone, by_batch = run_benchmark("serve_peers", "--only", *peers)["tables"]
     assert [row["engine"] for row in throughput["rows"]] == ["equipoise engine", *peers]
     assert [row["same text [%]"] for row in throughput["rows"]] == [100, 100, 100]
+    assert [row["engine"] for row in lasting["rows"]] == ["equipoise engine", *peers]
+    assert all(row["answer tokens/s"]["low"] > 0 for row in lasting["rows"])
     assert all(row["to the first token [ms]"]["low"] > 0 for row in alone["rows"])
     assert [(row["batch"], row["engine"]) for row in by_batch["rows"]] == [
         (batch, engine) for batch in (1, 2) for engine in ("equipoise engine", peers[1])
@@ -82,6 +85,19 @@ def test_the_workload_is_the_same_each_time_and_never_sends_bytes():
     work: Workload = workload(2048, smoke=False)
     assert len(work.mixed) == 16
     assert all(256 <= id < 2047 for ask in work.mixed for id in ask.prompt)
+    for asks in work.lasting.values():
+        assert len(asks) == 64
+        assert all(len(ask.prompt) + ask.max_tokens <= 256 for ask in asks)
+
+
+def test_as_many_requests_are_open_as_there_are_clients(tmp_path):
+    """All answers are those of one at a time, and no more than two are open."""
+    subject = make_subject("smoke", CONFIG, torch.float32, tmp_path, max_running=4)
+    asks = workload(CONFIG.vocab_size, smoke=True).mixed
+    with engine(subject) as run, one_batch(subject) as batches:
+        alone = run(asks, 1)
+        assert run(asks, 2) == run(asks) == alone
+        assert batches(asks, 2) == batches(asks) == alone
 
 
 def test_random_weights_are_exact_in_bf16():
