@@ -1,9 +1,9 @@
 """How copies share what may go to any of them: by hand, against the slow twin and the best there is."""
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
 from equipoise.plan.levels import ONE, copy_of, levelled, levelled_reference
 
@@ -51,9 +51,8 @@ def test_what_hangs_together_is_levelled_together():
 
 def test_near_the_best_there_is():
     """The fullest rank against that of linear programming, on cases like those of 64 experts with some copies."""
-    scipy_optimize = pytest.importorskip("scipy.optimize")
     rng = np.random.default_rng(0)
-    worst = 0.0
+    ratios = []
     for _ in range(20):
         R, e = 8, 12
         ranks_e2 = np.stack([rng.permutation(R)[:2] for _ in range(e)])
@@ -68,10 +67,11 @@ def test_near_the_best_there_is():
             rows[second, expert] -= free_e[expert]
             bounds[second] -= free_e[expert]
         rows[:, e] = -1
-        best = scipy_optimize.linprog([0] * e + [1], rows, bounds, bounds=[(0, 1)] * e + [(0, None)])
+        best = linprog([0] * e + [1], rows, bounds, bounds=[(0, 1)] * e + [(0, None)])
         assert best.status == 0
-        worst = max(worst, float(ours_R.max() / best.fun))
-    assert 1 - 1e-9 <= worst < 1.04
+        ratios.append(float(ours_R.max() / best.fun))
+    assert min(ratios) > 0.999  # better than the best is an error; parts are whole numbers
+    assert 1.001 < max(ratios) < 1.04  # and some cases are hard enough to tell
 
 
 def test_places_fall_to_copies_by_their_parts():

@@ -1,6 +1,6 @@
 """From logical experts to ranks and slots, and which copy of a replicated expert a token goes to.
 
-The rule is that of `equipoise.plan.replicas`, by which placements are planned and scored, on tensors and for the tokens
+The rule is that of `equipoise.plan.replicas`, by which placements are scored, on tensors and for the tokens
 of one rank: the copy that is at home; the only copy; the first from the token's turn on that lies on a rank which the
 token needs anyway; and what may go to any is shared so that this rank's tokens load all ranks as evenly as they can.
 """

@@ -62,11 +62,11 @@ def plan_layers(
     Raises ValueError for fewer slots than experts, for replicas that would need a rank to hold an expert twice, and
     for an earlier placement that lacks a layer or has other numbers of ranks or experts.
     """
-    olds = [None if earlier is None else _earlier(layer, cluster, earlier) for layer in layers]
-    arranged = [_slots(layer, cluster, old, aim) for layer, old in zip(layers, olds, strict=True)]
     placements: dict[str, Placement] = {}
     before: Traffic | None = None
-    for layer, old, slots_RS in zip(layers, olds, arranged, strict=True):
+    for layer in layers:
+        old = None if earlier is None else _earlier(layer, cluster, earlier)
+        slots_RS = _slots(layer, cluster, old, aim)
         if old is None:
             slots_RS = _named(layer, slots_RS, before, placements, cluster)
         placements[layer.layer] = Placement(tuple(tuple(sorted(rank)) for rank in slots_RS.tolist()))
@@ -142,14 +142,12 @@ def _least_fan_out(
 
     best: Descent | None = None
     good, bad = WEIGHTS[0], None
-    if descent.packing.there_PI is not None:
-        descent.run(WEIGHTS[0])
-        best = descent.copy()
     for number, weight in enumerate(WEIGHTS):
         descent.run(weight)
-        if enough(descent):
+        balanced = enough(descent)
+        if balanced or (number == 0 and descent.packing.there_PI is not None):
             best, good = descent.copy(), weight
-        elif number > 1:
+        if not balanced and number > 1:
             bad = weight
             break
     if best is None:

@@ -1,4 +1,4 @@
-"""Which replica a token goes to. One rule, for whoever plans, scores or dispatches; and its slow twin.
+"""Which replica a token goes to. One rule, for whoever scores or dispatches; and its slow twin.
 
 For each token, whose home is the rank that it lies on:
 
@@ -116,12 +116,12 @@ def _by_parts(
     many_e = np.flatnonzero(copies.num_E > 1)
     part_HeX = levelled(copies.ranks_EX[many_e], free_HE[:, many_e], load_HR)
     part_nX = part_HeX[homes_T[tokens_n], np.searchsorted(many_e, ids_n)]
-    copy_n = copy_of(places_in(group_n), free_HE.reshape(-1)[group_n], part_nX, copies.num_E[ids_n])
+    copy_n = copy_of(_places_in(group_n), free_HE.reshape(-1)[group_n], part_nX, copies.num_E[ids_n])
     ranks: np.ndarray = copies.ranks_EX[ids_n, copy_n]
     return ranks
 
 
-def places_in(group_n: np.ndarray) -> np.ndarray:
+def _places_in(group_n: np.ndarray) -> np.ndarray:
     """int64 (n,): how many of the same group come before."""
     order_n = np.argsort(group_n, kind="stable")
     place_n = np.empty_like(order_n)
